@@ -1,0 +1,246 @@
+//! Attention over packed sequences: uncached for encoders, over pages of keys and values for decoders.
+
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp3, Layout, Result, Shape, Tensor, bail};
+
+use crate::Batch;
+use crate::cpu::{self, Element};
+
+/// Which keys a query sees, and how scores are formed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionParams {
+    /// Factor on `q . k`.
+    pub scale: f32,
+    pub mask: Mask,
+    /// With `Some(w)` a query at position `p` sees no key before `p + 1 - w`: `w` tokens including its own.
+    pub window: Option<usize>,
+    /// With `Some(c)` scores become `c * tanh(score / c)`.
+    pub softcap: Option<f32>,
+}
+
+/// Whether a query sees the keys that come after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    Causal,
+    Bidirectional,
+}
+
+impl AttentionParams {
+    /// Causal attention with the given scale, no window, no softcap.
+    pub fn causal(scale: f32) -> Self {
+        Self { scale, mask: Mask::Causal, window: None, softcap: None }
+    }
+}
+
+/// Attention of each packed sequence over itself, nothing cached:
+///
+/// ```text
+/// y[t, h] = sum_s softmax_s(scale * q[t, h] . k[s, h / (Hq / Hk)]) v[s, h / (Hq / Hk)]
+/// ```
+///
+/// `q` `[N, Hq, D]`, `k` and `v` `[N, Hk, D]` in f32, f16 or bf16. Returns `[N, Hq, D]` in `q`'s dtype; softmax
+/// in f32.
+///
+/// # Errors
+///
+/// Shapes or dtypes disagree, or `Hq` is not a multiple of `Hk`.
+///
+/// Devices: CPU.
+///
+/// Source: Vaswani et al., "Attention Is All You Need", 2017; grouped heads after Ainslie et al., 2023.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
+    let (n, hq, d) = q.dims3()?;
+    let (_, hk, _) = k.dims3()?;
+    if n != batch.num_tokens() || k.dims() != [n, hk, d] || v.dims() != k.dims() || hq % hk != 0 {
+        bail!(
+            "attention: q is {:?}, k {:?}, v {:?}, the batch has {} tokens",
+            q.dims(),
+            k.dims(),
+            v.dims(),
+            batch.num_tokens()
+        )
+    }
+    if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
+        bail!("attention: q is {:?}, k {:?}, v {:?}, expected one dtype", q.dtype(), k.dtype(), v.dtype())
+    }
+    q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &Attention { batch, params })
+}
+
+/// Writes the step's keys and values into their pages, in place:
+///
+/// ```text
+/// kv[0, slot_mapping[n]] = k[n]        kv[1, slot_mapping[n]] = v[n]        pages taken as [blocks * block_size]
+/// ```
+///
+/// `kv` `[2, blocks, block_size, Hk, D]`; `k` and `v` `[N, Hk, D]`; one dtype, f32, f16 or bf16.
+///
+/// # Errors
+///
+/// Shapes or dtypes disagree, or a page of the batch lies outside `kv`.
+///
+/// Devices: CPU.
+///
+/// Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
+pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()> {
+    let (two, blocks, block_size, hk, d) = kv.dims5()?;
+    if two != 2 || k.dims() != [batch.num_tokens(), hk, d] || v.dims() != k.dims() {
+        bail!(
+            "write_kv: k is {:?} and v {:?}, expected [{}, {hk}, {d}] for kv {:?}",
+            k.dims(),
+            v.dims(),
+            batch.num_tokens(),
+            kv.dims()
+        )
+    }
+    if k.dtype() != kv.dtype() || v.dtype() != kv.dtype() {
+        bail!("write_kv: k is {:?} and v {:?}, expected {:?} like kv", k.dtype(), v.dtype(), kv.dtype())
+    }
+    batch.check_blocks("write_kv", blocks, block_size)?;
+    kv.inplace_op3(&k.contiguous()?, &v.contiguous()?, &WriteKv { batch })
+}
+
+/// Attention of the step's queries over the pages of their sequences, which `write_kv` has filled:
+///
+/// ```text
+/// y[t, h] = sum_s softmax_s(scale * q[t, h] . K[s, h / (Hq / Hk)]) V[s, h / (Hq / Hk)]
+/// ```
+///
+/// with `s` over the sequence's cached positions that `params` lets the query at `t` see.
+///
+/// `q` `[N, Hq, D]`; `kv` `[2, blocks, block_size, Hk, D]` of the same dtype, f32, f16 or bf16. Returns `[N, Hq, D]`
+/// in `q`'s dtype; softmax in f32.
+///
+/// # Errors
+///
+/// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, or a page of the batch lies outside `kv`.
+///
+/// Devices: CPU.
+///
+/// Source: Kwon et al., 2023, as for [`write_kv`].
+pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
+    let (n, hq, d) = q.dims3()?;
+    let (two, blocks, block_size, hk, dk) = kv.dims5()?;
+    if two != 2 || n != batch.num_tokens() || d != dk || hq % hk != 0 || q.dtype() != kv.dtype() {
+        bail!(
+            "paged_attention: q is {:?} {:?}, kv {:?} {:?}, the batch has {} tokens",
+            q.dims(),
+            q.dtype(),
+            kv.dims(),
+            kv.dtype(),
+            batch.num_tokens()
+        )
+    }
+    batch.check_blocks("paged_attention", blocks, block_size)?;
+    q.contiguous()?.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
+}
+
+struct Attention<'a> {
+    batch: &'a Batch,
+    params: AttentionParams,
+}
+
+impl CustomOp3 for Attention<'_> {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((_, hq, d), (_, hk, _)) = (ql.shape().dims3()?, kl.shape().dims3()?);
+        let (k, v) = (cpu::read_f32(k, kl)?, cpu::read_f32(v, vl)?);
+        let row = |sequence: usize, position: usize| (self.batch.host[sequence].tokens.start + position) * hk * d;
+        let heads = reference::Heads { hq, hk, d };
+        let out = reference::attention(&cpu::read_f32(q, ql)?, &k, &v, row, heads, self.batch, self.params);
+        Ok((cpu::to_storage(out, cpu::dtype_of(q))?, ql.shape().clone()))
+    }
+}
+
+struct WriteKv<'a> {
+    batch: &'a Batch,
+}
+
+impl InplaceOp3 for WriteKv<'_> {
+    fn name(&self) -> &'static str {
+        "write-kv"
+    }
+
+    fn cpu_fwd(
+        &self,
+        kv: &mut CpuStorage,
+        layout: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> Result<()> {
+        match kv {
+            CpuStorage::F32(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
+            CpuStorage::F16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
+            CpuStorage::BF16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
+            other => bail!("write_kv: pages of {:?}, expected f32, f16 or bf16", cpu::dtype_of(other)),
+        }
+    }
+}
+
+impl WriteKv<'_> {
+    fn run<T: Element>(&self, kv: &mut [T], layout: &Layout, k: &[T], kl: &Layout, v: &[T], vl: &Layout) -> Result<()> {
+        let (Some((start, end)), Some((k0, k1)), Some((v0, v1))) =
+            (layout.contiguous_offsets(), kl.contiguous_offsets(), vl.contiguous_offsets())
+        else {
+            bail!("write_kv: operands must be contiguous")
+        };
+        let row: usize = kl.dims()[1..].iter().product();
+        let (keys, values) = kv[start..end].split_at_mut((end - start) / 2);
+        reference::write_rows(keys, &k[k0..k1], row, &self.batch.host_slot_mapping);
+        reference::write_rows(values, &v[v0..v1], row, &self.batch.host_slot_mapping);
+        Ok(())
+    }
+}
+
+struct PagedAttention<'a> {
+    batch: &'a Batch,
+    params: AttentionParams,
+}
+
+impl CustomOp2 for PagedAttention<'_> {
+    fn name(&self) -> &'static str {
+        "paged-attention"
+    }
+
+    fn cpu_fwd(&self, q: &CpuStorage, ql: &Layout, kv: &CpuStorage, kvl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = match kv {
+            CpuStorage::F32(kv) => self.run(&cpu::read_f32(q, ql)?, ql, kv, kvl)?,
+            CpuStorage::F16(kv) => self.run(&cpu::read_f32(q, ql)?, ql, kv, kvl)?,
+            CpuStorage::BF16(kv) => self.run(&cpu::read_f32(q, ql)?, ql, kv, kvl)?,
+            other => bail!("paged_attention: pages of {:?}, expected f32, f16 or bf16", cpu::dtype_of(other)),
+        };
+        Ok((cpu::to_storage(out, cpu::dtype_of(q))?, ql.shape().clone()))
+    }
+}
+
+impl PagedAttention<'_> {
+    fn run<T: Element>(&self, q: &[f32], ql: &Layout, kv: &[T], layout: &Layout) -> Result<Vec<f32>> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("paged_attention: pages must be contiguous")
+        };
+        let (_, hq, d) = ql.shape().dims3()?;
+        let (_, _, block_size, hk, _) = layout.shape().dims5()?;
+        let (keys, values) = kv[start..end].split_at((end - start) / 2);
+        let row = |sequence: usize, position: usize| {
+            let block = self.batch.host[sequence].blocks[position / block_size] as usize;
+            (block * block_size + position % block_size) * hk * d
+        };
+        let heads = reference::Heads { hq, hk, d };
+        Ok(reference::attention(q, keys, values, row, heads, self.batch, self.params))
+    }
+}

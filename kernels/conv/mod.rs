@@ -1,0 +1,85 @@
+//! Depthwise causal convolution over packed sequences, with its window kept in slots.
+
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use std::cell::OnceCell;
+
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+
+use crate::Batch;
+use crate::cpu::{self, Operand};
+
+/// Depthwise causal convolution followed by SiLU, for each sequence and channel on its own:
+///
+/// ```text
+/// y[t] = silu(sum_j weight[c, j] * x[t - K + 1 + j])        j in 0..K
+/// ```
+///
+/// where `x` before the first token of the step comes from the sequence's window, and before the first token
+/// of the sequence is zero.
+///
+/// `x` `[N, C]` in f32, f16 or bf16; `weight` `[C, K]`; `state` `[S, C, K - 1]` in f32, written in place: the
+/// last `K - 1` inputs, oldest first. A sequence whose first token is in this step ignores what its slot holds.
+/// Returns `[N, C]` in `x`'s dtype; arithmetic in f32.
+///
+/// # Errors
+///
+/// Shapes disagree, `state` is not f32, or a slot of the batch lies outside it.
+///
+/// Devices: CPU.
+///
+/// Source: Dao and Gu, Mamba's causal-conv1d, <https://github.com/Dao-AILab/causal-conv1d>.
+pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch) -> Result<Tensor> {
+    let (n, channels) = x.dims2()?;
+    let (_, width) = weight.dims2()?;
+    let (slots, state_channels, past) = state.dims3()?;
+    if n != batch.num_tokens() {
+        bail!("causal_conv1d: x is {:?}, the batch has {} tokens", x.dims(), batch.num_tokens())
+    }
+    if weight.dims() != [channels, width] || width < 2 {
+        bail!("causal_conv1d: weight is {:?}, expected [{channels}, K] with K of 2 or more", weight.dims())
+    }
+    if (state_channels, past) != (channels, width - 1) || state.dtype() != DType::F32 {
+        bail!(
+            "causal_conv1d: state is {:?} {:?}, expected f32 [S, {channels}, {}]",
+            state.dims(),
+            state.dtype(),
+            width - 1
+        )
+    }
+    batch.check_slots("causal_conv1d", slots)?;
+    let op = CausalConv1d { x: &x.contiguous()?, weight: &weight.contiguous()?, batch, out: OnceCell::new() };
+    state.inplace_op1(&op)?;
+    Ok(cpu::tensor(op.out.into_inner().expect("every backend sets the output"), (n, channels)))
+}
+
+struct CausalConv1d<'a> {
+    x: &'a Tensor,
+    weight: &'a Tensor,
+    batch: &'a Batch,
+    out: OnceCell<Storage>,
+}
+
+impl InplaceOp1 for CausalConv1d<'_> {
+    fn name(&self) -> &'static str {
+        "causal-conv1d"
+    }
+
+    fn cpu_fwd(&self, state: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (_, channels, past) = layout.shape().dims3()?;
+        let (x, weight) = (Operand::new(self.x), Operand::new(self.weight));
+        let out = reference::causal_conv1d(
+            &x.f32()?,
+            &weight.f32()?,
+            cpu::write_f32(state, layout)?,
+            self.batch,
+            channels,
+            past + 1,
+        );
+        let out = Storage::Cpu(cpu::to_storage(out, self.x.dtype())?);
+        self.out.set(out).expect("run once");
+        Ok(())
+    }
+}

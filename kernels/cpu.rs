@@ -1,0 +1,104 @@
+//! How CPU ops read operands and hand back results: arithmetic is in f32 whatever the storage holds.
+
+use std::borrow::Cow;
+
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use half::{bf16, f16};
+
+/// A storage type whose values are exact in f32.
+pub(crate) trait Element: WithDType + Send + Sync {
+    fn widen(self) -> f32;
+    fn round(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+    fn round(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for f16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+    fn round(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+}
+
+impl Element for bf16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+    fn round(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+}
+
+/// A contiguous operand that an op struct borrows as a tensor, locked for reading.
+pub(crate) struct Operand<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> Operand<'a> {
+    pub fn new(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    pub fn f32(&self) -> Result<Cow<'_, [f32]>> {
+        match &*self.storage {
+            Storage::Cpu(storage) => read_f32(storage, self.layout),
+            _ => bail!("operand is not on the cpu"),
+        }
+    }
+}
+
+/// The values of a contiguous operand: borrowed if stored in f32, widened otherwise.
+pub(crate) fn read_f32<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [f32]>> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("operand of shape {:?} is not contiguous", layout.shape())
+    };
+    Ok(match storage {
+        CpuStorage::F32(values) => Cow::Borrowed(&values[start..end]),
+        CpuStorage::F16(values) => Cow::Owned(values[start..end].iter().map(|v| v.widen()).collect()),
+        CpuStorage::BF16(values) => Cow::Owned(values[start..end].iter().map(|v| v.widen()).collect()),
+        other => bail!("operand of dtype {:?}, expected f32, f16 or bf16", dtype_of(other)),
+    })
+}
+
+/// The contiguous f32 region that an op writes in place.
+pub(crate) fn write_f32<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("state of shape {:?} is not contiguous", layout.shape())
+    };
+    match storage {
+        CpuStorage::F32(values) => Ok(&mut values[start..end]),
+        other => bail!("state of dtype {:?}, expected f32", dtype_of(other)),
+    }
+}
+
+/// `values` rounded to `dtype`.
+pub(crate) fn to_storage(values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
+    Ok(match dtype {
+        DType::F32 => CpuStorage::F32(values),
+        DType::F16 => CpuStorage::F16(values.into_iter().map(f16::round).collect()),
+        DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::round).collect()),
+        other => bail!("result of dtype {other:?}, expected f32, f16 or bf16"),
+    })
+}
+
+/// A tensor around the storage that an in-place op produced beside its target.
+pub(crate) fn tensor(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+pub(crate) fn dtype_of(storage: &CpuStorage) -> DType {
+    use candle_core::backend::BackendStorage;
+    storage.dtype()
+}

@@ -1,0 +1,49 @@
+//! Taper's kernels: one free function per operation, tensors in, tensor out.
+//!
+//! Every op works on *packed* sequences: the tokens of all sequences of a step stand one after the other in
+//! one dimension, and [`Batch`] says where each sequence begins, where its keys and values live (pages) and
+//! where its recurrent state lives (slots). There is no padding, no mask, and no separate decode phase.
+//!
+//! An op lives in a folder: `mod.rs` documents and checks, `reference.rs` is the definition in plain f32 loops,
+//! `cpu.rs` (where the reference is too slow), `cuda.rs` and `metal.rs` run it, `tests.rs` holds one table of
+//! cases that every device present must pass against the reference.
+//!
+//! # Shape vocabulary
+//!
+//! | letter | meaning |
+//! | --- | --- |
+//! | `N` | tokens in the step, over all sequences |
+//! | `B` | sequences in the step |
+//! | `H` | hidden size |
+//! | `Hq Hk Hv` | query, key and value heads |
+//! | `D` | attention head size |
+//! | `K V` | key and value size of a recurrent head |
+//! | `C` | channels of a convolution |
+//! | `S` | recurrent state slots |
+//!
+//! # Ops that write in place
+//!
+//! Cache tensors (pages, convolution windows, recurrent states) are written where they lie, under candle's
+//! write lock: the op is an [`InplaceOp1`](candle_core::InplaceOp1) on the cache tensor, borrows its other
+//! operands, and leaves its result in a `OnceCell` that the public function empties. An input must therefore
+//! never be a view of the cache tensor that the op writes: taking both locks on one storage would deadlock.
+//!
+//! # Determinism
+//!
+//! On the CPU a token's result depends on its own sequence alone: no reduction order depends on how many
+//! tokens or sequences share the step, how the prompt was cut into chunks, or the number of threads.
+
+pub mod activation;
+pub mod attention;
+pub mod conv;
+pub mod gated_delta;
+pub mod linear;
+pub mod norm;
+pub mod rope;
+
+mod batch;
+mod cpu;
+#[doc(hidden)]
+pub mod testing;
+
+pub use batch::{Batch, Segment};

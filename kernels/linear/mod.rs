@@ -1,0 +1,50 @@
+//! Products with weight matrices.
+
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+use crate::cpu;
+
+/// A linear layer:
+///
+/// ```text
+/// y[n, o] = sum_i x[n, i] * weight[o, i]
+/// ```
+///
+/// `x` `[N, I]` in f32, f16 or bf16; `weight` `[O, I]` as the checkpoint stores it. On the CPU the weight may
+/// be of another float dtype than `x`: its elements are widened on the way, so bf16 weights under f32
+/// activations lose nothing and take no second copy. Elsewhere the dtypes must agree. Returns `[N, O]` in `x`'s
+/// dtype; accumulation in f32, and on the CPU in an order that does not depend on `N`.
+///
+/// # Errors
+///
+/// The inner dimensions differ, or the dtypes do on a device other than the CPU.
+///
+/// Devices: CPU; CUDA and Metal through candle's matmul.
+pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (_, inner) = x.dims2()?;
+    if weight.dims2()?.1 != inner {
+        bail!("linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
+    }
+    if x.device().is_cpu() {
+        return x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Linear);
+    }
+    x.matmul(&weight.t()?)
+}
+
+struct Linear;
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let ((n, inner), (outer, _)) = (xl.shape().dims2()?, wl.shape().dims2()?);
+        let out = reference::linear(&cpu::read_f32(x, xl)?, &cpu::read_f32(w, wl)?, inner, outer);
+        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, (n, outer).into()))
+    }
+}

@@ -1,0 +1,111 @@
+//! RMS normalisation, plain and gated.
+//!
+//! Weights are f32 and hold the factor itself: a family whose checkpoint stores `w` for `1 + w` adds the one
+//! when it loads, so there is one norm here.
+
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+
+use crate::cpu;
+
+/// RMS normalisation over the last dimension:
+///
+/// ```text
+/// y = cast(x * rsqrt(mean(x^2) + eps) * weight)        statistics and product in f32, one rounding
+/// ```
+///
+/// `x` `[.., D]` in f32, f16 or bf16; `weight` `[D]` in f32. Returns `x`'s shape and dtype.
+///
+/// # Errors
+///
+/// `weight` is not f32 or not as long as the last dimension of `x`.
+///
+/// Devices: CPU.
+///
+/// Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    check_weight("rms_norm", x, weight)?;
+    x.contiguous()?.apply_op2_no_bwd(weight, &RmsNorm { eps: eps as f32 })
+}
+
+/// RMS normalisation followed by a SiLU gate:
+///
+/// ```text
+/// y = cast(x * rsqrt(mean(x^2) + eps) * weight * silu(gate))        in f32, one rounding
+/// ```
+///
+/// `x` and `gate` `[.., D]` of one dtype; `weight` `[D]` in f32. Returns `x`'s shape and dtype.
+///
+/// # Errors
+///
+/// `gate` differs from `x` in shape or dtype, or `weight` is not f32 `[D]`.
+///
+/// Devices: CPU.
+///
+/// Source: the output norm of Gated DeltaNet, <https://arxiv.org/abs/2412.06464>.
+pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    check_weight("rms_norm_gated", x, weight)?;
+    if gate.shape() != x.shape() || gate.dtype() != x.dtype() {
+        bail!(
+            "rms_norm_gated: gate is {:?} {:?}, expected {:?} {:?} like x",
+            gate.dims(),
+            gate.dtype(),
+            x.dims(),
+            x.dtype()
+        )
+    }
+    x.contiguous()?.apply_op3_no_bwd(&gate.contiguous()?, weight, &RmsNormGated { eps: eps as f32 })
+}
+
+fn check_weight(op: &str, x: &Tensor, weight: &Tensor) -> Result<()> {
+    if weight.dtype() != DType::F32 || x.dims().last() != Some(&weight.elem_count()) || weight.rank() != 1 {
+        bail!("{op}: weight is {:?} {:?}, expected f32 [D] for x {:?}", weight.dims(), weight.dtype(), x.dims())
+    }
+    Ok(())
+}
+
+struct RmsNorm {
+    eps: f32,
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = reference::rms_norm(&cpu::read_f32(x, xl)?, &cpu::read_f32(w, wl)?, self.eps);
+        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, xl.shape().clone()))
+    }
+}
+
+struct RmsNormGated {
+    eps: f32,
+}
+
+impl CustomOp3 for RmsNormGated {
+    fn name(&self) -> &'static str {
+        "rms-norm-gated"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        gate: &CpuStorage,
+        gl: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let out = reference::rms_norm_gated(
+            &cpu::read_f32(x, xl)?,
+            &cpu::read_f32(gate, gl)?,
+            &cpu::read_f32(w, wl)?,
+            self.eps,
+        );
+        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, xl.shape().clone()))
+    }
+}

@@ -1,0 +1,68 @@
+//! Rotary position embedding over a leading part of the head.
+
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+
+use crate::cpu;
+
+/// Rotates the first `R` of `D` components of every head, in half-split pairs `(i, i + R/2)`:
+///
+/// ```text
+/// y[i]       = x[i] * cos[i] - x[i + R/2] * sin[i]          i in 0..R/2
+/// y[i + R/2] = x[i + R/2] * cos[i] + x[i] * sin[i]
+/// y[j]       = x[j]                                          j in R..D
+/// ```
+///
+/// `x` `[N, heads, D]` in f32, f16 or bf16; `cos` and `sin` `[N, R/2]` in f32, a row for each token.
+/// "Proportional" frequencies are the same op with `R = D` and zero frequency (cos 1, sin 0) for the pairs
+/// that do not rotate. Returns `x`'s shape and dtype; arithmetic in f32.
+///
+/// # Errors
+///
+/// The tables are not f32 `[N, R/2]` alike, or `R > D`.
+///
+/// Devices: CPU.
+///
+/// Source: Su et al., "RoFormer", 2021, in the half-split form of GPT-NeoX.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (n, _, d) = x.dims3()?;
+    let (rows, half) = cos.dims2()?;
+    if rows != n || 2 * half > d || sin.dims() != cos.dims() || cos.dtype() != DType::F32 || sin.dtype() != DType::F32 {
+        bail!(
+            "rope: cos is {:?} {:?} and sin {:?} {:?}, expected f32 [{n}, R/2] with R at most {d} for x {:?}",
+            cos.dims(),
+            cos.dtype(),
+            sin.dims(),
+            sin.dtype(),
+            x.dims()
+        )
+    }
+    x.contiguous()?.apply_op3_no_bwd(&cos.contiguous()?, &sin.contiguous()?, &Rope)
+}
+
+struct Rope;
+
+impl CustomOp3 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        cos: &CpuStorage,
+        cl: &Layout,
+        sin: &CpuStorage,
+        sl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, heads, d) = xl.shape().dims3()?;
+        let (_, half) = cl.shape().dims2()?;
+        let mut out = cpu::read_f32(x, xl)?.into_owned();
+        reference::rope(&mut out, &cpu::read_f32(cos, cl)?, &cpu::read_f32(sin, sl)?, heads, d, half);
+        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, xl.shape().clone()))
+    }
+}
