@@ -1,0 +1,32 @@
+//! What can go wrong, in one type.
+
+use std::path::PathBuf;
+
+use crate::hub::HubError;
+
+/// Everything that can go wrong in Taper. Messages say what, where and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A model folder or one of its files is not what it should be.
+    #[error("{}: {message}", path.display())]
+    Model { path: PathBuf, message: String },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    /// A model could not be had from the Hub.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// The model's chat template does not render these messages.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// A request that cannot be served: an empty prompt, one beyond the context, a sampling parameter out of range.
+    #[error("{0}")]
+    Request(String),
+    /// The computation itself failed.
+    #[error(transparent)]
+    Compute(#[from] candle_core::Error),
+}
+
+/// The result of everything public.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
