@@ -1,1 +1,135 @@
-//! Model families.
+//! Model families, written directly against Candle: one file per family.
+//!
+//! A family reads its `Config` from `config.json`, its tensors by name from [`Weights`], says what every layer
+//! keeps between steps ([`CacheSpec`]), and maps a packed [`Batch`] and a [`Cache`] to hidden states. It does not
+//! know the device, the phase (prompt or decode) or how many sequences there are.
+
+pub mod cache;
+pub mod checkpoint;
+mod config;
+pub mod layers;
+pub mod qwen3;
+pub mod qwen3_5;
+pub mod weights;
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+use kernels::Batch;
+use serde_json::Value;
+
+pub use cache::{Cache, CacheConfig, CacheSpec};
+pub use checkpoint::Checkpoint;
+pub use weights::Weights;
+
+/// A decoder: packed tokens in, hidden states out, logits on request.
+pub trait CausalLm: Send {
+    /// What each layer keeps between steps, by layer index.
+    fn cache_specs(&self) -> Vec<CacheSpec>;
+
+    /// Runs a step and writes its cache entries: `[N, H]`, final norm applied.
+    ///
+    /// # Errors
+    ///
+    /// The cache was made for other specs, a token lies beyond the vocabulary, or the device has no memory left.
+    fn forward(&self, batch: &Batch, cache: &mut Cache) -> Result<Tensor> {
+        self.forward_observed(batch, cache, &mut |_, _| Ok(()))
+    }
+
+    /// As [`CausalLm::forward`], showing `observe` the residual stream `[N, H]` that enters each layer, by layer
+    /// index, and last the result under the number of layers.
+    ///
+    /// # Errors
+    ///
+    /// As [`CausalLm::forward`]; also what `observe` returns.
+    fn forward_observed(
+        &self,
+        batch: &Batch,
+        cache: &mut Cache,
+        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<Tensor>;
+
+    /// `hidden` `[n, H]` to logits `[n, V]`.
+    ///
+    /// # Errors
+    ///
+    /// `hidden` has another width.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
+}
+
+/// A checkpoint's configuration, of any supported family.
+#[derive(Clone, Debug)]
+pub enum Config {
+    Qwen3(qwen3::Config),
+    Qwen35(qwen3_5::Config),
+}
+
+/// What `config.json` says about a model without its weights.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// The family's name as people write it.
+    pub family: &'static str,
+    pub hidden_size: usize,
+    /// Rows of the embedding; a tokenizer may have fewer entries.
+    pub vocab_size: usize,
+    /// Longest context in tokens that the model was made for.
+    pub max_positions: usize,
+    /// End tokens that `config.json` names.
+    pub eos_token_ids: Vec<u32>,
+    /// By layer index.
+    pub cache_specs: Vec<CacheSpec>,
+}
+
+/// The values of `model_type` that [`Config::read`] takes.
+pub const SUPPORTED: &[&str] = &["qwen3", "qwen3_5", "qwen3_5_text"];
+
+impl Config {
+    /// Reads `config.json` and picks the family by `model_type`.
+    ///
+    /// # Errors
+    ///
+    /// No `config.json`, one that is not JSON, an unknown architecture, or a field with a value that the family
+    /// does not support.
+    pub fn read(checkpoint: &Checkpoint) -> Result<Self> {
+        let path = checkpoint.path("config.json");
+        let Some(bytes) = checkpoint.read("config.json")? else {
+            bail!("{}: no such file, so this is not a model folder", path.display())
+        };
+        let value: Value = match serde_json::from_slice(&bytes) {
+            Ok(value) => value,
+            Err(error) => bail!("{}: {error}", path.display()),
+        };
+        match value.get("model_type").and_then(Value::as_str) {
+            Some("qwen3") => Ok(Self::Qwen3(config::parse(checkpoint, &value)?)),
+            Some("qwen3_5" | "qwen3_5_text") => Ok(Self::Qwen35(qwen3_5::Config::parse(checkpoint, &value)?)),
+            Some(other) => {
+                bail!(
+                    "{}: model_type {other:?} is not supported, expected one of {}",
+                    path.display(),
+                    SUPPORTED.join(", ")
+                )
+            }
+            None => bail!("{}: no model_type, expected one of {}", path.display(), SUPPORTED.join(", ")),
+        }
+    }
+
+    /// What the configuration says by itself.
+    pub fn describe(&self) -> Description {
+        match self {
+            Self::Qwen3(config) => config.describe(),
+            Self::Qwen35(config) => config.describe(),
+        }
+    }
+
+    /// Reads the weights. `dtype` is that of activations and of keys and values.
+    ///
+    /// # Errors
+    ///
+    /// A tensor is missing, of another shape than the configuration says, or not used by the model; or the device
+    /// has no memory left. Messages name tensor, shape and file.
+    pub fn load(&self, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Box<dyn CausalLm>> {
+        let weights = Weights::open(checkpoint, dtype, device)?;
+        Ok(match self {
+            Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights)?),
+            Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights)?),
+        })
+    }
+}

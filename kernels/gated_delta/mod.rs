@@ -113,3 +113,18 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
         Ok(())
     }
 }
+
+/// The gates of a Gated DeltaNet layer: `g = -exp(a_log) softplus(a + dt_bias)`, `beta = sigmoid(b)`.
+///
+/// `a`, `b` `[N, Hv]` in any float dtype; `a_log`, `dt_bias` `[Hv]` in f32. Returns `g` and `beta`, f32 `[N, Hv]`.
+///
+/// # Errors
+///
+/// Shapes disagree.
+pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<(Tensor, Tensor)> {
+    let x = a.to_dtype(DType::F32)?.broadcast_add(dt_bias)?;
+    let softplus = (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+    let g = softplus.broadcast_mul(&a_log.exp()?.neg()?)?;
+    let beta = (b.to_dtype(DType::F32)?.neg()?.exp()? + 1.0)?.recip()?;
+    Ok((g, beta))
+}

@@ -1,0 +1,176 @@
+//! The device memory behind pages and slots.
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+/// What one layer keeps between steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheSpec {
+    /// Keys and values of every token, in pages.
+    KeyValue { num_kv_heads: usize, head_dim: usize },
+    /// The last `conv_width - 1` inputs of a convolution over `conv_dim` channels, and a `[value_dim, key_dim]`
+    /// state per head, in slots.
+    Recurrent { conv_dim: usize, conv_width: usize, num_heads: usize, value_dim: usize, key_dim: usize },
+    /// Nothing: the layer reads another layer's pages, or needs none.
+    None,
+}
+
+/// How much memory a cache takes, and in what form.
+#[derive(Clone, Debug)]
+pub struct CacheConfig {
+    pub num_blocks: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    pub num_slots: usize,
+    /// Of keys and values; convolution windows and states are f32.
+    pub dtype: DType,
+    pub device: Device,
+}
+
+/// Every layer's pages and slots. Blocks and slots are only numbers here: who owns them is decided elsewhere,
+/// and nothing is ever cleared, because a sequence's first step ignores what its slot and blocks hold.
+#[derive(Debug)]
+pub struct Cache {
+    layers: Vec<LayerCache>,
+    config: CacheConfig,
+}
+
+#[derive(Debug)]
+enum LayerCache {
+    KeyValue(Tensor),
+    Recurrent { conv: Tensor, state: Tensor },
+    None,
+}
+
+impl Cache {
+    /// Allocates pages `[2, num_blocks, block_size, num_kv_heads, head_dim]` and slots
+    /// `[num_slots, conv_dim, conv_width - 1]` and `[num_slots, num_heads, value_dim, key_dim]` for each layer.
+    ///
+    /// # Errors
+    ///
+    /// The device has not enough memory.
+    pub fn new(specs: &[CacheSpec], config: CacheConfig) -> Result<Self> {
+        let CacheConfig { num_blocks, block_size, num_slots, dtype, ref device } = config;
+        let layers = specs
+            .iter()
+            .map(|spec| {
+                Ok(match *spec {
+                    CacheSpec::KeyValue { num_kv_heads, head_dim } => LayerCache::KeyValue(Tensor::zeros(
+                        (2, num_blocks, block_size, num_kv_heads, head_dim),
+                        dtype,
+                        device,
+                    )?),
+                    CacheSpec::Recurrent { conv_dim, conv_width, num_heads, value_dim, key_dim } => {
+                        LayerCache::Recurrent {
+                            conv: Tensor::zeros((num_slots, conv_dim, conv_width - 1), DType::F32, device)?,
+                            state: Tensor::zeros((num_slots, num_heads, value_dim, key_dim), DType::F32, device)?,
+                        }
+                    }
+                    CacheSpec::None => LayerCache::None,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { layers, config })
+    }
+
+    /// How the cache was made.
+    pub fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    /// The pages of `layer`.
+    ///
+    /// # Errors
+    ///
+    /// The layer keeps none.
+    pub fn kv(&self, layer: usize) -> Result<&Tensor> {
+        match self.layers.get(layer) {
+            Some(LayerCache::KeyValue(kv)) => Ok(kv),
+            _ => bail!("cache: layer {layer} keeps no keys and values"),
+        }
+    }
+
+    /// The convolution windows of `layer`.
+    ///
+    /// # Errors
+    ///
+    /// The layer keeps none.
+    pub fn conv(&self, layer: usize) -> Result<&Tensor> {
+        match self.layers.get(layer) {
+            Some(LayerCache::Recurrent { conv, .. }) => Ok(conv),
+            _ => bail!("cache: layer {layer} keeps no convolution window"),
+        }
+    }
+
+    /// The recurrent states of `layer`.
+    ///
+    /// # Errors
+    ///
+    /// The layer keeps none.
+    pub fn state(&self, layer: usize) -> Result<&Tensor> {
+        match self.layers.get(layer) {
+            Some(LayerCache::Recurrent { state, .. }) => Ok(state),
+            _ => bail!("cache: layer {layer} keeps no recurrent state"),
+        }
+    }
+
+    /// Copies every layer's window and state from slot `from` to slot `to`: what a checkpoint is made of.
+    ///
+    /// # Errors
+    ///
+    /// A slot lies outside the cache.
+    pub fn copy_slot(&mut self, from: u32, to: u32) -> Result<()> {
+        for layer in &self.layers {
+            if let LayerCache::Recurrent { conv, state } = layer {
+                for tensor in [conv, state] {
+                    tensor.slice_set(&tensor.narrow(0, from as usize, 1)?.copy()?, 0, to as usize)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills everything with NaN, so that a test sees an element read before it is written.
+    ///
+    /// # Errors
+    ///
+    /// The device has not enough memory.
+    #[doc(hidden)]
+    pub fn poison(&mut self) -> Result<()> {
+        for layer in &mut self.layers {
+            let nan =
+                |tensor: &Tensor| Tensor::full(f32::NAN, tensor.shape(), tensor.device())?.to_dtype(tensor.dtype());
+            match layer {
+                LayerCache::KeyValue(kv) => *kv = nan(kv)?,
+                LayerCache::Recurrent { conv, state } => (*conv, *state) = (nan(conv)?, nan(state)?),
+                LayerCache::None => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of one block of `block_size` tokens, over all layers.
+pub fn bytes_per_block(specs: &[CacheSpec], block_size: usize, dtype: DType) -> usize {
+    let per_token: usize = specs
+        .iter()
+        .map(|spec| match spec {
+            CacheSpec::KeyValue { num_kv_heads, head_dim } => 2 * num_kv_heads * head_dim,
+            _ => 0,
+        })
+        .sum();
+    per_token * block_size * dtype.size_in_bytes()
+}
+
+/// Bytes of one slot, over all layers: f32 windows and states.
+pub fn bytes_per_slot(specs: &[CacheSpec]) -> usize {
+    let values: usize = specs
+        .iter()
+        .map(|spec| match spec {
+            CacheSpec::Recurrent { conv_dim, conv_width, num_heads, value_dim, key_dim } => {
+                conv_dim * (conv_width - 1) + num_heads * value_dim * key_dim
+            }
+            _ => 0,
+        })
+        .sum();
+    values * DType::F32.size_in_bytes()
+}

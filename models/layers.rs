@@ -1,0 +1,244 @@
+//! Layers that more than one family uses unchanged.
+
+use candle_core::{DType, Device, Result, Tensor};
+use kernels::activation::{Activation, gated_activation};
+use kernels::{Batch, linear, norm, rope};
+
+use crate::weights::Weights;
+
+/// `y = x W^T + b`, the bias optional.
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+/// Whether a checkpoint's linear layer carries a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bias {
+    Absent,
+    Present,
+}
+
+impl Linear {
+    /// A layer around `weight` `[O, I]`, without bias.
+    pub fn new(weight: Tensor) -> Self {
+        Self { weight, bias: None }
+    }
+
+    /// Reads `weight` `[output, input]`, and `bias` `[output]` where there is one.
+    ///
+    /// # Errors
+    ///
+    /// A tensor is missing or of another shape.
+    pub fn load(weights: &Weights, input: usize, output: usize, bias: Bias) -> Result<Self> {
+        Self::merged(weights, &["weight"], &["bias"], &[output], input, bias)
+    }
+
+    /// The layers `names`, which read the same input, as one whose output is theirs side by side.
+    ///
+    /// # Errors
+    ///
+    /// As [`Linear::load`].
+    pub fn side_by_side(
+        weights: &Weights,
+        names: &[&str],
+        outputs: &[usize],
+        input: usize,
+        bias: Bias,
+    ) -> Result<Self> {
+        let tensors = |kind: &str| names.iter().map(|name| format!("{name}.{kind}")).collect::<Vec<_>>();
+        let (matrices, biases) = (tensors("weight"), tensors("bias"));
+        let matrices: Vec<&str> = matrices.iter().map(String::as_str).collect();
+        let biases: Vec<&str> = biases.iter().map(String::as_str).collect();
+        Self::merged(weights, &matrices, &biases, outputs, input, bias)
+    }
+
+    fn merged(
+        weights: &Weights,
+        matrices: &[&str],
+        biases: &[&str],
+        outputs: &[usize],
+        input: usize,
+        bias: Bias,
+    ) -> Result<Self> {
+        let bias = match bias {
+            Bias::Absent => None,
+            Bias::Present => {
+                let parts = biases
+                    .iter()
+                    .zip(outputs)
+                    .map(|(name, &output)| weights.f32(name, &[output]))
+                    .collect::<Result<Vec<_>>>()?;
+                Some(Tensor::cat(&parts, 0)?.to_dtype(weights.dtype())?)
+            }
+        };
+        Ok(Self { weight: weights.stacked(matrices, outputs, input)?, bias })
+    }
+
+    /// `x` `[N, I]` to `[N, O]`.
+    ///
+    /// # Errors
+    ///
+    /// `x` has another width.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = linear::linear(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+/// Token embedding `[V, H]`.
+pub struct Embedding {
+    weight: Tensor,
+    dtype: DType,
+}
+
+impl Embedding {
+    /// Reads `weight` `[vocab_size, hidden_size]`.
+    ///
+    /// # Errors
+    ///
+    /// The tensor is missing or of another shape.
+    pub fn load(weights: &Weights, vocab_size: usize, hidden_size: usize) -> Result<Self> {
+        Ok(Self { weight: weights.matrix("weight", [vocab_size, hidden_size])?, dtype: weights.dtype() })
+    }
+
+    /// `tokens` `[N]` to `[N, H]` in the activations' dtype.
+    ///
+    /// # Errors
+    ///
+    /// On the CPU, a token beyond the vocabulary.
+    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        self.weight.index_select(tokens, 0)?.to_dtype(self.dtype)
+    }
+
+    /// The same matrix as the output projection of a tied model.
+    pub fn tied_head(&self) -> Linear {
+        Linear::new(self.weight.clone())
+    }
+}
+
+/// RMS normalisation with a factor per channel, kept in f32.
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Reads `weight` `[size]`, stored as the factor itself.
+    ///
+    /// # Errors
+    ///
+    /// The tensor is missing or of another shape.
+    pub fn load(weights: &Weights, size: usize, eps: f64) -> Result<Self> {
+        Ok(Self { weight: weights.f32("weight", &[size])?, eps })
+    }
+
+    /// Reads `weight` `[size]`, stored as the factor minus one.
+    ///
+    /// # Errors
+    ///
+    /// As [`RmsNorm::load`].
+    pub fn load_zero_centred(weights: &Weights, size: usize, eps: f64) -> Result<Self> {
+        Ok(Self { weight: (weights.f32("weight", &[size])? + 1.0)?, eps })
+    }
+
+    /// Normalises over the last dimension.
+    ///
+    /// # Errors
+    ///
+    /// `x` has another width.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        norm::rms_norm(x, &self.weight, self.eps)
+    }
+
+    /// Normalises, then multiplies by `silu(gate)`.
+    ///
+    /// # Errors
+    ///
+    /// `x` has another width, or `gate` another shape.
+    pub fn forward_gated(&self, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+        norm::rms_norm_gated(x, gate, &self.weight, self.eps)
+    }
+}
+
+/// Rotary frequencies of a model, and a step's angles made from them.
+pub struct RotaryEmbedding {
+    /// `[1, R / 2]` f32, radians per position.
+    inv_freq: Tensor,
+}
+
+impl RotaryEmbedding {
+    /// `theta^(-2 i / rotary_dim)` for each of the `rotary_dim / 2` pairs of the head's leading part.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory left.
+    pub fn new(theta: f64, rotary_dim: usize, device: &Device) -> Result<Self> {
+        let half = rotary_dim / 2;
+        let inv_freq: Vec<f32> = (0..half).map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64) as f32).collect();
+        Ok(Self { inv_freq: Tensor::from_vec(inv_freq, (1, half), device)? })
+    }
+
+    /// The rotations of the step's tokens, made once and shared by all layers.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory left.
+    pub fn rotations(&self, batch: &Batch) -> Result<Rotations> {
+        let positions = batch.positions.to_dtype(DType::F32)?.unsqueeze(1)?;
+        let angles = positions.broadcast_mul(&self.inv_freq)?;
+        Ok(Rotations { cos: angles.cos()?, sin: angles.sin()? })
+    }
+}
+
+/// Cosines and sines `[N, R / 2]` of a step's tokens.
+pub struct Rotations {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rotations {
+    /// Rotates the leading part of every head of `x` `[N, heads, D]`.
+    ///
+    /// # Errors
+    ///
+    /// `x` has another number of tokens, or heads smaller than the rotation.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        rope::rope(x, &self.cos, &self.sin)
+    }
+}
+
+/// `down(act(gate(x)) * up(x))`.
+pub struct GatedMlp {
+    gate_up_proj: Linear,
+    down_proj: Linear,
+    activation: Activation,
+}
+
+impl GatedMlp {
+    /// Reads `gate_proj`, `up_proj` `[intermediate, hidden]` and `down_proj` `[hidden, intermediate]`.
+    ///
+    /// # Errors
+    ///
+    /// A tensor is missing or of another shape.
+    pub fn load(weights: &Weights, hidden: usize, intermediate: usize, activation: Activation) -> Result<Self> {
+        let names = ["gate_proj", "up_proj"];
+        Ok(Self {
+            gate_up_proj: Linear::side_by_side(weights, &names, &[intermediate; 2], hidden, Bias::Absent)?,
+            down_proj: Linear::load(&weights.pp("down_proj"), intermediate, hidden, Bias::Absent)?,
+            activation,
+        })
+    }
+
+    /// `x` `[N, H]` to `[N, H]`.
+    ///
+    /// # Errors
+    ///
+    /// `x` has another width.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.down_proj.forward(&gated_activation(&self.gate_up_proj.forward(x)?, self.activation)?)
+    }
+}

@@ -1,0 +1,228 @@
+//! Qwen3, dense: grouped-query attention with a norm on queries and keys, gated SiLU MLP.
+//!
+//! Follows transformers 5.23.0 `models/qwen3/modeling_qwen3.py`. Checked against it on random checkpoints of every
+//! layout that `tests/fixtures` describes: tied and untied, biased, multi-query, with a redundant head.
+
+use candle_core::{Result, Tensor, bail};
+use kernels::Batch;
+use kernels::activation::Activation;
+use kernels::attention::{AttentionParams, paged_attention, write_kv};
+use serde::Deserialize;
+
+use crate::cache::{Cache, CacheSpec};
+use crate::config::{self, HiddenAct, RopeParameters};
+use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
+use crate::weights::{Ignored, Weights};
+use crate::{CausalLm, Description};
+
+/// `config.json`, with its names.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Config {
+    #[serde(deserialize_with = "config::size")]
+    vocab_size: usize,
+    #[serde(deserialize_with = "config::size")]
+    hidden_size: usize,
+    #[serde(deserialize_with = "config::size")]
+    intermediate_size: usize,
+    #[serde(deserialize_with = "config::size")]
+    num_hidden_layers: usize,
+    #[serde(deserialize_with = "config::size")]
+    num_attention_heads: usize,
+    #[serde(default, deserialize_with = "config::optional_size")]
+    num_key_value_heads: Option<usize>,
+    #[serde(default, deserialize_with = "config::optional_size")]
+    head_dim: Option<usize>,
+    #[serde(deserialize_with = "config::size")]
+    max_position_embeddings: usize,
+    #[serde(default = "config::default_eps", deserialize_with = "config::positive")]
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<RopeParameters>,
+    rope_parameters: Option<RopeParameters>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default, rename = "use_sliding_window", deserialize_with = "config::only_false")]
+    _use_sliding_window: (),
+    #[serde(default, rename = "hidden_act")]
+    _hidden_act: HiddenAct,
+    #[serde(default, deserialize_with = "config::token_ids")]
+    eos_token_id: Vec<u32>,
+}
+
+impl Config {
+    pub(crate) fn describe(&self) -> Description {
+        Description {
+            family: "Qwen3",
+            hidden_size: self.hidden_size,
+            vocab_size: self.vocab_size,
+            max_positions: self.max_position_embeddings,
+            eos_token_ids: self.eos_token_id.clone(),
+            cache_specs: vec![self.cache_spec(); self.num_hidden_layers],
+        }
+    }
+
+    fn cache_spec(&self) -> CacheSpec {
+        CacheSpec::KeyValue { num_kv_heads: self.num_kv_heads(), head_dim: self.head_dim() }
+    }
+
+    fn num_kv_heads(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(128)
+    }
+
+    fn rope_theta(&self) -> Result<f64> {
+        let parameters = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        match parameters.and_then(|parameters| parameters.rope_theta).or(self.rope_theta) {
+            Some(theta) if theta > 0.0 => Ok(theta),
+            Some(theta) => bail!("qwen3: rope_theta is {theta}, expected a positive number"),
+            None => bail!("qwen3: neither rope_theta nor rope_parameters.rope_theta in config.json"),
+        }
+    }
+}
+
+/// Qwen3 with its language modelling head.
+pub struct Qwen3 {
+    embed_tokens: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rotary: RotaryEmbedding,
+    cache_spec: CacheSpec,
+}
+
+impl Qwen3 {
+    /// Reads the weights that `config` describes.
+    ///
+    /// # Errors
+    ///
+    /// A tensor is missing, of another shape, or not used by the model.
+    pub fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        if config.num_attention_heads % config.num_kv_heads() != 0 || config.head_dim() % 2 != 0 {
+            bail!(
+                "qwen3: {} attention heads, {} key and value heads, head_dim {}: expected a multiple, and an even size",
+                config.num_attention_heads,
+                config.num_kv_heads(),
+                config.head_dim()
+            )
+        }
+        let model = weights.pp("model");
+        let embed_tokens = Embedding::load(&model.pp("embed_tokens"), config.vocab_size, config.hidden_size)?;
+        let lm_head = if config.tie_word_embeddings {
+            embed_tokens.tied_head()
+        } else {
+            Linear::load(&weights.pp("lm_head"), config.hidden_size, config.vocab_size, Bias::Absent)?
+        };
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| DecoderLayer::load(config, layer, &model.pp("layers").pp(layer)))
+            .collect::<Result<_>>()?;
+        let norm = RmsNorm::load(&model.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
+        weights.finish(if config.tie_word_embeddings { &[Ignored::TIED_HEAD] } else { &[] })?;
+        let rotary = RotaryEmbedding::new(config.rope_theta()?, config.head_dim(), weights.device())?;
+        Ok(Self { embed_tokens, layers, norm, lm_head, rotary, cache_spec: config.cache_spec() })
+    }
+}
+
+impl CausalLm for Qwen3 {
+    fn cache_specs(&self) -> Vec<CacheSpec> {
+        vec![self.cache_spec; self.layers.len()]
+    }
+
+    fn forward_observed(
+        &self,
+        batch: &Batch,
+        cache: &mut Cache,
+        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        let rotations = self.rotary.rotations(batch)?;
+        let mut x = self.embed_tokens.forward(&batch.tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            observe(index, &x)?;
+            x = layer.forward(&x, &rotations, batch, cache)?;
+        }
+        let x = self.norm.forward(&x)?;
+        observe(self.layers.len(), &x)?;
+        Ok(x)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(hidden)
+    }
+}
+
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: GatedMlp,
+}
+
+impl DecoderLayer {
+    fn load(config: &Config, layer: usize, weights: &Weights) -> Result<Self> {
+        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: RmsNorm::load(&weights.pp("input_layernorm"), hidden, eps)?,
+            self_attn: Attention::load(config, layer, &weights.pp("self_attn"))?,
+            post_attention_layernorm: RmsNorm::load(&weights.pp("post_attention_layernorm"), hidden, eps)?,
+            mlp: GatedMlp::load(&weights.pp("mlp"), hidden, config.intermediate_size, Activation::Silu)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+        let mixed = self.self_attn.forward(&self.input_layernorm.forward(x)?, rotations, batch, cache)?;
+        let x = (x + mixed)?;
+        let y = self.mlp.forward(&self.post_attention_layernorm.forward(&x)?)?;
+        x + y
+    }
+}
+
+struct Attention {
+    qkv_proj: Linear,
+    o_proj: Linear,
+    q_norm: RmsNorm,
+    k_norm: RmsNorm,
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    layer: usize,
+}
+
+impl Attention {
+    fn load(config: &Config, layer: usize, weights: &Weights) -> Result<Self> {
+        let (num_heads, num_kv_heads, head_dim) =
+            (config.num_attention_heads, config.num_kv_heads(), config.head_dim());
+        let bias = if config.attention_bias { Bias::Present } else { Bias::Absent };
+        let (query, key) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let names = ["q_proj", "k_proj", "v_proj"];
+        Ok(Self {
+            qkv_proj: Linear::side_by_side(weights, &names, &[query, key, key], config.hidden_size, bias)?,
+            o_proj: Linear::load(&weights.pp("o_proj"), query, config.hidden_size, bias)?,
+            q_norm: RmsNorm::load(&weights.pp("q_norm"), head_dim, config.rms_norm_eps)?,
+            k_norm: RmsNorm::load(&weights.pp("k_norm"), head_dim, config.rms_norm_eps)?,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            layer,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+        let qkv = self.qkv_proj.forward(x)?;
+        let heads = |start: usize, count: usize| {
+            qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))
+        };
+        let q = heads(0, self.num_heads)?;
+        let k = heads(self.num_heads, self.num_kv_heads)?;
+        let v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
+        let q = rotations.apply(&self.q_norm.forward(&q)?)?;
+        let k = rotations.apply(&self.k_norm.forward(&k)?)?;
+        let kv = cache.kv(self.layer)?;
+        write_kv(kv, &k, &v, batch)?;
+        let params = AttentionParams::causal((self.head_dim as f32).powf(-0.5));
+        self.o_proj.forward(&paged_attention(&q, kv, batch, params)?.flatten_from(1)?)
+    }
+}

@@ -1,0 +1,366 @@
+//! A checkpoint's tensors by name, straight from memory-mapped safetensors.
+//!
+//! Families read tensors through [`Weights`], which knows the prefix it stands at, converts once on the way to
+//! the device, and remembers what was read: [`Weights::finish`] refuses a checkpoint that holds anything nobody
+//! asked for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use half::{bf16, f16};
+use memmap2::{Mmap, UncheckedAdvice};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use safetensors::tensor::{SafeTensors, TensorInfo};
+use serde::Deserialize;
+
+use crate::checkpoint::Checkpoint;
+
+/// The tensors of a checkpoint below a prefix.
+#[derive(Clone)]
+pub struct Weights {
+    tensors: Arc<Tensors>,
+    prefix: String,
+    dtype: DType,
+    device: Device,
+}
+
+impl Weights {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names. `dtype` is that of
+    /// the activations; see [`Weights::matrix`] for what it means for weights.
+    ///
+    /// # Errors
+    ///
+    /// No weights, a file that is not safetensors, is truncated or has overlapping tensors, a tensor that two
+    /// shards hold or that the index names and no shard holds.
+    pub fn open(checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
+        let tensors = Arc::new(Tensors::open(checkpoint)?);
+        Ok(Self { tensors, prefix: String::new(), dtype, device: device.clone() })
+    }
+
+    /// The tensors whose names begin with this prefix, a dot and `name`.
+    pub fn pp(&self, name: impl std::fmt::Display) -> Self {
+        Self { prefix: self.name(name), ..self.clone() }
+    }
+
+    /// The dtype of the activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device that tensors are read to.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Whether the checkpoint holds this tensor.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.entries.contains_key(&self.name(name))
+    }
+
+    /// A matrix of a product or an embedding. On the CPU it stays in the dtype it is stored in, unless that is
+    /// wider than the activations': products widen it exactly. Elsewhere it takes the activations' dtype.
+    ///
+    /// # Errors
+    ///
+    /// The tensor is missing, of another shape, or not f32, f16 or bf16.
+    pub fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Tensor> {
+        self.stacked(&[name], &[shape[0]], shape[1])
+    }
+
+    /// The matrices `names`, of `rows[i]` rows and `columns` columns each, one below the other: `[sum(rows), columns]`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Weights::matrix`]; also if the matrices are stored in different dtypes.
+    pub fn stacked(&self, names: &[&str], rows: &[usize], columns: usize) -> Result<Tensor> {
+        let entries = names
+            .iter()
+            .zip(rows)
+            .map(|(name, &rows)| self.entry(name, &[rows, columns]))
+            .collect::<Result<Vec<_>>>()?;
+        let stored = entries[0].dtype;
+        if let Some(other) = entries.iter().find(|entry| entry.dtype != stored) {
+            bail!(
+                "{}: {} is {:?}, expected {stored:?} like {}",
+                other.path.display(),
+                other.name,
+                other.dtype,
+                names[0]
+            )
+        }
+        let parts: Vec<&[u8]> = entries.iter().map(|entry| entry.bytes).collect();
+        let shape = (rows.iter().sum::<usize>(), columns);
+        let tensor = match stored {
+            Dtype::F32 => Tensor::from_vec(decode(&parts, f32::from_le_bytes), shape, &self.device)?,
+            Dtype::F16 => Tensor::from_vec(decode(&parts, f16::from_le_bytes), shape, &self.device)?,
+            Dtype::BF16 => Tensor::from_vec(decode(&parts, bf16::from_le_bytes), shape, &self.device)?,
+            _ => bail!("{}: {} is {stored:?}, expected f32, f16 or bf16", entries[0].path.display(), entries[0].name),
+        };
+        entries.iter().for_each(Entry::release);
+        let keep = self.device.is_cpu() && tensor.dtype().size_in_bytes() <= self.dtype.size_in_bytes();
+        if keep { Ok(tensor) } else { tensor.to_dtype(self.dtype) }
+    }
+
+    /// A small tensor that enters the computation in f32 whatever it is stored in: a norm's weight, a decay.
+    ///
+    /// # Errors
+    ///
+    /// As [`Weights::matrix`].
+    pub fn f32(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let entry = self.entry(name, shape)?;
+        let parts = [entry.bytes];
+        let values = match entry.dtype {
+            Dtype::F32 => decode(&parts, f32::from_le_bytes),
+            Dtype::F16 => decode(&parts, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => decode(&parts, |b| bf16::from_le_bytes(b).to_f32()),
+            other => bail!("{}: {} is {other:?}, expected f32, f16 or bf16", entry.path.display(), entry.name),
+        };
+        Tensor::from_vec(values, shape, &self.device)
+    }
+
+    /// Refuses a checkpoint that holds a tensor which was not read and whose name begins with none of `ignored`.
+    ///
+    /// # Errors
+    ///
+    /// Names up to three such tensors, with shape and file.
+    pub fn finish(&self, ignored: &[Ignored]) -> Result<()> {
+        let unread = self.tensors.unread.lock().unwrap_or_else(PoisonError::into_inner);
+        let left: Vec<&String> =
+            unread.iter().filter(|name| !ignored.iter().any(|i| name.starts_with(i.prefix))).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let shown: Vec<String> = left
+            .iter()
+            .take(3)
+            .map(|name| {
+                let (file, info) = &self.tensors.entries[*name];
+                format!("{name} {:?} in {}", info.shape, self.tensors.files[*file].path.display())
+            })
+            .collect();
+        let more = if left.len() > shown.len() { ", .." } else { "" };
+        bail!("{} tensors that the model does not use: {}{more}", left.len(), shown.join(", "))
+    }
+
+    fn name(&self, name: impl std::fmt::Display) -> String {
+        if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<Entry<'_>> {
+        let name = self.name(name);
+        let Some((file, info)) = self.tensors.entries.get(&name) else {
+            bail!("{}: no tensor {name}, expected {shape:?}", self.tensors.files[0].path.display())
+        };
+        let file = &self.tensors.files[*file];
+        if info.shape != shape {
+            bail!("{}: {name} is {:?}, expected {shape:?}", file.path.display(), info.shape)
+        }
+        self.tensors.unread.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+        let (start, end) = info.data_offsets;
+        let range = file.data + start..file.data + end;
+        Ok(Entry { path: &file.path, name, dtype: info.dtype, bytes: &file.bytes()[range.clone()], range, file })
+    }
+}
+
+/// Tensors that a family leaves in the checkpoint, and why.
+#[derive(Clone, Copy, Debug)]
+pub struct Ignored {
+    /// Beginning of the tensors' names.
+    pub prefix: &'static str,
+    /// Why the model does without them.
+    pub reason: &'static str,
+}
+
+impl Ignored {
+    /// Some tied checkpoints store the head all the same.
+    pub const TIED_HEAD: Self = Self { prefix: "lm_head.weight", reason: "a copy of the tied embedding" };
+}
+
+struct Entry<'a> {
+    path: &'a Path,
+    name: String,
+    dtype: Dtype,
+    bytes: &'a [u8],
+    range: std::ops::Range<usize>,
+    file: &'a WeightFile,
+}
+
+impl Entry<'_> {
+    /// Drops the mapped pages from this process: the tensor has its own copy now, and resident memory would
+    /// otherwise grow to twice the weights.
+    fn release(&self) {
+        if let Bytes::Mapped(map) = &self.file.bytes {
+            // SAFETY: the mapping is read-only and backed by the file, so pages that are dropped are read again.
+            let advice =
+                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, self.range.start, self.range.len()) };
+            let _ = advice; // advice only: without it memory stays higher
+        }
+    }
+}
+
+/// The elements of `parts`, one after the other, converted in parallel.
+fn decode<T: WithDType + Send, const SIZE: usize>(parts: &[&[u8]], element: impl Fn([u8; SIZE]) -> T + Sync) -> Vec<T> {
+    const CHUNK: usize = 1 << 18;
+    let len = parts.iter().map(|part| part.len() / SIZE).sum();
+    let mut values: Vec<T> = Vec::with_capacity(len);
+    let mut rest = &mut values.spare_capacity_mut()[..len];
+    for part in parts {
+        let (head, tail) = rest.split_at_mut(part.len() / SIZE);
+        rest = tail;
+        head.par_chunks_mut(CHUNK).zip(part.par_chunks(CHUNK * SIZE)).for_each(|(values, bytes)| {
+            for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<SIZE>().0) {
+                value.write(element(*bytes));
+            }
+        });
+    }
+    // SAFETY: the loop above wrote each of the first `len` elements: every part fills its own share of them.
+    unsafe { values.set_len(len) };
+    values
+}
+
+/// Every tensor of a checkpoint's files.
+struct Tensors {
+    files: Vec<WeightFile>,
+    entries: BTreeMap<String, (usize, TensorInfo)>,
+    unread: Mutex<BTreeSet<String>>,
+}
+
+impl Tensors {
+    fn open(checkpoint: &Checkpoint) -> Result<Self> {
+        let (names, index) = weight_files(checkpoint)?;
+        let mut files = Vec::with_capacity(names.len());
+        let mut entries = BTreeMap::new();
+        for name in &names {
+            let (file, tensors) = WeightFile::open(checkpoint, name)?;
+            for (tensor, info) in tensors {
+                if let Some((other, _)) = entries.insert(tensor.clone(), (files.len(), info)) {
+                    let other: &WeightFile = &files[other];
+                    bail!("{}: {tensor} is also in {}", file.path.display(), other.path.display())
+                }
+            }
+            files.push(file);
+        }
+        if let Some((tensor, file)) = index.iter().find(|(tensor, _)| !entries.contains_key(*tensor)) {
+            bail!("{}: {tensor} is in the index but not in {file}", checkpoint.path(INDEX).display())
+        }
+        let unread = Mutex::new(entries.keys().cloned().collect());
+        Ok(Self { files, entries, unread })
+    }
+}
+
+/// Names, shapes and bytes of a checkpoint's tensors, read from the headers alone.
+///
+/// # Errors
+///
+/// As [`Weights::open`].
+pub fn tensor_sizes(checkpoint: &Checkpoint) -> Result<Vec<TensorSize>> {
+    let tensors = Tensors::open(checkpoint)?;
+    Ok(tensors.entries.into_iter().map(|(name, (_, info))| TensorSize::new(name, &info)).collect())
+}
+
+/// Name, shape and size of a stored tensor.
+#[derive(Clone, Debug)]
+pub struct TensorSize {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub bytes: usize,
+}
+
+impl TensorSize {
+    fn new(name: String, info: &TensorInfo) -> Self {
+        Self { name, shape: info.shape.clone(), bytes: info.data_offsets.1 - info.data_offsets.0 }
+    }
+}
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The weight files of a checkpoint, and the index's entries if it has one.
+fn weight_files(checkpoint: &Checkpoint) -> Result<(Vec<String>, BTreeMap<String, String>)> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let Some(bytes) = checkpoint.read(INDEX)? else {
+        return Ok((vec![SINGLE.to_string()], BTreeMap::new()));
+    };
+    let path = checkpoint.path(INDEX);
+    let index: Index = match serde_json::from_slice(&bytes) {
+        Ok(index) => index,
+        Err(error) => bail!("{}: {error}", path.display()),
+    };
+    let files: BTreeSet<&String> = index.weight_map.values().collect();
+    if let Some(file) = files.iter().find(|file| Path::new(file).components().count() != 1 || file.starts_with('.')) {
+        bail!("{}: {file:?} is not a file name", path.display())
+    }
+    if files.is_empty() {
+        bail!("{}: the index names no tensors", path.display())
+    }
+    let files = files.into_iter().cloned().collect();
+    Ok((files, index.weight_map))
+}
+
+struct WeightFile {
+    path: PathBuf,
+    bytes: Bytes,
+    /// Where tensor data begins.
+    data: usize,
+}
+
+enum Bytes {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+impl WeightFile {
+    fn open(checkpoint: &Checkpoint, name: &str) -> Result<(Self, Vec<(String, TensorInfo)>)> {
+        let path = checkpoint.path(name);
+        let bytes = match checkpoint {
+            Checkpoint::Folder(_) => map(&path)?,
+            Checkpoint::Memory(..) => match checkpoint.in_memory(name) {
+                Some(bytes) => Bytes::Static(bytes),
+                None => bail!("{}: no such file", path.display()),
+            },
+        };
+        let mut file = Self { path, bytes, data: 0 };
+        let (header, metadata) = match SafeTensors::read_metadata(file.bytes()) {
+            Ok(parsed) => parsed,
+            Err(error) => bail!("{}: not a safetensors file, or cut short: {error}", file.path.display()),
+        };
+        file.data = header + 8;
+        let tensors: Vec<(String, TensorInfo)> =
+            metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
+        let end = tensors.iter().map(|(_, info)| info.data_offsets.1).max().unwrap_or(0);
+        let available = file.bytes().len() - file.data;
+        if end != available {
+            bail!(
+                "{}: {available} bytes of tensor data, the header says {end}: cut short or damaged",
+                file.path.display()
+            )
+        }
+        Ok((file, tensors))
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped(map) => map,
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+fn map(path: &Path) -> Result<Bytes> {
+    let mapped = File::open(path).and_then(|file| {
+        // SAFETY: weights are read-only by convention of every checkpoint; a file that another process cuts
+        // short while it is mapped ends this one with a bus error, which no reader of a mapping can prevent.
+        unsafe { Mmap::map(&file) }
+    });
+    match mapped {
+        Ok(map) => Ok(Bytes::Mapped(map)),
+        Err(error) => bail!("{}: {error}", path.display()),
+    }
+}
