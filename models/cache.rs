@@ -129,6 +129,20 @@ impl Cache {
         Ok(())
     }
 
+    /// Copies every layer's keys and values from block `from` to block `to`.
+    ///
+    /// # Errors
+    ///
+    /// A block lies outside the cache.
+    pub fn copy_block(&mut self, from: u32, to: u32) -> Result<()> {
+        for layer in &self.layers {
+            if let LayerCache::KeyValue(kv) = layer {
+                kv.slice_set(&kv.narrow(1, from as usize, 1)?.force_contiguous()?, 1, to as usize)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Fills everything with NaN, so that a test sees an element read before it is written.
     ///
     /// # Errors

@@ -1,11 +1,20 @@
 //! Taper runs Qwen3, Qwen3.5, Gemma 4 E2B and bge-m3 on your own machine.
 
+mod blocks;
 mod chat_template;
+mod device;
+mod engine;
 mod error;
 pub mod hub;
 mod message;
+mod prefix_cache;
 mod reply;
 mod sampler;
+mod scheduler;
+mod sequence;
 mod tokenizer;
 
+pub use engine::{Engine, EngineOptions, FinishReason, ModelLimits, Output, Request, Stats, Token};
 pub use error::{Error, Result};
+pub use sampler::{Logprobs, SamplingParams};
+pub use sequence::{Reuse, SequenceId, Shortfall};

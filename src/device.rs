@@ -1,0 +1,62 @@
+//! Which device and dtype a model runs with, and how much memory there is.
+
+use candle_core::{DType, Device};
+
+use crate::{Error, Result};
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// An accelerator that this build and machine have, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+impl DeviceChoice {
+    /// Opens the device.
+    ///
+    /// # Errors
+    ///
+    /// The device was asked for by name and this build or machine does not have it.
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Auto => Ok(cuda().or_else(|_| metal()).unwrap_or(Device::Cpu)),
+            Self::Cuda => cuda(),
+            Self::Metal => metal(),
+        }
+    }
+}
+
+/// The dtype of activations that suits a device: on the CPU all arithmetic is f32 anyway.
+pub fn default_dtype(device: &Device) -> DType {
+    if device.is_cpu() { DType::F32 } else { DType::BF16 }
+}
+
+/// Bytes of memory that this process can still have; 4 GiB where the system does not say.
+pub fn available_memory() -> usize {
+    const UNKNOWN: u64 = 4 << 30;
+    let available = sysinfo::System::new().map_or(UNKNOWN, |mut system| {
+        system.refresh_memory();
+        let container = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
+        system.available_memory().min(container)
+    });
+    available as usize
+}
+
+fn cuda() -> Result<Device> {
+    #[cfg(feature = "cuda")]
+    return Device::new_cuda_with_stream(0).map_err(|error| Error::Request(format!("no CUDA device: {error}")));
+    #[cfg(not(feature = "cuda"))]
+    Err(Error::Request("this build has no CUDA: build it with --features cuda".into()))
+}
+
+fn metal() -> Result<Device> {
+    #[cfg(feature = "metal")]
+    return Device::new_metal(0).map_err(|error| Error::Request(format!("no Metal device: {error}")));
+    #[cfg(not(feature = "metal"))]
+    Err(Error::Request("this build has no Metal: build it with --features metal".into()))
+}

@@ -1,0 +1,376 @@
+//! The engine: requests in, a step at a time, tokens out.
+//!
+//! A step asks the scheduler what runs, makes the copies that prefix reuse needs, runs one forward pass over prompt
+//! chunks and decoding sequences alike, and samples where a sequence's last token has run. Everything else (streaming,
+//! conversations, many prompts at once) is a loop over [`Engine::step`].
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use kernels::{Batch, Segment};
+use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
+
+use crate::device::available_memory;
+use crate::sampler::{Logprobs, Sampler, SamplingParams};
+use crate::scheduler::{Copy, Limits, Plan, Scheduler};
+use crate::sequence::{Reuse, Sequence, SequenceId};
+use crate::{Error, Result};
+
+/// How an engine shares its memory and its steps. The defaults suit one person at one machine.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Sequences that run at the same time; further requests wait. Default 8.
+    pub max_sequences: usize,
+    /// Tokens that a step runs at most, over all sequences. Default 512.
+    pub max_tokens_per_step: usize,
+    /// Tokens per block of keys and values. Default 32.
+    pub block_size: usize,
+    /// Bytes for keys, values, states and checkpoints together. Default: half of the free memory.
+    pub memory: Option<usize>,
+    /// Longest sequence in tokens, if shorter than what the model allows.
+    pub max_context: Option<usize>,
+    /// Checkpoints of recurrent state that are kept for later prompts, memory permitting. Default 24.
+    pub max_checkpoints: usize,
+    /// Tokens of prompt between two checkpoints. Default 2048.
+    pub checkpoint_interval: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            max_sequences: 8,
+            max_tokens_per_step: 512,
+            block_size: 32,
+            memory: None,
+            max_context: None,
+            max_checkpoints: 24,
+            checkpoint_interval: 2048,
+        }
+    }
+}
+
+/// What an engine must know of a model beside its weights.
+#[derive(Clone, Debug)]
+pub struct ModelLimits {
+    /// Rows of the embedding: no prompt token lies beyond.
+    pub vocab_size: usize,
+    /// Tokens that may be sampled: the tokenizer's, without the rows that pad the embedding.
+    pub sampled_vocab: usize,
+    /// Longest context in tokens.
+    pub max_positions: usize,
+    /// A reply ends after one of these.
+    pub stop_ids: Vec<u32>,
+}
+
+/// A prompt, and how to go on from it.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    pub prompt: Vec<u32>,
+    /// Leading tokens of the prompt that the next prompt is likely to share; 0 if unknown. See [`Engine`].
+    pub stable_len: usize,
+    pub params: SamplingParams,
+}
+
+/// What a step produced for one request.
+#[derive(Debug)]
+pub struct Output {
+    pub id: SequenceId,
+    /// The next token, or why the request ended without one.
+    pub token: Result<Token>,
+}
+
+/// One generated token.
+#[derive(Clone, Debug)]
+pub struct Token {
+    pub id: u32,
+    pub logprobs: Option<Logprobs>,
+    /// Present with the last token.
+    pub finish: Option<FinishReason>,
+    /// How much of the prompt came from the cache.
+    pub reuse: Reuse,
+}
+
+/// Why a reply ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model said so, with one of its end tokens.
+    Stop,
+    /// The request's `max_tokens` or the context's end was reached.
+    Length,
+}
+
+/// What an engine holds and does at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stats {
+    pub waiting: usize,
+    pub running: usize,
+    /// Blocks that nothing holds.
+    pub free_blocks: usize,
+    /// Blocks that later prompts may reuse.
+    pub cached_blocks: usize,
+    pub num_blocks: usize,
+    /// Checkpoints of recurrent state.
+    pub checkpoints: usize,
+}
+
+/// Runs requests on one model.
+///
+/// # Prefix reuse
+///
+/// What a sequence computed stays in the cache until its memory is needed. A new prompt shares the blocks of the
+/// longest prefix that the cache knows. A recurrent state cannot be cut back, so models with recurrent layers resume
+/// at checkpoints of it: where an earlier sequence ended, every `checkpoint_interval` tokens of a prompt, and at a
+/// request's `stable_len`. On the CPU a reply is the same to the bit whether its prefix came from the cache or not.
+pub struct Engine {
+    model: Box<dyn CausalLm>,
+    cache: Cache,
+    limits: ModelLimits,
+    scheduler: Scheduler,
+    requests: HashMap<SequenceId, Active>,
+    max_context: usize,
+    next_id: u64,
+}
+
+struct Active {
+    sampler: Sampler,
+    max_tokens: usize,
+    ignore_eos: bool,
+}
+
+impl Engine {
+    /// An engine around a loaded model. `dtype` is that of keys and values.
+    ///
+    /// # Errors
+    ///
+    /// An option is zero, or the memory does not hold a single block and slot.
+    pub fn new(
+        model: Box<dyn CausalLm>,
+        limits: ModelLimits,
+        dtype: DType,
+        device: &Device,
+        options: &EngineOptions,
+    ) -> Result<Self> {
+        let specs = model.cache_specs();
+        let sizes = Sizes::plan(&specs, &limits, dtype, options)?;
+        let scheduler = Scheduler::new(sizes.limits);
+        let config = CacheConfig {
+            num_blocks: sizes.limits.num_blocks,
+            block_size: options.block_size,
+            num_slots: sizes.limits.num_slots,
+            dtype,
+            device: device.clone(),
+        };
+        let cache = Cache::new(&specs, config)?;
+        let max_context = sizes.max_context.min(scheduler.capacity());
+        Ok(Self { model, cache, limits, scheduler, requests: HashMap::new(), max_context, next_id: 0 })
+    }
+
+    /// Longest sequence in tokens, prompt and reply together.
+    pub fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    /// What the engine must know of its model.
+    pub fn limits(&self) -> &ModelLimits {
+        &self.limits
+    }
+
+    /// Queues a request.
+    ///
+    /// # Errors
+    ///
+    /// An empty prompt, one that leaves no room for a reply, a token that the model does not have, or a sampling
+    /// parameter out of range.
+    pub fn add(&mut self, request: Request) -> Result<SequenceId> {
+        let Request { prompt, stable_len, params } = request;
+        if prompt.is_empty() {
+            return Err(Error::Request("the prompt is empty".into()));
+        }
+        if prompt.len() >= self.max_context {
+            return Err(Error::Request(format!(
+                "the prompt has {} tokens, and a context of {} must hold it and a reply: {}",
+                prompt.len(),
+                self.max_context,
+                if self.max_context < self.limits.max_positions { "give the cache more memory, or shorten it" } else { "shorten it" }
+            )));
+        }
+        if let Some(token) = prompt.iter().find(|&&token| token as usize >= self.limits.vocab_size) {
+            return Err(Error::Request(format!(
+                "token {token} in the prompt, the model has {} of them",
+                self.limits.vocab_size
+            )));
+        }
+        let (max_tokens, ignore_eos) = (params.max_tokens, params.ignore_eos);
+        let sampler = Sampler::new(params, &prompt, self.limits.sampled_vocab)?;
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let stable_len = stable_len.min(prompt.len());
+        self.scheduler.add(Sequence::new(id, prompt, stable_len));
+        self.requests.insert(id, Active { sampler, max_tokens, ignore_eos });
+        Ok(id)
+    }
+
+    /// Ends a request without further output. Returns whether it was still there.
+    pub fn cancel(&mut self, id: SequenceId) -> bool {
+        self.requests.remove(&id);
+        self.scheduler.cancel(id)
+    }
+
+    /// Whether there is nothing left to do.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// What the engine holds and does now.
+    pub fn stats(&self) -> Stats {
+        let (waiting, running) = self.scheduler.queue();
+        let (free_blocks, cached_blocks, num_blocks, checkpoints) = self.scheduler.usage();
+        Stats { waiting, running, free_blocks, cached_blocks, num_blocks, checkpoints }
+    }
+
+    /// Runs one step. The result holds a token for each sequence that has one now: none for a prompt still under way.
+    ///
+    /// # Errors
+    ///
+    /// The computation failed; every request it ran is cancelled.
+    pub fn step(&mut self) -> Result<Vec<Output>> {
+        let plan = self.scheduler.plan();
+        match self.run(&plan) {
+            Ok(outputs) => Ok(outputs),
+            Err(error) => {
+                plan.work.iter().for_each(|work| {
+                    self.cancel(work.id);
+                });
+                Err(error)
+            }
+        }
+    }
+
+    fn run(&mut self, plan: &Plan) -> Result<Vec<Output>> {
+        self.copy(&plan.copies)?;
+        if plan.work.is_empty() {
+            return Ok(vec![]);
+        }
+        let segments: Vec<Segment> = plan
+            .work
+            .iter()
+            .map(|work| {
+                let sequence = self.scheduler.running(work.id).expect("planned work is running");
+                Segment {
+                    tokens: &sequence.tokens[work.tokens.clone()],
+                    past: work.tokens.start,
+                    blocks: &sequence.blocks,
+                    slot: sequence.slot.expect("a running sequence has a slot"),
+                }
+            })
+            .collect();
+        let config = self.cache.config();
+        let batch = Batch::new(&segments, config.block_size, &config.device)?;
+        let hidden = self.model.forward(&batch, &mut self.cache)?;
+        let checkpoints = self.scheduler.complete(&plan.work);
+        self.copy(&checkpoints)?;
+
+        let sampled: Vec<(u32, SequenceId)> = (0..)
+            .zip(&plan.work)
+            .filter(|(_, work)| work.sample)
+            .map(|(row, work)| (row, work.id))
+            .collect();
+        if sampled.is_empty() {
+            return Ok(vec![]);
+        }
+        let rows: Vec<u32> = sampled.iter().map(|(row, _)| *row).collect();
+        let rows = batch.last.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
+        let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        Ok(sampled.iter().zip(&logits).map(|((_, id), row)| self.sample(*id, row)).collect())
+    }
+
+    fn sample(&mut self, id: SequenceId, logits: &[f32]) -> Output {
+        let active = self.requests.get_mut(&id).expect("a running sequence has a request");
+        let sampled = match active.sampler.sample(logits) {
+            Ok(sampled) => sampled,
+            Err(error) => {
+                self.cancel(id);
+                return Output { id, token: Err(error) };
+            }
+        };
+        let (max_tokens, ignore_eos) = (active.max_tokens, active.ignore_eos);
+        self.scheduler.push(id, sampled.token);
+        let sequence = self.scheduler.running(id).expect("it was just sampled from");
+        let finish = if !ignore_eos && self.limits.stop_ids.contains(&sampled.token) {
+            Some(FinishReason::Stop)
+        } else if sequence.generated() >= max_tokens || sequence.tokens.len() >= self.max_context {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        let reuse = sequence.reuse.expect("set when the sequence first ran");
+        if finish.is_some() {
+            self.requests.remove(&id);
+            self.scheduler.finish(id);
+        }
+        Output { id, token: Ok(Token { id: sampled.token, logprobs: sampled.logprobs, finish, reuse }) }
+    }
+
+    fn copy(&mut self, copies: &[Copy]) -> Result<()> {
+        for copy in copies {
+            match *copy {
+                Copy::Block { from, to } if from != to => self.cache.copy_block(from, to)?,
+                Copy::Slot { from, to } if from != to => self.cache.copy_slot(from, to)?,
+                Copy::Block { .. } | Copy::Slot { .. } => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many blocks and slots an engine gets.
+struct Sizes {
+    limits: Limits,
+    max_context: usize,
+}
+
+impl Sizes {
+    fn plan(specs: &[CacheSpec], model: &ModelLimits, dtype: DType, options: &EngineOptions) -> Result<Self> {
+        let EngineOptions { max_sequences, max_tokens_per_step, block_size, checkpoint_interval, .. } = *options;
+        for (name, value) in [
+            ("max_sequences", max_sequences),
+            ("max_tokens_per_step", max_tokens_per_step),
+            ("block_size", block_size),
+            ("checkpoint_interval", checkpoint_interval),
+        ] {
+            if value == 0 {
+                return Err(Error::Request(format!("{name} is 0, expected 1 or more")));
+            }
+        }
+        let max_context = options.max_context.unwrap_or(usize::MAX).min(model.max_positions);
+        let block_bytes = cache::bytes_per_block(specs, block_size, dtype);
+        let slot_bytes = cache::bytes_per_slot(specs);
+        let stateful = slot_bytes > 0;
+        let memory = options.memory.unwrap_or_else(|| available_memory() / 2);
+        let num_slots = if stateful {
+            (memory / 2 / slot_bytes).clamp(1, max_sequences + options.max_checkpoints)
+        } else {
+            max_sequences
+        };
+        let left = memory.saturating_sub(num_slots * slot_bytes);
+        let useful = max_sequences.saturating_mul(max_context.div_ceil(block_size) + 1);
+        let num_blocks = left.checked_div(block_bytes).unwrap_or(useful).min(useful);
+        if num_blocks == 0 || num_slots * slot_bytes > memory {
+            return Err(Error::Request(format!(
+                "{memory} bytes of memory for the cache, a sequence needs {} at least",
+                block_bytes + slot_bytes
+            )));
+        }
+        let max_sequences = max_sequences.min(num_slots).min(max_tokens_per_step);
+        let limits = Limits {
+            block_size,
+            num_blocks,
+            num_slots,
+            max_tokens_per_step,
+            max_sequences,
+            checkpoint_interval,
+            stateful,
+        };
+        Ok(Self { limits, max_context })
+    }
+}

@@ -1,0 +1,310 @@
+//! Which sequences run in a step, how many tokens of each, and where their cache lies.
+//!
+//! Only numbers here, no tensors: [`Scheduler::plan`] says what the engine must copy and run, and the engine reports
+//! back with [`Scheduler::complete`], [`Scheduler::push`] and [`Scheduler::finish`]. A sequence that decodes runs one
+//! token; what is left of the step's budget goes to prompts in equal shares, so that a short prompt never waits for
+//! more than one chunk of a long one. When blocks run out, cached prefixes go first, the least recently used one
+//! before others; then the youngest sequence is preempted and computed again later, with the same tokens.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use crate::blocks::{BlockPool, SlotPool};
+use crate::prefix_cache::PrefixCache;
+use crate::sequence::{Reuse, Sequence, SequenceId, Shortfall};
+
+/// Sizes that the scheduler keeps to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Tokens per block.
+    pub block_size: usize,
+    pub num_blocks: usize,
+    pub num_slots: usize,
+    /// Tokens that a step runs at most.
+    pub max_tokens_per_step: usize,
+    /// Sequences that run at the same time.
+    pub max_sequences: usize,
+    /// Tokens of prompt between two checkpoints.
+    pub checkpoint_interval: usize,
+    /// Whether the model has recurrent layers.
+    pub stateful: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    limits: Limits,
+    blocks: BlockPool,
+    slots: SlotPool,
+    prefixes: PrefixCache,
+    waiting: VecDeque<Sequence>,
+    /// In order of arrival.
+    running: Vec<Sequence>,
+}
+
+/// What a step does: copies in order, then one forward pass over `work`, then `complete`.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    pub copies: Vec<Copy>,
+    pub work: Vec<Work>,
+}
+
+/// A copy within the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copy {
+    Block { from: u32, to: u32 },
+    Slot { from: u32, to: u32 },
+}
+
+/// One sequence's share of a step.
+#[derive(Clone, Debug)]
+pub(crate) struct Work {
+    pub id: SequenceId,
+    /// Which of its tokens run.
+    pub tokens: Range<usize>,
+    /// Whether its next token can be sampled afterwards.
+    pub sample: bool,
+    /// Whether a checkpoint belongs behind it.
+    checkpoint: bool,
+}
+
+impl Scheduler {
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            blocks: BlockPool::new(limits.num_blocks),
+            slots: SlotPool::new(limits.num_slots),
+            prefixes: PrefixCache::new(limits.block_size, limits.stateful),
+            waiting: VecDeque::new(),
+            running: vec![],
+        }
+    }
+
+    /// Tokens of the longest sequence that the blocks can hold.
+    pub fn capacity(&self) -> usize {
+        self.limits.num_blocks * self.limits.block_size
+    }
+
+    /// Queues a sequence, which must fit [`Scheduler::capacity`].
+    pub fn add(&mut self, sequence: Sequence) {
+        self.waiting.push_back(sequence);
+    }
+
+    /// Forgets a sequence wherever it is. Its blocks are free at once, but for what other prompts may reuse.
+    pub fn cancel(&mut self, id: SequenceId) -> bool {
+        if let Some(index) = self.waiting.iter().position(|sequence| sequence.id == id) {
+            self.waiting.remove(index);
+            return true;
+        }
+        self.finish(id).is_some()
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Sequences that wait and that run.
+    pub fn queue(&self) -> (usize, usize) {
+        (self.waiting.len(), self.running.len())
+    }
+
+    /// Blocks: free, held by cached prefixes, in all. Checkpoints last.
+    pub fn usage(&self) -> (usize, usize, usize, usize) {
+        let (cached, checkpoints) = self.prefixes.held();
+        (self.blocks.available(), cached, self.blocks.len(), checkpoints)
+    }
+
+    pub fn running(&self, id: SequenceId) -> Option<&Sequence> {
+        self.running.iter().find(|sequence| sequence.id == id)
+    }
+
+    /// Chooses the next step's work and makes room for it. Empty only if there is nothing to do.
+    pub fn plan(&mut self) -> Plan {
+        let mut plan = Plan::default();
+        self.admit(&mut plan.copies);
+        let share = self.prompt_share();
+        let mut budget = self.limits.max_tokens_per_step;
+        let mut index = 0;
+        while index < self.running.len() && budget > 0 {
+            let sequence = &self.running[index];
+            let want = if sequence.remaining() == 1 { 1 } else { share.min(sequence.remaining()) };
+            let (end, checkpoint) = self.chunk_end(sequence, want.min(budget));
+            if !self.reserve(index, end) {
+                break;
+            }
+            let sequence = &self.running[index];
+            budget -= end - sequence.computed;
+            plan.work.push(Work {
+                id: sequence.id,
+                tokens: sequence.computed..end,
+                sample: end == sequence.tokens.len(),
+                checkpoint,
+            });
+            index += 1;
+        }
+        plan
+    }
+
+    /// Records that the planned work has run. Returns the checkpoints to take: copies of slots, to make before
+    /// anything else runs.
+    pub fn complete(&mut self, work: &[Work]) -> Vec<Copy> {
+        let mut copies = vec![];
+        for work in work {
+            let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == work.id) else { continue };
+            sequence.computed = work.tokens.end;
+            if !work.checkpoint {
+                continue;
+            }
+            let (tokens, blocks) = (&sequence.tokens[..work.tokens.end], &sequence.blocks);
+            let mut slot = None;
+            if self.limits.stateful {
+                if self.prefixes.has_checkpoint(tokens) {
+                    continue;
+                }
+                let Some(to) = take_slot(&mut self.slots, &mut self.prefixes, &mut self.blocks) else { continue };
+                copies.push(Copy::Slot { from: sequence.slot.expect("a running sequence has a slot"), to });
+                slot = Some(to);
+            }
+            self.prefixes.insert(tokens, blocks, slot, &mut self.blocks, &mut self.slots);
+        }
+        copies
+    }
+
+    /// Appends a sampled token.
+    pub fn push(&mut self, id: SequenceId, token: u32) {
+        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// Takes a sequence out. What it computed stays in the cache for as long as there is room.
+    pub fn finish(&mut self, id: SequenceId) -> Option<Sequence> {
+        let index = self.running.iter().position(|sequence| sequence.id == id)?;
+        let mut sequence = self.running.remove(index);
+        self.retire(&mut sequence);
+        Some(sequence)
+    }
+
+    /// Starts waiting sequences while there is room, from what the cache holds of them.
+    fn admit(&mut self, copies: &mut Vec<Copy>) {
+        let block_size = self.limits.block_size;
+        while self.running.len() < self.limits.max_sequences {
+            let Some(mut sequence) = self.waiting.pop_front() else { return };
+            let resume = self.prefixes.find(&sequence.tokens);
+            for &block in &resume.blocks {
+                self.blocks.share(block);
+            }
+            // A block for the next token of each running sequence is part of what must remain.
+            let outstanding: usize =
+                self.running.iter().map(|s| (s.tokens.len() + 1).div_ceil(block_size).saturating_sub(s.blocks.len())).sum();
+            let needed = (sequence.tokens.len() + 1).div_ceil(block_size) - resume.blocks.len();
+            let available = self.blocks.available() + self.prefixes.evictable_blocks(&self.blocks);
+            let fits = self.running.is_empty() || needed + outstanding <= available;
+            let slot = fits.then(|| take_slot(&mut self.slots, &mut self.prefixes, &mut self.blocks)).flatten();
+            let partial = slot.is_some().then_some(resume.partial).flatten();
+            let copied = partial.and_then(|from| Some((from, self.take_block()?)));
+            let (Some(slot), true) = (slot, partial.is_some() == copied.is_some()) else {
+                resume.blocks.iter().for_each(|&block| self.blocks.release(block));
+                slot.into_iter().for_each(|slot| self.slots.release(slot));
+                self.waiting.push_front(sequence);
+                return;
+            };
+            sequence.blocks = resume.blocks;
+            if let Some((from, to)) = copied {
+                copies.push(Copy::Block { from, to });
+                sequence.blocks.push(to);
+            }
+            if let Some(from) = resume.slot {
+                copies.push(Copy::Slot { from, to: slot });
+            }
+            sequence.slot = Some(slot);
+            sequence.computed = resume.reused;
+            let shortfall = (resume.reused < resume.common.min(sequence.tokens.len() - 1))
+                .then_some(if resume.evicted { Shortfall::Evicted } else { Shortfall::NoCheckpoint });
+            sequence.reuse.get_or_insert(Reuse {
+                prompt: sequence.prompt_len,
+                common: resume.common,
+                reused: resume.reused,
+                shortfall,
+            });
+            self.running.push(sequence);
+        }
+    }
+
+    /// Tokens that each prompt may run in this step: the budget that decoding leaves, shared equally, what short
+    /// prompts do not need going to the others.
+    fn prompt_share(&self) -> usize {
+        let mut needs: Vec<usize> = self.running.iter().map(Sequence::remaining).filter(|&need| need > 1).collect();
+        needs.sort_unstable();
+        let mut budget = self.limits.max_tokens_per_step.saturating_sub(self.running.len() - needs.len());
+        let mut share = budget;
+        for (done, &need) in needs.iter().enumerate() {
+            share = (budget / (needs.len() - done)).max(1);
+            if need > share {
+                break;
+            }
+            budget -= need;
+        }
+        share
+    }
+
+    /// Where a chunk of at most `want` tokens ends, and whether a checkpoint belongs there: at the end of the
+    /// prompt's stable part, and every so many tokens of it.
+    fn chunk_end(&self, sequence: &Sequence, want: usize) -> (usize, bool) {
+        let start = sequence.computed;
+        let interval = self.limits.checkpoint_interval;
+        let regular = (start / interval + 1) * interval;
+        let stable = if sequence.stable_len > start { sequence.stable_len } else { usize::MAX };
+        let checkpoint = regular.min(stable);
+        let end = (start + want).min(checkpoint);
+        (end, end == checkpoint && end <= sequence.prompt_len)
+    }
+
+    /// Gives the sequence at `index` blocks up to token `end`. Sequences behind it may be preempted for that, and in
+    /// the end it itself: then the answer is false.
+    fn reserve(&mut self, index: usize, end: usize) -> bool {
+        while self.running[index].blocks.len() * self.limits.block_size < end {
+            if let Some(block) = self.take_block() {
+                self.running[index].blocks.push(block);
+                continue;
+            }
+            let mut youngest = self.running.pop().expect("the sequence at index is running");
+            self.retire(&mut youngest);
+            self.waiting.push_front(youngest);
+            if self.running.len() == index {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Hands everything that a sequence holds to the prefix cache.
+    fn retire(&mut self, sequence: &mut Sequence) {
+        let blocks = std::mem::take(&mut sequence.blocks);
+        let slot = sequence.slot.take().expect("a running sequence has a slot");
+        let computed = &sequence.tokens[..sequence.computed];
+        let checkpoint = (self.limits.stateful && sequence.computed > 0).then_some(slot);
+        self.prefixes.insert(computed, &blocks, checkpoint, &mut self.blocks, &mut self.slots);
+        if checkpoint.is_none() {
+            self.slots.release(slot);
+        }
+        blocks.iter().for_each(|&block| self.blocks.release(block));
+        sequence.computed = 0;
+    }
+
+    fn take_block(&mut self) -> Option<u32> {
+        self.blocks.take().or_else(|| {
+            self.prefixes.evict_block(&mut self.blocks, &mut self.slots);
+            self.blocks.take()
+        })
+    }
+}
+
+fn take_slot(slots: &mut SlotPool, prefixes: &mut PrefixCache, blocks: &mut BlockPool) -> Option<u32> {
+    slots.take().or_else(|| {
+        prefixes.evict_checkpoint(blocks, slots);
+        slots.take()
+    })
+}
