@@ -267,12 +267,13 @@ pub fn tensor_sizes(checkpoint: &Checkpoint) -> Result<Vec<TensorSize>> {
 pub struct TensorSize {
     pub name: String,
     pub shape: Vec<usize>,
+    pub dtype: Dtype,
     pub bytes: usize,
 }
 
 impl TensorSize {
     fn new(name: String, info: &TensorInfo) -> Self {
-        Self { name, shape: info.shape.clone(), bytes: info.data_offsets.1 - info.data_offsets.0 }
+        Self { name, shape: info.shape.clone(), dtype: info.dtype, bytes: info.data_offsets.1 - info.data_offsets.0 }
     }
 }
 

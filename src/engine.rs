@@ -191,7 +191,11 @@ impl Engine {
                 "the prompt has {} tokens, and a context of {} must hold it and a reply: {}",
                 prompt.len(),
                 self.max_context,
-                if self.max_context < self.limits.max_positions { "give the cache more memory, or shorten it" } else { "shorten it" }
+                if self.max_context < self.limits.max_positions {
+                    "give the cache more memory, or shorten it"
+                } else {
+                    "shorten it"
+                }
             )));
         }
         if let Some(token) = prompt.iter().find(|&&token| token as usize >= self.limits.vocab_size) {
@@ -270,11 +274,8 @@ impl Engine {
         let checkpoints = self.scheduler.complete(&plan.work);
         self.copy(&checkpoints)?;
 
-        let sampled: Vec<(u32, SequenceId)> = (0..)
-            .zip(&plan.work)
-            .filter(|(_, work)| work.sample)
-            .map(|(row, work)| (row, work.id))
-            .collect();
+        let sampled: Vec<(u32, SequenceId)> =
+            (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(row, work)| (row, work.id)).collect();
         if sampled.is_empty() {
             return Ok(vec![]);
         }

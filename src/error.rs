@@ -24,8 +24,16 @@ pub enum Error {
     #[error("{0}")]
     Request(String),
     /// The computation itself failed.
-    #[error(transparent)]
+    #[error("{}", one_line(.0))]
     Compute(#[from] candle_core::Error),
+}
+
+/// A candle error without the backtrace that it prints after its message.
+pub(crate) fn one_line(error: &candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => one_line(inner),
+        other => other.to_string(),
+    }
 }
 
 /// The result of everything public.

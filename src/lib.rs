@@ -13,6 +13,7 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod tokenizer;
+pub mod verify;
 
 pub use engine::{Engine, EngineOptions, FinishReason, ModelLimits, Output, Request, Stats, Token};
 pub use error::{Error, Result};

@@ -192,7 +192,9 @@ impl PrefixCache {
             let agreement = |&index: &usize| {
                 self.node(index).tokens.iter().zip(rest).take_while(|(cached, token)| cached == token).count()
             };
-            let Some((best, len)) = children.iter().map(|i| (*i, agreement(i))).max_by_key(|(_, len)| *len) else { break };
+            let Some((best, len)) = children.iter().map(|i| (*i, agreement(i))).max_by_key(|(_, len)| *len) else {
+                break;
+            };
             if len == 0 {
                 break;
             }
@@ -227,15 +229,8 @@ impl PrefixCache {
             return index;
         }
         blocks.share(block);
-        let node = Node {
-            tokens: chunk.to_vec(),
-            block,
-            parent,
-            children: vec![],
-            checkpoints: vec![],
-            evicted: false,
-            used,
-        };
+        let node =
+            Node { tokens: chunk.to_vec(), block, parent, children: vec![], checkpoints: vec![], evicted: false, used };
         let index = match self.vacant.pop() {
             Some(index) => {
                 self.nodes[index] = Some(node);

@@ -386,4 +386,3 @@ fn uniform(seed: u64, step: u64) -> f64 {
     let state = mix(seed).wrapping_add((step + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     (mix(state) >> 11) as f64 / (1u64 << 53) as f64
 }
-

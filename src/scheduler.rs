@@ -197,8 +197,11 @@ impl Scheduler {
                 self.blocks.share(block);
             }
             // A block for the next token of each running sequence is part of what must remain.
-            let outstanding: usize =
-                self.running.iter().map(|s| (s.tokens.len() + 1).div_ceil(block_size).saturating_sub(s.blocks.len())).sum();
+            let outstanding: usize = self
+                .running
+                .iter()
+                .map(|s| (s.tokens.len() + 1).div_ceil(block_size).saturating_sub(s.blocks.len()))
+                .sum();
             let needed = (sequence.tokens.len() + 1).div_ceil(block_size) - resume.blocks.len();
             let available = self.blocks.available() + self.prefixes.evictable_blocks(&self.blocks);
             let fits = self.running.is_empty() || needed + outstanding <= available;
