@@ -3,6 +3,7 @@
 use candle_core::Device;
 
 use super::*;
+use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -109,6 +110,17 @@ fn rms_norm_gated_is_the_reference() -> Result<()> {
         run_rms_norm_gated(case, &Device::Cpu)?;
     }
     Ok(())
+}
+
+#[test]
+fn portable_lanes_are_the_reference() -> Result<()> {
+    portable(|| {
+        for case in cases() {
+            run_rms_norm(case, &Device::Cpu)?;
+            run_rms_norm_gated(case, &Device::Cpu)?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
