@@ -60,6 +60,21 @@ pub(crate) trait Lanes: Copy {
     /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
     fn sums(four: [Self; 4]) -> [f32; 4];
 
+    /// The sum of the lanes.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        Self::sums([self; 4])[0]
+    }
+
+    /// The greatest lane.
+    #[inline(always)]
+    fn greatest(self) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes);
+        let pair = |i: usize| lanes[i].max(lanes[i + 4]);
+        pair(0).max(pair(1)).max(pair(2).max(pair(3)))
+    }
+
     /// `e^self` within 2 ulp: 0 from -104 down, infinity from 89 up, subnormal between -104 and -87, NaN stays.
     ///
     /// `e^x = 2^n e^r` with `|r| <= ln 2 / 2`, and the Taylor series of `e^r` up to `r^7 / 7!`, whose remainder
@@ -154,6 +169,19 @@ pub(crate) fn store<V: Lanes, T: Stored>(lanes: V, target: &mut [T]) {
             target.copy_from_slice(&padded[..target.len()]);
         }
     }
+}
+
+/// Asks for `data` to be brought near, where the machine can be asked.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in data.chunks(64 / size_of::<T>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch has no effect but speed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
 }
 
 /// The sum of squares of `x`, in f32.
