@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// A storage type whose values are exact in f32.
 pub(crate) trait Element: WithDType + Send + Sync {
@@ -91,6 +92,49 @@ pub(crate) fn to_storage(values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
         DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::round).collect()),
         other => bail!("result of dtype {other:?}, expected f32, f16 or bf16"),
     })
+}
+
+/// Where the rows of an operand lie whose last dimension is contiguous, the others in any stride: what `narrow`
+/// leaves of a merged projection.
+pub(crate) struct Rows<'a> {
+    layout: &'a Layout,
+}
+
+impl<'a> Rows<'a> {
+    pub fn new(layout: &'a Layout) -> Result<Self> {
+        match (layout.dims(), layout.stride()) {
+            ([.., d], [.., stride]) if *stride == 1 || *d == 1 => Ok(Self { layout }),
+            _ => bail!("operand of shape {:?} has a last dimension in strides", layout.shape()),
+        }
+    }
+
+    /// Index of the first element of row `row`, counted over all dimensions but the last.
+    pub fn start(&self, mut row: usize) -> usize {
+        let (dims, strides) = (self.layout.dims(), self.layout.stride());
+        let mut start = self.layout.start_offset();
+        for (dim, stride) in dims.iter().zip(strides).rev().skip(1) {
+            start += row % dim * stride;
+            row /= dim;
+        }
+        start
+    }
+}
+
+/// `x` as a kernel takes it that reads [`Rows`] on the CPU and contiguous operands elsewhere.
+pub(crate) fn as_rows(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() && x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() }
+}
+
+/// Fills `out`, `[rows, d]`, by `fill(first row, rows)`, on many threads when it is large enough to pay.
+pub(crate) fn fill_rows<T: Send>(out: &mut [T], d: usize, fill: impl Fn(usize, &mut [T]) + Sync) {
+    // About ten microseconds of work, as much as waking a thread costs.
+    const ELEMENTS_PER_TASK: usize = 1 << 14;
+    let rows = (ELEMENTS_PER_TASK / d.max(1)).max(1);
+    if out.len() <= rows * d {
+        fill(0, out)
+    } else {
+        out.par_chunks_mut(rows * d).enumerate().for_each(|(task, out)| fill(task * rows, out))
+    }
 }
 
 /// A tensor around the storage that an in-place op produced beside its target.

@@ -1,12 +1,14 @@
 //! The gated activation of an MLP.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu;
+use crate::cpu::{as_rows, dtype_of};
 
 /// What is applied to the gate half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +39,7 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
     if width % 2 != 0 {
         bail!("gated_activation: gate_up is {:?}, expected [N, 2 I]", gate_up.dims())
     }
-    gate_up.contiguous()?.apply_op1_no_bwd(&GatedActivation(activation))
+    as_rows(gate_up)?.apply_op1_no_bwd(&GatedActivation(activation))
 }
 
 struct GatedActivation(Activation);
@@ -49,7 +51,12 @@ impl CustomOp1 for GatedActivation {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n, width) = xl.shape().dims2()?;
-        let out = reference::gated_activation(&cpu::read_f32(x, xl)?, width / 2, self.0);
-        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, (n, width / 2).into()))
+        let out = match x {
+            CpuStorage::F32(x) => CpuStorage::F32(cpu::gated_activation(x, xl, self.0)?),
+            CpuStorage::F16(x) => CpuStorage::F16(cpu::gated_activation(x, xl, self.0)?),
+            CpuStorage::BF16(x) => CpuStorage::BF16(cpu::gated_activation(x, xl, self.0)?),
+            other => bail!("gated_activation: gate_up is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        };
+        Ok((out, (n, width / 2).into()))
     }
 }

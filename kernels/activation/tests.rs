@@ -1,1 +1,88 @@
+//! The gated activation against the reference, by hand, and at extreme inputs.
+
+use candle_core::{DType, Device};
+
 use super::*;
+use crate::simd::tests::portable;
+use crate::testing::{Random, assert_close, op_limit, poisoned, values};
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dtype: DType,
+    n: usize,
+    width: usize,
+    activation: Activation,
+}
+
+fn run(case: Case, device: &Device) -> Result<()> {
+    let Case { dtype, n, width, activation } = case;
+    let x = Random::new((n * width) as u64).tensor(&[n, 2 * width], 3.0, dtype, device)?;
+    let want = reference::gated_activation(&values(&x)?, width, activation);
+    let frame = poisoned(&[n, 3], dtype, device)?;
+    let view = Tensor::cat(&[&frame, &x, &frame], 1)?.narrow(1, 3, 2 * width)?;
+    for x in [x, view] {
+        let got = gated_activation(&x, activation)?;
+        assert_eq!((got.dims(), got.dtype()), (&[n, width][..], dtype));
+        assert_close(&format!("gated_activation {case:?} {device:?}"), &values(&got)?, &want, op_limit(dtype));
+    }
+    Ok(())
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            for (n, width) in [(1, 1), (1, 7), (3, 63), (2, 64), (5, 100), (1, 1000), (33, 1024), (300, 65)] {
+                cases.push(Case { dtype, n, width, activation });
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn gated_activation_is_the_reference() -> Result<()> {
+    // Has a kernel on the CPU alone so far.
+    cases().into_iter().try_for_each(|case| run(case, &Device::Cpu))
+}
+
+#[test]
+fn portable_lanes_are_the_reference() -> Result<()> {
+    portable(|| cases().into_iter().try_for_each(|case| run(case, &Device::Cpu)))
+}
+
+fn of(gate: &[f32], activation: Activation) -> Result<Vec<f32>> {
+    let gate_up: Vec<f32> = gate.iter().flat_map(|&gate| [gate, 1.0]).collect();
+    values(&gated_activation(&Tensor::from_vec(gate_up, (gate.len(), 2), &Device::Cpu)?, activation)?)
+}
+
+#[test]
+fn hand_computed() -> Result<()> {
+    // sigmoid(+-ln 3) is 3/4 and 1/4.
+    let ln_3 = 3f32.ln();
+    let got = of(&[0.0, ln_3, -ln_3], Activation::Silu)?;
+    assert_close("silu", &got, &[0.0, 0.75 * ln_3, -0.25 * ln_3], 1e-6);
+    // By the formula in 30 digits.
+    let got = of(&[0.0, 1.0, -1.0, 0.5, 3.0, -3.0], Activation::GeluTanh)?;
+    let want = [0.0, 0.841_192, -0.158_808, 0.345_714_02, 2.996_362_6, -0.003_637_392];
+    assert_close("gelu", &got, &want, 1e-6);
+    let up = Tensor::new(&[[ln_3, 0.0, -2.0, 5.0]], &Device::Cpu)?;
+    assert_close("up", &values(&gated_activation(&up, Activation::Silu)?)?, &[-1.5 * ln_3, 0.0], 1e-6);
+    Ok(())
+}
+
+#[test]
+fn extreme_inputs_saturate() -> Result<()> {
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        let got = of(&[100.0, -100.0, 1e30, -1e30, f32::MAX, f32::MIN], activation)?;
+        assert_eq!(got, [100.0, 0.0, 1e30, 0.0, f32::MAX, 0.0], "{activation:?}");
+        assert!(of(&[f32::NAN], activation)?[0].is_nan());
+    }
+    Ok(())
+}
+
+#[test]
+fn refuses_an_odd_width() -> Result<()> {
+    assert!(gated_activation(&Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?, Activation::Silu).is_err());
+    Ok(())
+}

@@ -1,13 +1,18 @@
 //! Attention over packed sequences: uncached for encoders, over pages of keys and values for decoders.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::Batch;
-use crate::cpu::{self, Element};
+use crate::cpu::{as_rows, dtype_of};
+use crate::simd::Stored;
 
 /// Which keys a query sees, and how scores are formed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,7 +20,8 @@ pub struct AttentionParams {
     /// Factor on `q . k`.
     pub scale: f32,
     pub mask: Mask,
-    /// With `Some(w)` a query at position `p` sees no key before `p + 1 - w`: `w` tokens including its own.
+    /// With `Some(w)` a query at position `p` sees no key before `p + 1 - w`: `w` tokens including its own. For
+    /// causal attention only: what a window means to a query that also looks ahead differs between models.
     pub window: Option<usize>,
     /// With `Some(c)` scores become `c * tanh(score / c)`.
     pub softcap: Option<f32>,
@@ -33,6 +39,25 @@ impl AttentionParams {
     pub fn causal(scale: f32) -> Self {
         Self { scale, mask: Mask::Causal, window: None, softcap: None }
     }
+
+    /// The positions that a query at `position` sees.
+    fn visible(&self, position: usize, context_len: usize) -> Range<usize> {
+        let start = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        match self.mask {
+            Mask::Causal => start..position + 1,
+            Mask::Bidirectional => start..context_len,
+        }
+    }
+
+    fn check(&self, op: &str) -> Result<()> {
+        match (self.window, self.mask) {
+            (Some(0), _) => bail!("{op}: a window of 0, expected at least the token itself"),
+            (Some(window), Mask::Bidirectional) => {
+                bail!("{op}: a window of {window} with a bidirectional mask, expected a causal one")
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Attention of each packed sequence over itself, nothing cached:
@@ -46,7 +71,7 @@ impl AttentionParams {
 ///
 /// # Errors
 ///
-/// Shapes or dtypes disagree, or `Hq` is not a multiple of `Hk`.
+/// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, or `params` has a window of 0 or one that is not causal.
 ///
 /// Devices: CPU.
 ///
@@ -54,7 +79,13 @@ impl AttentionParams {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
     let (n, hq, d) = q.dims3()?;
     let (_, hk, _) = k.dims3()?;
-    if n != batch.num_tokens() || k.dims() != [n, hk, d] || v.dims() != k.dims() || hq % hk != 0 {
+    if n != batch.num_tokens()
+        || k.dims() != [n, hk, d]
+        || v.dims() != k.dims()
+        || hk == 0
+        || !hq.is_multiple_of(hk)
+        || q.elem_count() == 0
+    {
         bail!(
             "attention: q is {:?}, k {:?}, v {:?}, the batch has {} tokens",
             q.dims(),
@@ -66,7 +97,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: Atte
     if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
         bail!("attention: q is {:?}, k {:?}, v {:?}, expected one dtype", q.dtype(), k.dtype(), v.dtype())
     }
-    q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &Attention { batch, params })
+    params.check("attention")?;
+    as_rows(q)?.apply_op3_no_bwd(&as_rows(k)?, &as_rows(v)?, &Attention { batch, params })
 }
 
 /// Writes the step's keys and values into their pages, in place:
@@ -99,7 +131,7 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
         bail!("write_kv: k is {:?} and v {:?}, expected {:?} like kv", k.dtype(), v.dtype(), kv.dtype())
     }
     batch.check_blocks("write_kv", blocks, block_size)?;
-    kv.inplace_op3(&k.contiguous()?, &v.contiguous()?, &WriteKv { batch })
+    kv.inplace_op3(&as_rows(k)?, &as_rows(v)?, &WriteKv { batch })
 }
 
 /// Attention of the step's queries over the pages of their sequences, which `write_kv` has filled:
@@ -115,7 +147,8 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 ///
 /// # Errors
 ///
-/// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, or a page of the batch lies outside `kv`.
+/// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, a page of the batch lies outside `kv`, or `params` is
+/// refused as by [`attention`].
 ///
 /// Devices: CPU.
 ///
@@ -123,7 +156,14 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
     let (n, hq, d) = q.dims3()?;
     let (two, blocks, block_size, hk, dk) = kv.dims5()?;
-    if two != 2 || n != batch.num_tokens() || d != dk || hq % hk != 0 || q.dtype() != kv.dtype() {
+    if two != 2
+        || n != batch.num_tokens()
+        || d != dk
+        || hk == 0
+        || !hq.is_multiple_of(hk)
+        || q.elem_count() == 0
+        || q.dtype() != kv.dtype()
+    {
         bail!(
             "paged_attention: q is {:?} {:?}, kv {:?} {:?}, the batch has {} tokens",
             q.dims(),
@@ -134,7 +174,8 @@ pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attention
         )
     }
     batch.check_blocks("paged_attention", blocks, block_size)?;
-    q.contiguous()?.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
+    params.check("paged_attention")?;
+    as_rows(q)?.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
 }
 
 struct Attention<'a> {
@@ -156,13 +197,29 @@ impl CustomOp3 for Attention<'_> {
         v: &CpuStorage,
         vl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((_, hq, d), (_, hk, _)) = (ql.shape().dims3()?, kl.shape().dims3()?);
-        let (k, v) = (cpu::read_f32(k, kl)?, cpu::read_f32(v, vl)?);
-        let row = |sequence: usize, position: usize| (self.batch.host[sequence].tokens.start + position) * hk * d;
-        let heads = reference::Heads { hq, hk, d };
-        let out = reference::attention(&cpu::read_f32(q, ql)?, &k, &v, row, heads, self.batch, self.params);
-        Ok((cpu::to_storage(out, cpu::dtype_of(q))?, ql.shape().clone()))
+        let out = match q {
+            CpuStorage::F32(q) => CpuStorage::F32(self.run(q, ql, k.as_slice()?, kl, v.as_slice()?, vl)?),
+            CpuStorage::F16(q) => CpuStorage::F16(self.run(q, ql, k.as_slice()?, kl, v.as_slice()?, vl)?),
+            CpuStorage::BF16(q) => CpuStorage::BF16(self.run(q, ql, k.as_slice()?, kl, v.as_slice()?, vl)?),
+            other => bail!("attention: q is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        };
+        Ok((out, ql.shape().clone()))
     }
+}
+
+impl Attention<'_> {
+    fn run<T: Stored>(&self, q: &[T], ql: &Layout, k: &[T], kl: &Layout, v: &[T], vl: &Layout) -> Result<Vec<T>> {
+        let ((_, hq, d), (_, hk, _)) = (ql.shape().dims3()?, kl.shape().dims3()?);
+        let (q, keys, values) = (operand(q, ql), operand(k, kl), operand(v, vl));
+        let Self { batch, params } = *self;
+        Ok(cpu::Attention { q, keys, values, block_size: None, hq, hk, d, batch, params }.run())
+    }
+}
+
+/// A `[N, heads, D]` operand, its last dimension contiguous.
+fn operand<'a, T>(data: &'a [T], layout: &Layout) -> cpu::Operand<'a, T> {
+    let strides = layout.stride();
+    cpu::Operand { data: &data[layout.start_offset()..], strides: [strides[0], strides[1]] }
 }
 
 struct WriteKv<'a> {
@@ -187,22 +244,18 @@ impl InplaceOp3 for WriteKv<'_> {
             CpuStorage::F32(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
             CpuStorage::F16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
             CpuStorage::BF16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
-            other => bail!("write_kv: pages of {:?}, expected f32, f16 or bf16", cpu::dtype_of(other)),
+            other => bail!("write_kv: pages of {:?}, expected f32, f16 or bf16", dtype_of(other)),
         }
     }
 }
 
 impl WriteKv<'_> {
-    fn run<T: Element>(&self, kv: &mut [T], layout: &Layout, k: &[T], kl: &Layout, v: &[T], vl: &Layout) -> Result<()> {
-        let (Some((start, end)), Some((k0, k1)), Some((v0, v1))) =
-            (layout.contiguous_offsets(), kl.contiguous_offsets(), vl.contiguous_offsets())
-        else {
-            bail!("write_kv: operands must be contiguous")
-        };
-        let row: usize = kl.dims()[1..].iter().product();
+    fn run<T: Stored>(&self, kv: &mut [T], layout: &Layout, k: &[T], kl: &Layout, v: &[T], vl: &Layout) -> Result<()> {
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("write_kv: pages must be contiguous") };
+        let (_, hk, d) = kl.shape().dims3()?;
         let (keys, values) = kv[start..end].split_at_mut((end - start) / 2);
-        reference::write_rows(keys, &k[k0..k1], row, &self.batch.host_slot_mapping);
-        reference::write_rows(values, &v[v0..v1], row, &self.batch.host_slot_mapping);
+        cpu::write_rows(keys, operand(k, kl), hk, d, &self.batch.host_slot_mapping);
+        cpu::write_rows(values, operand(v, vl), hk, d, &self.batch.host_slot_mapping);
         Ok(())
     }
 }
@@ -219,28 +272,26 @@ impl CustomOp2 for PagedAttention<'_> {
 
     fn cpu_fwd(&self, q: &CpuStorage, ql: &Layout, kv: &CpuStorage, kvl: &Layout) -> Result<(CpuStorage, Shape)> {
         let out = match kv {
-            CpuStorage::F32(kv) => self.run(&cpu::read_f32(q, ql)?, ql, kv, kvl)?,
-            CpuStorage::F16(kv) => self.run(&cpu::read_f32(q, ql)?, ql, kv, kvl)?,
-            CpuStorage::BF16(kv) => self.run(&cpu::read_f32(q, ql)?, ql, kv, kvl)?,
-            other => bail!("paged_attention: pages of {:?}, expected f32, f16 or bf16", cpu::dtype_of(other)),
+            CpuStorage::F32(kv) => CpuStorage::F32(self.run(q.as_slice()?, ql, kv, kvl)?),
+            CpuStorage::F16(kv) => CpuStorage::F16(self.run(q.as_slice()?, ql, kv, kvl)?),
+            CpuStorage::BF16(kv) => CpuStorage::BF16(self.run(q.as_slice()?, ql, kv, kvl)?),
+            other => bail!("paged_attention: pages of {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
-        Ok((cpu::to_storage(out, cpu::dtype_of(q))?, ql.shape().clone()))
+        Ok((out, ql.shape().clone()))
     }
 }
 
 impl PagedAttention<'_> {
-    fn run<T: Element>(&self, q: &[f32], ql: &Layout, kv: &[T], layout: &Layout) -> Result<Vec<f32>> {
+    fn run<T: Stored>(&self, q: &[T], ql: &Layout, kv: &[T], layout: &Layout) -> Result<Vec<T>> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             bail!("paged_attention: pages must be contiguous")
         };
         let (_, hq, d) = ql.shape().dims3()?;
         let (_, _, block_size, hk, _) = layout.shape().dims5()?;
         let (keys, values) = kv[start..end].split_at((end - start) / 2);
-        let row = |sequence: usize, position: usize| {
-            let block = self.batch.host[sequence].blocks[position / block_size] as usize;
-            (block * block_size + position % block_size) * hk * d
-        };
-        let heads = reference::Heads { hq, hk, d };
-        Ok(reference::attention(q, keys, values, row, heads, self.batch, self.params))
+        let pages = |data| cpu::Operand { data, strides: [hk * d, d] };
+        let (q, keys, values) = (operand(q, ql), pages(keys), pages(values));
+        let Self { batch, params } = *self;
+        Ok(cpu::Attention { q, keys, values, block_size: Some(block_size), hq, hk, d, batch, params }.run())
     }
 }

@@ -1,6 +1,6 @@
 //! The definition of attention, query by query in f32.
 
-use super::{AttentionParams, Mask};
+use super::AttentionParams;
 use crate::Batch;
 use crate::cpu::Element;
 
@@ -27,7 +27,7 @@ pub fn attention<T: Element>(
     for (index, sequence) in batch.host.iter().enumerate() {
         for t in sequence.tokens.clone() {
             let position = sequence.position(t);
-            let seen = visible(position, sequence.context_len, params);
+            let seen = params.visible(position, sequence.context_len);
             for h in 0..hq {
                 let q = &q[(t * hq + h) * d..][..d];
                 let head = (h / (hq / hk)) * d;
@@ -51,20 +51,4 @@ pub fn attention<T: Element>(
         }
     }
     out
-}
-
-/// The positions that a query at `position` sees.
-pub fn visible(position: usize, context_len: usize, params: AttentionParams) -> std::ops::Range<usize> {
-    let start = params.window.map_or(0, |window| (position + 1).saturating_sub(window));
-    match params.mask {
-        Mask::Causal => start..position + 1,
-        Mask::Bidirectional => start..context_len,
-    }
-}
-
-/// Copies row `n` of `rows` to row `slots[n]` of `pages`.
-pub fn write_rows<T: Copy>(pages: &mut [T], rows: &[T], row: usize, slots: &[u32]) {
-    for (rows, &slot) in rows.chunks_exact(row).zip(slots) {
-        pages[slot as usize * row..][..row].copy_from_slice(rows);
-    }
 }

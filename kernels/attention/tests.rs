@@ -1,1 +1,424 @@
+//! Attention and the page writes: against the reference, by hand, by a second definition, and against itself
+//! however a prompt is cut, packed and paged.
+
+use candle_core::{DType, Device};
+
 use super::*;
+use crate::Segment;
+use crate::simd::tests::portable;
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// A step over pages of NaN in random order.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dtype: DType,
+    hq: usize,
+    hk: usize,
+    d: usize,
+    block_size: usize,
+    /// Past and new tokens of each sequence.
+    sequences: &'static [(usize, usize)],
+    params: AttentionParams,
+}
+
+/// The page tables of a case: as many blocks as each sequence needs and one to spare, from a permuted pool.
+struct Pages {
+    tokens: Vec<Vec<u32>>,
+    blocks: Vec<Vec<u32>>,
+    num_blocks: usize,
+}
+
+impl Pages {
+    fn new(case: Case, random: &mut Random) -> Self {
+        let needed = |past: usize, new: usize| (past + new).div_ceil(case.block_size) + 1;
+        let num_blocks = case.sequences.iter().map(|&(past, new)| needed(past, new)).sum::<usize>() + 2;
+        let mut pool = random.permutation(num_blocks);
+        let mut take = |len| pool.drain(..len).collect();
+        Self {
+            tokens: case.sequences.iter().map(|&(_, new)| vec![0; new]).collect(),
+            blocks: case.sequences.iter().map(|&(past, new)| take(needed(past, new))).collect(),
+            num_blocks,
+        }
+    }
+
+    fn batch(&self, case: Case, device: &Device) -> Result<Batch> {
+        let segments: Vec<Segment> = (0..self.blocks.len())
+            .map(|i| Segment {
+                tokens: &self.tokens[i],
+                past: case.sequences[i].0,
+                blocks: &self.blocks[i],
+                slot: i as u32,
+            })
+            .collect();
+        Batch::new(&segments, case.block_size, device)
+    }
+}
+
+/// `write_kv` moves bits: what it writes is compared exactly, and all else must still be NaN.
+fn run_write_kv(case: Case, device: &Device) -> Result<()> {
+    let Case { dtype, hk, d, block_size, sequences, .. } = case;
+    let mut random = Random::new((hk * d) as u64);
+    let pages = Pages::new(case, &mut random);
+    let batch = pages.batch(case, device)?;
+    let n = batch.num_tokens();
+    // As a merged projection leaves them: rows strided, starts offset.
+    let qkv = random.tensor(&[n, 4 * hk, d], 1.0, dtype, device)?;
+    let (k, v) = (qkv.narrow(1, 2 * hk, hk)?, qkv.narrow(1, 3 * hk, hk)?);
+    let all = poisoned(&[6, pages.num_blocks, block_size, hk, d], dtype, device)?;
+    write_kv(&all.narrow(0, 2, 2)?, &k, &v, &batch)?;
+
+    let row = hk * d;
+    let plane = pages.num_blocks * block_size * row;
+    let mut want = vec![f32::NAN; 6 * plane];
+    let (k, v) = (values(&k)?, values(&v)?);
+    let mut token = 0;
+    for (&(past, new), blocks) in sequences.iter().zip(&pages.blocks) {
+        for position in past..past + new {
+            let page = blocks[position / block_size] as usize * block_size + position % block_size;
+            want[2 * plane + page * row..][..row].copy_from_slice(&k[token * row..][..row]);
+            want[3 * plane + page * row..][..row].copy_from_slice(&v[token * row..][..row]);
+            token += 1;
+        }
+    }
+    for (i, (got, want)) in values(&all)?.into_iter().zip(want).enumerate() {
+        let same = got == want || (got.is_nan() && want.is_nan());
+        assert!(same, "write_kv {case:?} {device:?}: at {i} got {got}, expected {want}");
+    }
+    Ok(())
+}
+
+#[test]
+fn write_kv_writes_its_rows_and_nothing_else() -> Result<()> {
+    let steps: [&[(usize, usize)]; 4] =
+        [&[(0, 1)], &[(15, 1), (0, 33), (16, 1)], &[(7, 130)], &[(100, 1), (31, 2), (63, 1), (5, 1)]];
+    for device in devices() {
+        for dtype in DTYPES {
+            for (hk, d) in [(1, 1), (1, 7), (3, 63), (2, 100), (8, 128), (1, 1000)] {
+                for block_size in [1, 16, 32] {
+                    for sequences in steps {
+                        let params = AttentionParams::causal(1.0);
+                        run_write_kv(Case { dtype, hq: hk, hk, d, block_size, sequences, params }, &device)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Pages hold NaN wherever no query of the step looks.
+fn run_paged_attention(case: Case, device: &Device) -> Result<()> {
+    let Case { dtype, hq, hk, d, block_size, sequences, params } = case;
+    let mut random = Random::new((hq * d + hk) as u64);
+    let pages = Pages::new(case, &mut random);
+    let batch = pages.batch(case, device)?;
+    let q = random.tensor(&[batch.num_tokens(), 2 * hq, d], 1.0, dtype, device)?.narrow(1, hq, hq)?;
+    let row = hk * d;
+    let plane = pages.num_blocks * block_size * row;
+    let place = |sequence: usize, position: usize| {
+        let block = pages.blocks[sequence][position / block_size] as usize;
+        (block * block_size + position % block_size) * row
+    };
+    let mut kv = vec![f32::NAN; 2 * plane];
+    for (sequence, &(past, new)) in sequences.iter().enumerate() {
+        for position in params.visible(past, past + new).start..past + new {
+            for start in [place(sequence, position), plane + place(sequence, position)] {
+                kv[start..][..row].fill_with(|| random.normal(1.0));
+            }
+        }
+    }
+    let kv = Tensor::from_vec(kv, (2, pages.num_blocks, block_size, hk, d), &Device::Cpu)?;
+    let kv = kv.to_dtype(dtype)?.to_device(device)?;
+    let frame = kv.narrow(0, 0, 1)?;
+    let got = paged_attention(&q, &Tensor::cat(&[&frame, &kv, &frame], 0)?.narrow(0, 1, 2)?, &batch, params)?;
+    assert_eq!((got.dims(), got.dtype()), (q.dims(), dtype));
+
+    let (kv, heads) = (values(&kv)?, reference::Heads { hq, hk, d });
+    let want = reference::attention(&values(&q)?, &kv[..plane], &kv[plane..], place, heads, &batch, params);
+    assert_close(&format!("paged_attention {case:?} {device:?}"), &values(&got)?, &want, op_limit(dtype));
+    Ok(())
+}
+
+/// Every sequence on its own, nothing in pages.
+fn run_attention(case: Case, device: &Device) -> Result<()> {
+    let Case { dtype, hq, hk, d, sequences, params, .. } = case;
+    let tokens: Vec<Vec<u32>> = sequences.iter().map(|&(_, new)| vec![0; new]).collect();
+    let batch = Batch::uncached(&tokens.iter().map(Vec::as_slice).collect::<Vec<_>>(), device)?;
+    let qkv = Random::new((hq * d) as u64).tensor(&[batch.num_tokens(), hq + 2 * hk, d], 1.0, dtype, device)?;
+    let [q, k, v] = [(0, hq), (hq, hk), (hq + hk, hk)].map(|(start, heads)| qkv.narrow(1, start, heads));
+    let (q, k, v) = (q?, k?, v?);
+    let got = attention(&q, &k, &v, &batch, params)?;
+    assert_eq!((got.dims(), got.dtype()), (q.dims(), dtype));
+
+    let place = |sequence: usize, position: usize| (batch.host[sequence].tokens.start + position) * hk * d;
+    let heads = reference::Heads { hq, hk, d };
+    let want = reference::attention(&values(&q)?, &values(&k)?, &values(&v)?, place, heads, &batch, params);
+    assert_close(&format!("attention {case:?} {device:?}"), &values(&got)?, &want, op_limit(dtype));
+    Ok(())
+}
+
+/// Steps whose contexts end within, at and past the edges of pages of 16 and of the CPU's chunks of 128.
+const STEPS: [&[(usize, usize)]; 5] = [
+    &[(0, 1)],
+    &[(0, 35)],
+    &[(127, 1), (0, 17), (128, 1), (14, 3)],
+    &[(100, 60)],
+    &[(255, 1), (256, 1), (299, 1), (3, 1)],
+];
+
+fn cases() -> Vec<Case> {
+    let causal = AttentionParams::causal(0.3);
+    let window = |window| AttentionParams { window: Some(window), ..causal };
+    let mut cases = Vec::new();
+    let base = Case { dtype: DType::F32, hq: 4, hk: 2, d: 16, block_size: 16, sequences: &[], params: causal };
+    for sequences in STEPS {
+        let base = Case { sequences, ..base };
+        let windows = [1, 2, 3, 16, 17, 35, 36, 128, 160, 1000].map(window);
+        let softcap = AttentionParams { softcap: Some(0.7), ..causal };
+        let capped = AttentionParams { softcap: Some(0.7), ..window(20) };
+        let ahead = AttentionParams { mask: Mask::Bidirectional, ..causal };
+        let capped_ahead = AttentionParams { softcap: Some(0.7), ..ahead };
+        for params in windows.into_iter().chain([causal, softcap, capped, ahead, capped_ahead]) {
+            cases.push(Case { params, ..base });
+        }
+        for (hq, hk) in [(1, 1), (3, 3), (4, 2), (6, 2), (8, 2), (8, 1), (24, 2)] {
+            for params in [causal, window(9)] {
+                cases.push(Case { hq, hk, params, ..base });
+            }
+        }
+        for d in [1, 7, 32, 63, 64, 100, 128, 256, 512] {
+            for dtype in DTYPES {
+                let params = AttentionParams { scale: (d as f32).powf(-0.5), ..causal };
+                cases.push(Case { d, dtype, params, ..base });
+            }
+        }
+        for block_size in [1, 3, 32, 512] {
+            cases.push(Case { block_size, ..base });
+        }
+    }
+    cases
+}
+
+// Attention has kernels on the CPU alone so far.
+#[test]
+fn paged_attention_is_the_reference() -> Result<()> {
+    cases().into_iter().try_for_each(|case| run_paged_attention(case, &Device::Cpu))
+}
+
+#[test]
+fn attention_is_the_reference() -> Result<()> {
+    cases().into_iter().try_for_each(|case| run_attention(case, &Device::Cpu))
+}
+
+#[test]
+fn portable_lanes_are_the_reference() -> Result<()> {
+    portable(|| cases().into_iter().try_for_each(|case| run_paged_attention(case, &Device::Cpu)))
+}
+
+#[test]
+fn hand_computed() -> Result<()> {
+    let rows = |a: f32, b: f32| Tensor::from_vec(vec![a, b], (2, 1, 1), &Device::Cpu);
+    // The second query weighs the keys 3 to 1; the first weighs all alike.
+    let (q, k, v) = (rows(0.0, 3f32.ln())?, rows(1.0, 0.0)?, rows(8.0, 4.0)?);
+    let batch = Batch::uncached(&[&[0, 0]], &Device::Cpu)?;
+    let causal = AttentionParams::causal(1.0);
+    // tanh(ln 3) = 4/5.
+    let capped = 4.0 + 4.0 / (1.0 + (-0.8f32).exp());
+    for (params, want) in [
+        (causal, [8.0, 7.0]),
+        (AttentionParams { mask: Mask::Bidirectional, ..causal }, [6.0, 7.0]),
+        (AttentionParams { window: Some(1), ..causal }, [8.0, 4.0]),
+        (AttentionParams { window: Some(2), ..causal }, [8.0, 7.0]),
+        (AttentionParams { softcap: Some(1.0), ..causal }, [8.0, capped]),
+        (AttentionParams { scale: 2.0, ..causal }, [8.0, 7.6]),
+    ] {
+        let got = values(&attention(&q, &k, &v, &batch, params)?)?;
+        assert_close(&format!("{params:?}"), &got, &want, 1e-6);
+    }
+    Ok(())
+}
+
+/// Attention of one sequence by matrices: all scores, a mask added, a softmax over rows.
+fn dense(q: &Tensor, k: &Tensor, v: &Tensor, params: AttentionParams) -> Result<Tensor> {
+    let (n, hq, d) = q.dims3()?;
+    let group = hq / k.dim(1)?;
+    let heads = |x: &Tensor| x.unsqueeze(2)?.expand((n, hq / group, group, d))?.reshape((n, hq, d))?.transpose(0, 1);
+    let mut scores = (q.transpose(0, 1)?.contiguous()?.matmul(&heads(k)?.t()?)? * f64::from(params.scale))?;
+    if let Some(cap) = params.softcap {
+        scores = ((scores / f64::from(cap))?.tanh()? * f64::from(cap))?;
+    }
+    let seen = |t: usize, s: usize| match params.mask {
+        Mask::Causal => s <= t && params.window.is_none_or(|window| t - s < window),
+        Mask::Bidirectional => true,
+    };
+    let mask: Vec<f32> = (0..n * n).map(|i| if seen(i / n, i % n) { 0.0 } else { f32::NEG_INFINITY }).collect();
+    let scores = scores.broadcast_add(&Tensor::from_vec(mask, (1, n, n), &Device::Cpu)?)?;
+    let weights = scores.broadcast_sub(&scores.max_keepdim(2)?)?.exp()?;
+    let weights = weights.broadcast_div(&weights.sum_keepdim(2)?)?;
+    weights.matmul(&heads(v)?.contiguous()?)?.transpose(0, 1)
+}
+
+#[test]
+fn attention_is_a_masked_softmax() -> Result<()> {
+    let causal = AttentionParams::causal(0.2);
+    let window = AttentionParams { window: Some(33), ..causal };
+    let capped = AttentionParams { softcap: Some(1.5), ..window };
+    let ahead = AttentionParams { mask: Mask::Bidirectional, ..causal };
+    for (hq, hk, d) in [(2, 2, 64), (8, 2, 20), (4, 1, 33)] {
+        for n in [1, 65, 150] {
+            let mut random = Random::new(n as u64);
+            let mut rows = |heads| random.tensor(&[n, heads, d], 1.0, DType::F32, &Device::Cpu);
+            let (q, k, v) = (rows(hq)?, rows(hk)?, rows(hk)?);
+            let batch = Batch::uncached(&[&vec![0; n]], &Device::Cpu)?;
+            for params in [causal, window, capped, ahead] {
+                let got = attention(&q, &k, &v, &batch, params)?;
+                let want = values(&dense(&q, &k, &v, params)?)?;
+                assert_close(&format!("{hq} over {hk}, {n} tokens, {params:?}"), &values(&got)?, &want, 1e-5);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A sequence whose results must be the same to the bit however it is run.
+struct Sequence {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: AttentionParams,
+}
+
+impl Sequence {
+    fn new(seed: u64, tokens: usize, hq: usize, hk: usize, params: AttentionParams) -> Result<Self> {
+        let mut random = Random::new(seed);
+        let mut rows = |heads| random.tensor(&[tokens, heads, 24], 1.0, DType::BF16, &Device::Cpu);
+        Ok(Self { q: rows(hq)?, k: rows(hk)?, v: rows(hk)?, params })
+    }
+
+    fn len(&self) -> usize {
+        self.q.dims()[0]
+    }
+}
+
+/// Runs `sequences` side by side in steps of at most `step` tokens of each; returns the results of each.
+fn run_in_steps(sequences: &[&Sequence], step: usize, block_size: usize, seed: u64) -> Result<Vec<Vec<f32>>> {
+    let (_, hk, d) = sequences[0].k.dims3()?;
+    let blocks_each = sequences.iter().map(|s| s.len().div_ceil(block_size)).max().unwrap_or(0);
+    let pool = Random::new(seed).permutation(blocks_each * sequences.len());
+    let kv = poisoned(&[2, pool.len(), block_size, hk, d], DType::BF16, &Device::Cpu)?;
+    let mut results = vec![Vec::new(); sequences.len()];
+    let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
+    for past in (0..longest).step_by(step) {
+        let active: Vec<usize> = (0..sequences.len()).filter(|&i| past < sequences[i].len()).collect();
+        let news: Vec<Vec<u32>> = active.iter().map(|&i| vec![0; step.min(sequences[i].len() - past)]).collect();
+        let segments: Vec<Segment> = active
+            .iter()
+            .zip(&news)
+            .map(|(&i, tokens)| Segment {
+                tokens,
+                past,
+                blocks: &pool[i * blocks_each..][..blocks_each],
+                slot: i as u32,
+            })
+            .collect();
+        let batch = Batch::new(&segments, block_size, &Device::Cpu)?;
+        let rows = |of: fn(&Sequence) -> &Tensor| {
+            let rows = active.iter().zip(&news).map(|(&i, new)| of(sequences[i]).narrow(0, past, new.len()));
+            Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)
+        };
+        write_kv(&kv, &rows(|s| &s.k)?, &rows(|s| &s.v)?, &batch)?;
+        let out = paged_attention(&rows(|s| &s.q)?, &kv, &batch, sequences[0].params)?;
+        let mut start = 0;
+        for (&i, new) in active.iter().zip(&news) {
+            results[i].extend(values(&out.narrow(0, start, new.len())?)?);
+            start += new.len();
+        }
+    }
+    Ok(results)
+}
+
+#[test]
+fn results_depend_on_the_sequence_alone() -> Result<()> {
+    let causal = AttentionParams::causal(0.2);
+    for (hq, hk) in [(4, 4), (4, 2), (8, 1)] {
+        for window in [None, Some(1), Some(50), Some(200)] {
+            let params = AttentionParams { window, ..causal };
+            let sequence = Sequence::new(1, 290, hq, hk, params)?;
+            let strangers = [Sequence::new(2, 170, hq, hk, params)?, Sequence::new(3, 300, hq, hk, params)?];
+            let whole = &run_in_steps(&[&sequence], 290, 16, 1)?[0];
+            assert!(whole.iter().all(|x| x.is_finite()));
+            for (step, block_size) in [(1, 16), (7, 16), (64, 16), (129, 16), (290, 1), (290, 5), (50, 256)] {
+                let got = &run_in_steps(&[&sequence], step, block_size, step as u64)?[0];
+                assert!(got == whole, "{hq} over {hk}, {params:?}: steps of {step}, blocks of {block_size}");
+            }
+            for step in [1, 33, 300] {
+                let together = run_in_steps(&[&strangers[0], &sequence, &strangers[1]], step, 16, 9)?;
+                assert!(&together[1] == whole, "{hq} over {hk}, {params:?}: with strangers, steps of {step}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn results_do_not_depend_on_threads() -> Result<()> {
+    let run = |threads, step| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool of threads");
+        let sequence = Sequence::new(1, 1300, 8, 2, AttentionParams::causal(0.2))?;
+        pool.install(|| run_in_steps(&[&sequence], step, 16, 1))
+    };
+    let whole = run(1, 1300)?;
+    for (threads, step) in [(4, 1300), (4, 650), (1, 1299), (4, 1299)] {
+        assert!(run(threads, step)? == whole, "{threads} threads, steps of {step}");
+    }
+    Ok(())
+}
+
+#[test]
+fn uncached_is_paged() -> Result<()> {
+    let params = AttentionParams { window: Some(60), ..AttentionParams::causal(0.2) };
+    let sequences = [Sequence::new(1, 200, 4, 2, params)?, Sequence::new(2, 33, 4, 2, params)?];
+    let rows = |of: fn(&Sequence) -> &Tensor| Tensor::cat(&[of(&sequences[0]), of(&sequences[1])], 0);
+    let batch = Batch::uncached(&[&[0; 200], &[0; 33]], &Device::Cpu)?;
+    let got = attention(&rows(|s| &s.q)?, &rows(|s| &s.k)?, &rows(|s| &s.v)?, &batch, params)?;
+    assert!(values(&got)? == run_in_steps(&[&sequences[0], &sequences[1]], 200, 16, 1)?.concat());
+    Ok(())
+}
+
+#[test]
+fn refuses_operands_that_disagree() -> Result<()> {
+    let batch = Batch::new(&[Segment { tokens: &[0, 0], past: 0, blocks: &[2], slot: 0 }], 4, &Device::Cpu)?;
+    let pages = |blocks, dtype| Tensor::zeros((2, blocks, 4, 2, 8), dtype, &Device::Cpu);
+    let rows = |n, heads, dtype| Tensor::zeros((n, heads, 8), dtype, &Device::Cpu);
+    let (f32, f16) = (DType::F32, DType::F16);
+
+    let (kv, k) = (pages(3, f32)?, rows(2, 2, f32)?);
+    write_kv(&kv, &k, &k, &batch)?;
+    assert!(write_kv(&pages(2, f32)?, &k, &k, &batch).is_err());
+    assert!(write_kv(&pages(3, f16)?, &k, &k, &batch).is_err());
+    assert!(write_kv(&kv, &rows(1, 2, f32)?, &k, &batch).is_err());
+    assert!(write_kv(&kv, &k, &rows(2, 1, f32)?, &batch).is_err());
+
+    let params = AttentionParams::causal(1.0);
+    let q = rows(2, 4, f32)?;
+    paged_attention(&q, &kv, &batch, params)?;
+    assert!(paged_attention(&q, &pages(2, f32)?, &batch, params).is_err());
+    assert!(paged_attention(&q, &pages(3, f16)?, &batch, params).is_err());
+    assert!(paged_attention(&rows(2, 3, f32)?, &kv, &batch, params).is_err());
+    assert!(paged_attention(&rows(1, 4, f32)?, &kv, &batch, params).is_err());
+
+    attention(&q, &k, &k, &batch, params)?;
+    assert!(attention(&q, &k, &rows(2, 1, f32)?, &batch, params).is_err());
+    assert!(attention(&q, &k, &rows(2, 2, f16)?, &batch, params).is_err());
+    assert!(attention(&rows(2, 3, f32)?, &k, &k, &batch, params).is_err());
+
+    let none = AttentionParams { window: Some(0), ..params };
+    let ahead = AttentionParams { window: Some(4), mask: Mask::Bidirectional, ..params };
+    for params in [none, ahead] {
+        assert!(paged_attention(&q, &kv, &batch, params).is_err());
+        assert!(attention(&q, &k, &k, &batch, params).is_err());
+    }
+    Ok(())
+}

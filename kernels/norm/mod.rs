@@ -3,13 +3,17 @@
 //! Weights are f32 and hold the factor itself: a family whose checkpoint stores `w` for `1 + w` adds the one
 //! when it loads, so there is one norm here.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu;
+use half::{bf16, f16};
+
+use crate::cpu::as_rows;
 
 /// RMS normalisation over the last dimension:
 ///
@@ -28,7 +32,7 @@ use crate::cpu;
 /// Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     check_weight("rms_norm", x, weight)?;
-    x.contiguous()?.apply_op2_no_bwd(weight, &RmsNorm { eps: eps as f32 })
+    as_rows(x)?.apply_op2_no_bwd(&weight.contiguous()?, &RmsNorm { eps: eps as f32 })
 }
 
 /// RMS normalisation followed by a SiLU gate:
@@ -57,7 +61,7 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
             x.dtype()
         )
     }
-    x.contiguous()?.apply_op3_no_bwd(&gate.contiguous()?, weight, &RmsNormGated { eps: eps as f32 })
+    as_rows(x)?.apply_op3_no_bwd(&as_rows(gate)?, &weight.contiguous()?, &RmsNormGated { eps: eps as f32 })
 }
 
 fn check_weight(op: &str, x: &Tensor, weight: &Tensor) -> Result<()> {
@@ -77,8 +81,7 @@ impl CustomOp2 for RmsNorm {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = reference::rms_norm(&cpu::read_f32(x, xl)?, &cpu::read_f32(w, wl)?, self.eps);
-        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, xl.shape().clone()))
+        Ok((run("rms_norm", (x, xl), None, (w, wl), self.eps)?, xl.shape().clone()))
     }
 }
 
@@ -100,12 +103,17 @@ impl CustomOp3 for RmsNormGated {
         w: &CpuStorage,
         wl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let out = reference::rms_norm_gated(
-            &cpu::read_f32(x, xl)?,
-            &cpu::read_f32(gate, gl)?,
-            &cpu::read_f32(w, wl)?,
-            self.eps,
-        );
-        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, xl.shape().clone()))
+        Ok((run("rms_norm_gated", (x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
+    }
+}
+
+type Operand<'a> = (&'a CpuStorage, &'a Layout);
+
+fn run(op: &str, x: Operand, gate: Option<Operand>, weight: Operand, eps: f32) -> Result<CpuStorage> {
+    match x.0 {
+        CpuStorage::F32(_) => cpu::rms_norm::<f32>(x, gate, weight, eps),
+        CpuStorage::F16(_) => cpu::rms_norm::<f16>(x, gate, weight, eps),
+        CpuStorage::BF16(_) => cpu::rms_norm::<bf16>(x, gate, weight, eps),
+        other => bail!("{op}: x is {:?}, expected f32, f16 or bf16", crate::cpu::dtype_of(other)),
     }
 }

@@ -1,1 +1,148 @@
+//! The norms on every device present, against the reference and by hand.
+
+use candle_core::Device;
+
 use super::*;
+use crate::simd::tests::portable;
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+const SIZES: [usize; 9] = [1, 7, 63, 64, 65, 100, 128, 1000, 1024];
+const EPS: f64 = 1e-6;
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dtype: DType,
+    rows: usize,
+    d: usize,
+    /// Size of the inputs: large enough, and a square no longer fits f16.
+    deviation: f32,
+    view: View,
+}
+
+/// Which part of a larger tensor of NaN an input is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum View {
+    Whole,
+    Rows,
+    Columns,
+}
+
+impl View {
+    fn of(self, x: &Tensor) -> Result<Tensor> {
+        let (rows, d) = x.dims2()?;
+        let (dim, len) = match self {
+            View::Whole => return Ok(x.clone()),
+            View::Rows => (0, rows),
+            View::Columns => (1, d),
+        };
+        let mut shape = [rows, d];
+        shape[dim] = 3;
+        let frame = poisoned(&shape, x.dtype(), x.device())?;
+        Tensor::cat(&[&frame, x, &frame], dim)?.narrow(dim, 3, len)
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in DTYPES {
+        for d in SIZES {
+            for rows in [1, 5] {
+                for view in [View::Whole, View::Rows, View::Columns] {
+                    cases.push(Case { dtype, rows, d, deviation: 1.0, view });
+                }
+            }
+        }
+        cases.push(Case { dtype, rows: 300, d: 128, deviation: 1.0, view: View::Whole });
+        cases.push(Case { dtype, rows: 3, d: 100, deviation: 1000.0, view: View::Whole });
+        cases.push(Case { dtype, rows: 3, d: 100, deviation: 0.0, view: View::Whole });
+    }
+    cases
+}
+
+struct Inputs {
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+}
+
+fn inputs(case: Case, device: &Device) -> Result<Inputs> {
+    let Case { dtype, rows, d, deviation, view } = case;
+    let mut random = Random::new((rows * d) as u64);
+    let x = view.of(&random.tensor(&[rows, d], deviation, dtype, device)?)?;
+    let gate = view.of(&random.tensor(&[rows, d], 2.0, dtype, device)?)?;
+    let weight = random.tensor(&[d + 3], 1.0, DType::F32, device)?.narrow(0, 3, d)?;
+    Ok(Inputs { x, gate, weight })
+}
+
+fn check(name: &str, case: Case, device: &Device, got: &Tensor, want: &[f32]) -> Result<()> {
+    assert_eq!((got.dims(), got.dtype()), (&[case.rows, case.d][..], case.dtype), "{name} {case:?}");
+    assert_close(&format!("{name} {case:?} {device:?}"), &values(got)?, want, op_limit(case.dtype));
+    Ok(())
+}
+
+fn run_rms_norm(case: Case, device: &Device) -> Result<()> {
+    let Inputs { x, weight, .. } = inputs(case, device)?;
+    let want = reference::rms_norm(&values(&x)?, &values(&weight)?, EPS as f32);
+    check("rms_norm", case, device, &rms_norm(&x, &weight, EPS)?, &want)
+}
+
+fn run_rms_norm_gated(case: Case, device: &Device) -> Result<()> {
+    let Inputs { x, gate, weight } = inputs(case, device)?;
+    let want = reference::rms_norm_gated(&values(&x)?, &values(&gate)?, &values(&weight)?, EPS as f32);
+    check("rms_norm_gated", case, device, &rms_norm_gated(&x, &gate, &weight, EPS)?, &want)
+}
+
+#[test]
+fn rms_norm_is_the_reference() -> Result<()> {
+    for device in devices() {
+        for case in cases() {
+            run_rms_norm(case, &device)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rms_norm_gated_is_the_reference() -> Result<()> {
+    // Has a kernel on the CPU alone so far.
+    for case in cases() {
+        run_rms_norm_gated(case, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn portable_lanes_are_the_reference() -> Result<()> {
+    portable(|| {
+        for case in cases() {
+            run_rms_norm(case, &Device::Cpu)?;
+            run_rms_norm_gated(case, &Device::Cpu)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn hand_computed() -> Result<()> {
+    // mean(x^2) = 12.5 and 0.5; an eps of 3.5 makes the roots 4 and 2.
+    let x = Tensor::new(&[[3f32, -4.0], [1.0, 0.0]], &Device::Cpu)?;
+    let weight = Tensor::new(&[2f32, 0.5], &Device::Cpu)?;
+    assert_close("rms_norm", &values(&rms_norm(&x, &weight, 3.5)?)?, &[1.5, -0.5, 1.0, 0.0], 1e-6);
+    let gate = Tensor::new(&[[0f32, 3f32.ln()], [-(3f32.ln()), 7.0]], &Device::Cpu)?;
+    // silu(ln 3) = 3/4 ln 3 and silu(-ln 3) = -1/4 ln 3.
+    let want = [0.0, -0.375 * 3f32.ln(), -0.25 * 3f32.ln(), 0.0];
+    assert_close("rms_norm_gated", &values(&rms_norm_gated(&x, &gate, &weight, 3.5)?)?, &want, 1e-6);
+    Ok(())
+}
+
+#[test]
+fn refuses_operands_that_disagree() -> Result<()> {
+    let x = Tensor::zeros((2, 4), DType::F16, &Device::Cpu)?;
+    let weight = Tensor::zeros(4, DType::F32, &Device::Cpu)?;
+    assert!(rms_norm(&x, &weight.narrow(0, 0, 3)?, EPS).is_err());
+    assert!(rms_norm(&x, &weight.to_dtype(DType::F16)?, EPS).is_err());
+    assert!(rms_norm_gated(&x, &x.narrow(0, 0, 1)?, &weight, EPS).is_err());
+    assert!(rms_norm_gated(&x, &x.to_dtype(DType::F32)?, &weight, EPS).is_err());
+    Ok(())
+}

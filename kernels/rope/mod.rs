@@ -1,12 +1,14 @@
 //! Rotary position embedding over a leading part of the head.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu;
+use crate::cpu::{as_rows, dtype_of, read_f32};
 
 /// Rotates the first `R` of `D` components of every head, in half-split pairs `(i, i + R/2)`:
 ///
@@ -40,7 +42,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
             x.dims()
         )
     }
-    x.contiguous()?.apply_op3_no_bwd(&cos.contiguous()?, &sin.contiguous()?, &Rope)
+    as_rows(x)?.apply_op3_no_bwd(&cos.contiguous()?, &sin.contiguous()?, &Rope)
 }
 
 struct Rope;
@@ -59,10 +61,14 @@ impl CustomOp3 for Rope {
         sin: &CpuStorage,
         sl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (_, heads, d) = xl.shape().dims3()?;
         let (_, half) = cl.shape().dims2()?;
-        let mut out = cpu::read_f32(x, xl)?.into_owned();
-        reference::rope(&mut out, &cpu::read_f32(cos, cl)?, &cpu::read_f32(sin, sl)?, heads, d, half);
-        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, xl.shape().clone()))
+        let (cos, sin) = (&read_f32(cos, cl)?, &read_f32(sin, sl)?);
+        let out = match x {
+            CpuStorage::F32(x) => CpuStorage::F32(cpu::rope(x, xl, cos, sin, half)?),
+            CpuStorage::F16(x) => CpuStorage::F16(cpu::rope(x, xl, cos, sin, half)?),
+            CpuStorage::BF16(x) => CpuStorage::BF16(cpu::rope(x, xl, cos, sin, half)?),
+            other => bail!("rope: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        };
+        Ok((out, xl.shape().clone()))
     }
 }

@@ -1,0 +1,535 @@
+//! Eight f32 lanes, on the widest instructions that the machine has.
+//!
+//! A CPU kernel is written once, generic over [`Lanes`], as the `run` of a [`Kernel`]; [`dispatch`] picks the
+//! instruction set when it is called. Every set has the same eight lanes and adds them up in the same order, so
+//! results differ between machines only by whether multiply and add are fused.
+//!
+//! What is generic over [`Lanes`] must be `#[inline(always)]` and must not touch lanes inside a closure: only
+//! what is inlined into [`dispatch`] is compiled for its instructions.
+
+use half::{bf16, f16};
+
+use crate::cpu::Element;
+
+pub(crate) const LANES: usize = 8;
+
+/// A computation over lanes, with its operands.
+pub(crate) trait Kernel {
+    type Output;
+    fn run<V: Lanes>(self) -> Self::Output;
+}
+
+/// Runs `kernel` on the widest instructions that the machine has.
+pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    #[cfg(test)]
+    if tests::PORTABLE.get() {
+        return kernel.run::<Portable>();
+    }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        // SAFETY: the three features were just found.
+        return unsafe { avx2::run(kernel) };
+    }
+    kernel.run::<Portable>()
+}
+
+/// Eight f32 values.
+pub(crate) trait Lanes: Copy {
+    fn splat(value: f32) -> Self;
+    fn load(source: &[f32; LANES]) -> Self;
+    fn load_f16(source: &[f16; LANES]) -> Self;
+    fn load_bf16(source: &[bf16; LANES]) -> Self;
+    fn store(self, target: &mut [f32; LANES]);
+    /// Rounds to nearest, ties to even.
+    fn store_f16(self, target: &mut [f16; LANES]);
+    /// Rounds to nearest, ties to even.
+    fn store_bf16(self, target: &mut [bf16; LANES]);
+
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// `self * factor + sum`, with one rounding where the instructions have it.
+    fn mul_add(self, factor: Self, sum: Self) -> Self;
+    /// `other` where either is NaN.
+    fn max(self, other: Self) -> Self;
+    /// `other` where either is NaN.
+    fn min(self, other: Self) -> Self;
+    /// `self * 2^exponent` for integral exponents within -252..=254.
+    fn scale(self, exponent: Self) -> Self;
+    /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
+    fn sums(four: [Self; 4]) -> [f32; 4];
+
+    /// The sum of the lanes.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        Self::sums([self; 4])[0]
+    }
+
+    /// The greatest lane.
+    #[inline(always)]
+    fn greatest(self) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes);
+        let pair = |i: usize| lanes[i].max(lanes[i + 4]);
+        pair(0).max(pair(1)).max(pair(2).max(pair(3)))
+    }
+
+    /// `e^self` within 2 ulp: 0 from -104 down, infinity from 89 up, subnormal between -104 and -87, NaN stays.
+    ///
+    /// `e^x = 2^n e^r` with `|r| <= ln 2 / 2`, and the Taylor series of `e^r` up to `r^7 / 7!`, whose remainder
+    /// is below 6e-9.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        // ln 2 in two parts, the first short enough for `n * LN_2_HIGH` to be exact.
+        const LN_2_HIGH: f32 = 355.0 / 512.0;
+        const LN_2_LOW: f32 = -2.121_944_4e-4;
+        // Adding and subtracting 1.5 * 2^23 leaves the nearest integer.
+        const ROUND: f32 = 12_582_912.0;
+        let x = Self::splat(-105.0).max(Self::splat(89.5).min(self));
+        let round = Self::splat(ROUND);
+        let n = x.mul_add(Self::splat(std::f32::consts::LOG2_E), round).sub(round);
+        let r = n.mul_add(Self::splat(-LN_2_HIGH), x);
+        let r = n.mul_add(Self::splat(-LN_2_LOW), r);
+        let mut series = Self::splat(1.0 / 5040.0);
+        for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+            series = series.mul_add(r, Self::splat(coefficient));
+        }
+        series.scale(n)
+    }
+
+    /// `1 / (1 + e^-self)`: within 4 ulp, and no overflow at either end.
+    #[inline(always)]
+    fn sigmoid(self) -> Self {
+        let one = Self::splat(1.0);
+        one.div(one.add(Self::splat(0.0).sub(self).exp()))
+    }
+}
+
+/// An element type that lanes are loaded from and rounded to.
+pub(crate) trait Stored: Element {
+    fn load<V: Lanes>(source: &[Self; LANES]) -> V;
+    fn store<V: Lanes>(lanes: V, target: &mut [Self; LANES]);
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn load<V: Lanes>(source: &[Self; LANES]) -> V {
+        V::load(source)
+    }
+    #[inline(always)]
+    fn store<V: Lanes>(lanes: V, target: &mut [Self; LANES]) {
+        lanes.store(target)
+    }
+}
+
+impl Stored for f16 {
+    #[inline(always)]
+    fn load<V: Lanes>(source: &[Self; LANES]) -> V {
+        V::load_f16(source)
+    }
+    #[inline(always)]
+    fn store<V: Lanes>(lanes: V, target: &mut [Self; LANES]) {
+        lanes.store_f16(target)
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn load<V: Lanes>(source: &[Self; LANES]) -> V {
+        V::load_bf16(source)
+    }
+    #[inline(always)]
+    fn store<V: Lanes>(lanes: V, target: &mut [Self; LANES]) {
+        lanes.store_bf16(target)
+    }
+}
+
+/// Up to eight values, widened; lanes past the end of `source` are zero.
+#[inline(always)]
+pub(crate) fn load<V: Lanes, T: Stored>(source: &[T]) -> V {
+    match source.first_chunk() {
+        Some(source) => T::load(source),
+        None => {
+            let mut padded = [T::round(0.0); LANES];
+            padded[..source.len()].copy_from_slice(source);
+            T::load(&padded)
+        }
+    }
+}
+
+/// The leading lanes, rounded, as many as `target` holds and at most eight.
+#[inline(always)]
+pub(crate) fn store<V: Lanes, T: Stored>(lanes: V, target: &mut [T]) {
+    match target.first_chunk_mut() {
+        Some(target) => T::store(lanes, target),
+        None => {
+            let mut padded = [T::round(0.0); LANES];
+            T::store(lanes, &mut padded);
+            target.copy_from_slice(&padded[..target.len()]);
+        }
+    }
+}
+
+/// Asks for `data` to be brought near, where the machine can be asked.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in data.chunks(64 / size_of::<T>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch has no effect but speed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
+}
+
+/// The sum of squares of `x`, in f32.
+#[inline(always)]
+pub(crate) fn sum_of_squares<V: Lanes, T: Stored>(x: &[T]) -> f32 {
+    let (quads, rest) = x.as_chunks::<{ 4 * LANES }>();
+    let mut sums = [V::splat(0.0); 4];
+    for quad in quads {
+        for (sum, x) in sums.iter_mut().zip(quad.as_chunks::<LANES>().0) {
+            let x: V = T::load(x);
+            *sum = x.mul_add(x, *sum);
+        }
+    }
+    for (sum, x) in sums.iter_mut().zip(rest.chunks(LANES)) {
+        let x: V = load(x);
+        *sum = x.mul_add(x, *sum);
+    }
+    let [a, b, c, d] = V::sums(sums);
+    (a + b) + (c + d)
+}
+
+/// Lanes of the baseline instruction set, in a form that compilers turn into vectors.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+    }
+}
+
+impl Lanes for Portable {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+    #[inline(always)]
+    fn load(source: &[f32; LANES]) -> Self {
+        Self(*source)
+    }
+    #[inline(always)]
+    fn load_f16(source: &[f16; LANES]) -> Self {
+        Self(source.map(f16::widen))
+    }
+    #[inline(always)]
+    fn load_bf16(source: &[bf16; LANES]) -> Self {
+        Self(source.map(bf16::widen))
+    }
+    #[inline(always)]
+    fn store(self, target: &mut [f32; LANES]) {
+        *target = self.0
+    }
+    #[inline(always)]
+    fn store_f16(self, target: &mut [f16; LANES]) {
+        *target = self.0.map(f16::round)
+    }
+    #[inline(always)]
+    fn store_bf16(self, target: &mut [bf16; LANES]) {
+        *target = self.0.map(bf16::round)
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn mul_add(self, factor: Self, sum: Self) -> Self {
+        // Without the instruction `f32::mul_add` is a call.
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            Self(std::array::from_fn(|i| self.0[i].mul_add(factor.0[i], sum.0[i])))
+        } else {
+            self.mul(factor).add(sum)
+        }
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn scale(self, exponent: Self) -> Self {
+        let power = |e: i32| f32::from_bits(((e + 127) << 23) as u32);
+        self.zip(exponent, |x, e| {
+            let e = e as i32;
+            x * power(e >> 1) * power(e - (e >> 1))
+        })
+    }
+    #[inline(always)]
+    fn sums(four: [Self; 4]) -> [f32; 4] {
+        four.map(|Self(x)| ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::{Kernel, LANES, Lanes};
+
+    /// # Safety
+    ///
+    /// The machine has AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<Avx2>()
+    }
+
+    /// Lanes in one register. Only [`run`] names this type, so wherever a method is called the features are there.
+    #[derive(Clone, Copy)]
+    struct Avx2(__m256);
+
+    // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
+    impl Lanes for Avx2 {
+        #[inline(always)]
+        fn splat(value: f32) -> Self {
+            Self(unsafe { _mm256_set1_ps(value) })
+        }
+        #[inline(always)]
+        fn load(source: &[f32; LANES]) -> Self {
+            Self(unsafe { _mm256_loadu_ps(source.as_ptr()) })
+        }
+        #[inline(always)]
+        fn load_f16(source: &[f16; LANES]) -> Self {
+            Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.as_ptr().cast())) })
+        }
+        #[inline(always)]
+        fn load_bf16(source: &[bf16; LANES]) -> Self {
+            // A bf16 is the upper half of an f32.
+            Self(unsafe {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(source.as_ptr().cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            })
+        }
+        #[inline(always)]
+        fn store(self, target: &mut [f32; LANES]) {
+            unsafe { _mm256_storeu_ps(target.as_mut_ptr(), self.0) }
+        }
+        #[inline(always)]
+        fn store_f16(self, target: &mut [f16; LANES]) {
+            unsafe {
+                let rounded = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+                _mm_storeu_si128(target.as_mut_ptr().cast(), rounded)
+            }
+        }
+        #[inline(always)]
+        fn store_bf16(self, target: &mut [bf16; LANES]) {
+            unsafe {
+                let bits = _mm256_castps_si256(self.0);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                // Rounding could carry a NaN into infinity: NaN is cut instead, and made quiet.
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+                let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+                let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
+                _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
+            }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            Self(unsafe { _mm256_add_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            Self(unsafe { _mm256_sub_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            Self(unsafe { _mm256_div_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul_add(self, factor: Self, sum: Self) -> Self {
+            Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, sum.0) })
+        }
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            Self(unsafe { _mm256_max_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn min(self, other: Self) -> Self {
+            Self(unsafe { _mm256_min_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn scale(self, exponent: Self) -> Self {
+            unsafe {
+                let exponent = _mm256_cvtps_epi32(exponent.0);
+                let half = _mm256_srai_epi32::<1>(exponent);
+                let rest = _mm256_sub_epi32(exponent, half);
+                let bias = _mm256_set1_epi32(127);
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias)));
+                let high = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias)));
+                Self(_mm256_mul_ps(_mm256_mul_ps(self.0, low), high))
+            }
+        }
+        #[inline(always)]
+        fn sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+            unsafe {
+                let quarters = _mm256_hadd_ps(_mm256_hadd_ps(a.0, b.0), _mm256_hadd_ps(c.0, d.0));
+                let sums = _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps::<1>(quarters));
+                let mut out = [0.0; 4];
+                _mm_storeu_ps(out.as_mut_ptr(), sums);
+                out
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::testing::Random;
+
+    thread_local! {
+        pub(super) static PORTABLE: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Runs `f` with the portable lanes, in what it runs on this thread.
+    pub(crate) fn portable<R>(f: impl FnOnce() -> R) -> R {
+        PORTABLE.set(true);
+        let result = f();
+        PORTABLE.set(false);
+        result
+    }
+
+    struct Map<'a, F>(&'a [f32], F);
+
+    /// What is mapped over lanes; a trait because closures cannot be generic.
+    trait Function {
+        fn of<V: Lanes>(x: V) -> V;
+    }
+
+    impl<F: Function> Kernel for Map<'_, F> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn run<V: Lanes>(self) -> Vec<f32> {
+            let mut out = vec![0.0; self.0.len()];
+            for (x, out) in self.0.chunks(LANES).zip(out.chunks_mut(LANES)) {
+                store(F::of(load::<V, f32>(x)), out);
+            }
+            out
+        }
+    }
+
+    struct Exp;
+    impl Function for Exp {
+        #[inline(always)]
+        fn of<V: Lanes>(x: V) -> V {
+            x.exp()
+        }
+    }
+
+    struct Sigmoid;
+    impl Function for Sigmoid {
+        #[inline(always)]
+        fn of<V: Lanes>(x: V) -> V {
+            x.sigmoid()
+        }
+    }
+
+    /// The largest distance to `exact`, in units of the last place of its f32.
+    fn ulps(x: &[f32], got: &[f32], exact: impl Fn(f64) -> f64) -> f64 {
+        let error = |(&x, &got): (&f32, &f32)| {
+            let exact = exact(f64::from(x));
+            let place = (exact as f32).next_up() - exact as f32;
+            (f64::from(got) - exact).abs() / f64::from(place)
+        };
+        x.iter().zip(got).map(error).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn exp_and_sigmoid_are_as_exact_as_stated() {
+        let grid: Vec<f32> = (-1_040_000..885_000).map(|i| i as f32 * 1e-4).collect();
+        for got in [dispatch(Map(&grid, Exp)), portable(|| dispatch(Map(&grid, Exp)))] {
+            let error = ulps(&grid, &got, f64::exp);
+            assert!(error <= 2.0, "exp: {error} ulp");
+        }
+        let grid: Vec<f32> = (-870_000..1_000_000).map(|i| i as f32 * 1e-4).collect();
+        for got in [dispatch(Map(&grid, Sigmoid)), portable(|| dispatch(Map(&grid, Sigmoid)))] {
+            let error = ulps(&grid, &got, |x| 1.0 / (1.0 + (-x).exp()));
+            assert!(error <= 4.0, "sigmoid: {error} ulp");
+        }
+    }
+
+    #[test]
+    fn exp_at_its_ends() {
+        let x = [0.0, -0.0, f32::NEG_INFINITY, -1e9, -104.0, 89.0, f32::INFINITY, f32::NAN];
+        for got in [dispatch(Map(&x, Exp)), portable(|| dispatch(Map(&x, Exp)))] {
+            assert_eq!(got[..7], [1.0, 1.0, 0.0, 0.0, 0.0, f32::INFINITY, f32::INFINITY]);
+            assert!(got[7].is_nan());
+        }
+    }
+
+    struct RoundTrip<'a, T>(&'a [f32], std::marker::PhantomData<T>);
+
+    impl<T: Stored> Kernel for RoundTrip<'_, T> {
+        type Output = Vec<u32>;
+
+        /// The bits of each value after rounding to `T` and widening again.
+        #[inline(always)]
+        fn run<V: Lanes>(self) -> Vec<u32> {
+            let mut rounded = vec![T::round(0.0); self.0.len()];
+            let mut out = vec![0.0; self.0.len()];
+            for (x, rounded) in self.0.chunks(LANES).zip(rounded.chunks_mut(LANES)) {
+                store(load::<V, f32>(x), rounded);
+            }
+            for (rounded, out) in rounded.chunks(LANES).zip(out.chunks_mut(LANES)) {
+                store(load::<V, T>(rounded), out);
+            }
+            out.into_iter().map(f32::to_bits).collect()
+        }
+    }
+
+    #[test]
+    fn rounding_is_that_of_the_half_crate() {
+        fn check<T: Stored>(x: &[f32]) {
+            let want: Vec<u32> = x.iter().map(|&x| T::round(x).widen().to_bits()).collect();
+            assert_eq!(dispatch(RoundTrip::<T>(x, std::marker::PhantomData)), want);
+        }
+        let mut random = Random::new(1);
+        let mut x: Vec<f32> = (0..100_003).map(|_| f32::from_bits(random.next_u64() as u32)).collect();
+        // Ties, the edges of each range, and NaN that rounding would carry into infinity.
+        x.extend([1.00390625, 1.01171875, 65504.0, 65519.9, 65520.0, 3.4e38, 6e-8, 2.9e-8, f32::INFINITY]);
+        x.extend([0x7fff_ffff, 0xffff_ffff, 0x7f80_0001].map(f32::from_bits));
+        check::<f16>(&x);
+        check::<bf16>(&x);
+    }
+}
