@@ -43,6 +43,7 @@ pub mod rope;
 
 mod batch;
 mod cpu;
+mod lanes;
 #[doc(hidden)]
 pub mod testing;
 
