@@ -1,9 +1,11 @@
 //! How CPU ops read operands and hand back results: arithmetic is in f32 whatever the storage holds.
 
 use std::borrow::Cow;
+use std::marker::PhantomData;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -11,6 +13,14 @@ use rayon::prelude::*;
 pub(crate) trait Element: WithDType + Send + Sync {
     fn widen(self) -> f32;
     fn round(value: f32) -> Self;
+
+    fn widen_all(source: &[Self], target: &mut [f32]) {
+        target.iter_mut().zip(source).for_each(|(target, source)| *target = source.widen());
+    }
+
+    fn round_all(source: &[f32], target: &mut [Self]) {
+        target.iter_mut().zip(source).for_each(|(target, &source)| *target = Self::round(source));
+    }
 }
 
 impl Element for f32 {
@@ -28,6 +38,13 @@ impl Element for f16 {
     }
     fn round(value: f32) -> Self {
         f16::from_f32(value)
+    }
+    // A conversion of one value asks for the machine's features each time.
+    fn widen_all(source: &[Self], target: &mut [f32]) {
+        source.convert_to_f32_slice(target);
+    }
+    fn round_all(source: &[f32], target: &mut [Self]) {
+        target.convert_from_f32_slice(source);
     }
 }
 
@@ -57,6 +74,60 @@ impl<'a> Operand<'a> {
             Storage::Cpu(storage) => read_f32(storage, self.layout),
             _ => bail!("operand is not on the cpu"),
         }
+    }
+
+    /// The rows of an operand that [`contiguous_rows`] returned.
+    pub fn rows<T: Element>(&self) -> Result<Rows<'_, T>> {
+        let Storage::Cpu(storage) = &*self.storage else { bail!("operand is not on the cpu") };
+        let values = &storage.as_slice::<T>()?[self.layout.start_offset()..];
+        Ok(Rows { values, stride: self.layout.stride()[0] })
+    }
+}
+
+/// `tensor`, or a copy of it if the values of one row, that is one index of the first dimension, are not contiguous.
+/// Rows may lie apart, as in a column range of a matrix. Other devices than the CPU get a contiguous tensor.
+pub(crate) fn contiguous_rows(tensor: &Tensor) -> Result<Tensor> {
+    let row = Layout::new(tensor.dims()[1..].into(), tensor.stride()[1..].to_vec(), 0);
+    if tensor.device().is_cpu() && row.is_contiguous() { Ok(tensor.clone()) } else { tensor.contiguous() }
+}
+
+/// An operand of which each row is contiguous.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a, T> {
+    values: &'a [T],
+    stride: usize,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// `len` values of row `row`, from its `start`-th on.
+    pub fn part(&self, row: usize, start: usize, len: usize) -> &'a [T] {
+        &self.values[row * self.stride + start..][..len]
+    }
+}
+
+/// A buffer that several tasks write, each its own part.
+pub(crate) struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    buffer: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: nothing but `part` reaches the buffer, whose caller promises that no two parts overlap.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    pub fn new(buffer: &'a mut [T]) -> Self {
+        Self { start: buffer.as_mut_ptr(), len: buffer.len(), buffer: PhantomData }
+    }
+
+    /// # Safety
+    ///
+    /// The part overlaps no other part still in use.
+    #[allow(clippy::mut_from_ref)] // the point of the type
+    pub unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start + len <= self.len, "part {start}..{} of a buffer of {}", start + len, self.len);
+        // SAFETY: within the buffer by the assertion, unaliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 }
 

@@ -44,6 +44,7 @@ pub mod rope;
 mod batch;
 mod cpu;
 mod simd;
+mod lanes;
 #[doc(hidden)]
 pub mod testing;
 

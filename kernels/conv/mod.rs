@@ -1,5 +1,7 @@
 //! Depthwise causal convolution over packed sequences, with its window kept in slots.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -7,9 +9,10 @@ mod tests;
 use std::cell::OnceCell;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
 
 use crate::Batch;
-use crate::cpu::{self, Operand};
+use crate::cpu::{Element, Operand, contiguous_rows, tensor, write_f32};
 
 /// Depthwise causal convolution followed by SiLU, for each sequence and channel on its own:
 ///
@@ -28,7 +31,7 @@ use crate::cpu::{self, Operand};
 ///
 /// Shapes disagree, `state` is not f32, or a slot of the batch lies outside it.
 ///
-/// Devices: CPU.
+/// Devices: CPU, where `x` may be a column range of a matrix.
 ///
 /// Source: Dao and Gu, Mamba's causal-conv1d, <https://github.com/Dao-AILab/causal-conv1d>.
 pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch) -> Result<Tensor> {
@@ -50,9 +53,9 @@ pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch)
         )
     }
     batch.check_slots("causal_conv1d", slots)?;
-    let op = CausalConv1d { x: &x.contiguous()?, weight: &weight.contiguous()?, batch, out: OnceCell::new() };
+    let op = CausalConv1d { x: &contiguous_rows(x)?, weight: &weight.contiguous()?, batch, out: OnceCell::new() };
     state.inplace_op1(&op)?;
-    Ok(cpu::tensor(op.out.into_inner().expect("every backend sets the output"), (n, channels)))
+    Ok(tensor(op.out.into_inner().expect("every backend sets the output"), (n, channels)))
 }
 
 struct CausalConv1d<'a> {
@@ -68,18 +71,21 @@ impl InplaceOp1 for CausalConv1d<'_> {
     }
 
     fn cpu_fwd(&self, state: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let out = match self.x.dtype() {
+            DType::F16 => CpuStorage::F16(self.run_cpu::<f16>(state, layout)?),
+            DType::BF16 => CpuStorage::BF16(self.run_cpu::<bf16>(state, layout)?),
+            _ => CpuStorage::F32(self.run_cpu::<f32>(state, layout)?),
+        };
+        self.out.set(Storage::Cpu(out)).expect("run once");
+        Ok(())
+    }
+}
+
+impl CausalConv1d<'_> {
+    fn run_cpu<T: Element>(&self, state: &mut CpuStorage, layout: &Layout) -> Result<Vec<T>> {
         let (_, channels, past) = layout.shape().dims3()?;
         let (x, weight) = (Operand::new(self.x), Operand::new(self.weight));
-        let out = reference::causal_conv1d(
-            &x.f32()?,
-            &weight.f32()?,
-            cpu::write_f32(state, layout)?,
-            self.batch,
-            channels,
-            past + 1,
-        );
-        let out = Storage::Cpu(cpu::to_storage(out, self.x.dtype())?);
-        self.out.set(out).expect("run once");
-        Ok(())
+        let state = write_f32(state, layout)?;
+        Ok(cpu::causal_conv1d(x.rows()?, &weight.f32()?, state, self.batch, channels, past + 1))
     }
 }

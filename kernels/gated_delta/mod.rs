@@ -1,5 +1,8 @@
 //! The gated delta rule: the recurrence of Gated DeltaNet layers, with its state kept in slots.
 
+mod cpu;
+mod gates;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -7,9 +10,12 @@ mod tests;
 use std::cell::OnceCell;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
 
 use crate::Batch;
-use crate::cpu::{self, Operand};
+use crate::cpu::{Element, Operand, contiguous_rows, tensor, write_f32};
+
+pub use gates::gates;
 
 /// The gated delta rule, for each sequence and value head on its own. With state `S` `[V, K]`, zero before the
 /// sequence's first token, and value head `h` reading query and key head `h / (Hv / Hk)`:
@@ -29,8 +35,8 @@ use crate::cpu::{self, Operand};
 ///
 /// Shapes or dtypes disagree, or a slot of the batch lies outside `state`.
 ///
-/// Devices: CPU, by the recurrence: at a few per cent of a prompt's time it needs no chunked form there, and
-/// every token then has one result however the prompt was cut.
+/// Devices: CPU, by the recurrence: the chunked form takes as many operations there, and the recurrence gives every
+/// token one result however the prompt was cut. `q`, `k` and `v` may be column ranges of one matrix.
 ///
 /// Source: Yang et al., "Gated Delta Networks", <https://arxiv.org/abs/2412.06464>.
 pub fn gated_delta_rule(
@@ -45,7 +51,7 @@ pub fn gated_delta_rule(
     let (n, hk, kd) = q.dims3()?;
     let (_, hv, vd) = v.dims3()?;
     let (slots, ..) = state.dims4()?;
-    if n != batch.num_tokens() || hv % hk != 0 {
+    if n != batch.num_tokens() || hk == 0 || hv % hk != 0 {
         bail!(
             "gated_delta_rule: q is {:?} and v {:?}, the batch has {} tokens and Hv must be a multiple of Hk",
             q.dims(),
@@ -74,16 +80,16 @@ pub fn gated_delta_rule(
     }
     batch.check_slots("gated_delta_rule", slots)?;
     let op = GatedDeltaRule {
-        q: &q.contiguous()?,
-        k: &k.contiguous()?,
-        v: &v.contiguous()?,
+        q: &contiguous_rows(q)?,
+        k: &contiguous_rows(k)?,
+        v: &contiguous_rows(v)?,
         g: &g.contiguous()?,
         beta: &beta.contiguous()?,
         batch,
         out: OnceCell::new(),
     };
     state.inplace_op1(&op)?;
-    Ok(cpu::tensor(op.out.into_inner().expect("every backend sets the output"), (n, hv, vd)))
+    Ok(tensor(op.out.into_inner().expect("every backend sets the output"), (n, hv, vd)))
 }
 
 struct GatedDeltaRule<'a> {
@@ -102,29 +108,23 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
     }
 
     fn cpu_fwd(&self, state: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let (_, hv, vd, kd) = layout.shape().dims4()?;
-        let hk = self.q.dim(1)?;
-        let [q, k, v, g, beta] = [self.q, self.k, self.v, self.g, self.beta].map(Operand::new);
-        let (q, k, v, g, beta) = (q.f32()?, k.f32()?, v.f32()?, g.f32()?, beta.f32()?);
-        let inputs = reference::Inputs { q: &q, k: &k, v: &v, g: &g, beta: &beta, hk, hv, kd, vd };
-        let out = reference::recurrent(&inputs, cpu::write_f32(state, layout)?, self.batch);
-        let out = Storage::Cpu(cpu::to_storage(out, self.v.dtype())?);
-        self.out.set(out).expect("run once");
+        let out = match self.v.dtype() {
+            DType::F16 => CpuStorage::F16(self.run_cpu::<f16>(state, layout)?),
+            DType::BF16 => CpuStorage::BF16(self.run_cpu::<bf16>(state, layout)?),
+            _ => CpuStorage::F32(self.run_cpu::<f32>(state, layout)?),
+        };
+        self.out.set(Storage::Cpu(out)).expect("run once");
         Ok(())
     }
 }
 
-/// The gates of a Gated DeltaNet layer: `g = -exp(a_log) softplus(a + dt_bias)`, `beta = sigmoid(b)`.
-///
-/// `a`, `b` `[N, Hv]` in any float dtype; `a_log`, `dt_bias` `[Hv]` in f32. Returns `g` and `beta`, f32 `[N, Hv]`.
-///
-/// # Errors
-///
-/// Shapes disagree.
-pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<(Tensor, Tensor)> {
-    let x = a.to_dtype(DType::F32)?.broadcast_add(dt_bias)?;
-    let softplus = (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
-    let g = softplus.broadcast_mul(&a_log.exp()?.neg()?)?;
-    let beta = (b.to_dtype(DType::F32)?.neg()?.exp()? + 1.0)?.recip()?;
-    Ok((g, beta))
+impl GatedDeltaRule<'_> {
+    fn run_cpu<T: Element>(&self, state: &mut CpuStorage, layout: &Layout) -> Result<Vec<T>> {
+        let (_, hv, vd, kd) = layout.shape().dims4()?;
+        let hk = self.q.dim(1)?;
+        let [q, k, v, g, beta] = [self.q, self.k, self.v, self.g, self.beta].map(Operand::new);
+        let (q, k, v, g, beta) = (q.rows::<T>()?, k.rows()?, v.rows()?, g.f32()?, beta.f32()?);
+        let inputs = cpu::Inputs { q, k, v, g: &g, beta: &beta, hk, hv, kd, vd };
+        Ok(cpu::gated_delta_rule(&inputs, write_f32(state, layout)?, self.batch))
+    }
 }
