@@ -167,11 +167,11 @@ pub(crate) fn to_storage(values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
 
 /// Where the rows of an operand lie whose last dimension is contiguous, the others in any stride: what `narrow`
 /// leaves of a merged projection.
-pub(crate) struct Rows<'a> {
+pub(crate) struct RowStarts<'a> {
     layout: &'a Layout,
 }
 
-impl<'a> Rows<'a> {
+impl<'a> RowStarts<'a> {
     pub fn new(layout: &'a Layout) -> Result<Self> {
         match (layout.dims(), layout.stride()) {
             ([.., d], [.., stride]) if *stride == 1 || *d == 1 => Ok(Self { layout }),
@@ -191,7 +191,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// `x` as a kernel takes it that reads [`Rows`] on the CPU and contiguous operands elsewhere.
+/// `x` as a kernel takes it that reads [`RowStarts`] on the CPU and contiguous operands elsewhere.
 pub(crate) fn as_rows(x: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() && x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() }
 }

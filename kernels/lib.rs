@@ -43,8 +43,8 @@ pub mod rope;
 
 mod batch;
 mod cpu;
-mod simd;
 mod lanes;
+mod simd;
 #[doc(hidden)]
 pub mod testing;
 

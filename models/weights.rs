@@ -262,6 +262,21 @@ pub fn tensor_sizes(checkpoint: &Checkpoint) -> Result<Vec<TensorSize>> {
     Ok(tensors.entries.into_iter().map(|(name, (_, info))| TensorSize::new(name, &info)).collect())
 }
 
+/// Names, shapes and bytes of the tensors that a safetensors header describes. Errors call the file `path`.
+///
+/// # Errors
+///
+/// The header is not that of a safetensors file.
+pub fn header_sizes(path: &Path, header: &str) -> Result<Vec<TensorSize>> {
+    match serde_json::from_str::<safetensors::tensor::Metadata>(header) {
+        Ok(metadata) => {
+            let tensors = metadata.tensors().into_iter();
+            Ok(tensors.map(|(name, info)| TensorSize::new(name, info)).collect())
+        }
+        Err(error) => bail!("{}: not a safetensors header: {error}", path.display()),
+    }
+}
+
 /// Name, shape and size of a stored tensor.
 #[derive(Clone, Debug)]
 pub struct TensorSize {

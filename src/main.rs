@@ -1,1 +1,18 @@
-fn main() {}
+//! The `taper` command: parse, run one subcommand, exit code.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match cli::run(cli::Cli::parse()) {
+        Ok(code) => code,
+        Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("taper: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

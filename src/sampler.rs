@@ -12,9 +12,7 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::fmt::Display;
-use std::fs::read_to_string;
 use std::hash::{BuildHasher, Hasher};
-use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -92,12 +90,17 @@ impl SamplingParams {
     ///
     /// A file that cannot be read, is not JSON, or holds a value out of range.
     pub fn from_generation_config(path: &Path) -> Result<Self> {
-        let text = match read_to_string(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
-            text => text.map_err(|source| Error::Io { path: path.into(), source })?,
-        };
+        match std::fs::read(path) {
+            Ok(bytes) => Self::parse_generation_config(path, &bytes),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(Error::Io { path: path.into(), source }),
+        }
+    }
+
+    /// As [`SamplingParams::from_generation_config`], from the file's content. Errors name `path`.
+    pub(crate) fn parse_generation_config(path: &Path, bytes: &[u8]) -> Result<Self> {
         let invalid = |message| Error::Model { path: path.into(), message };
-        let config: GenerationConfig = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+        let config: GenerationConfig = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
         let default = Self::default();
         let params = Self {
             temperature: if config.do_sample == Some(true) { config.temperature.unwrap_or(1.0) } else { 0.0 },
@@ -309,6 +312,9 @@ fn better(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
 /// The `k` best of the logits above -inf with their ids, in no order.
 fn largest(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     let k = k.min(logits.len());
+    if k == 0 {
+        return Vec::new();
+    }
     let mut kept = Vec::with_capacity(2 * k);
     // Most logits fail one comparison with the k-th best so far; a selection runs once in k that pass.
     let mut floor = f32::NEG_INFINITY;
@@ -386,3 +392,6 @@ fn uniform(seed: u64, step: u64) -> f64 {
     let state = mix(seed).wrapping_add((step + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     (mix(state) >> 11) as f64 / (1u64 << 53) as f64
 }
+
+#[cfg(test)]
+mod tests;

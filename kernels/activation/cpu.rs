@@ -3,14 +3,14 @@
 use candle_core::{Layout, Result};
 
 use super::Activation;
-use crate::cpu::{Rows, fill_rows};
+use crate::cpu::{RowStarts, fill_rows};
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
 
 /// `gate_up` `[N, 2 * width]`.
 pub fn gated_activation<T: Stored>(gate_up: &[T], layout: &Layout, activation: Activation) -> Result<Vec<T>> {
     let (n, width) = layout.shape().dims2()?;
     let width = width / 2;
-    let rows = Rows::new(layout)?;
+    let rows = RowStarts::new(layout)?;
     let mut out = vec![T::round(0.0); n * width];
     fill_rows(&mut out, width, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(width.max(1))) {

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, Error, Layout, Result};
 
-use crate::cpu::{Rows, fill_rows, read_f32};
+use crate::cpu::{RowStarts, fill_rows, read_f32};
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store, sum_of_squares};
 
 /// `x` of elements `T` in rows as long as `weight`, normalised, and gated where there is a gate.
@@ -15,8 +15,9 @@ pub fn rms_norm<T: Stored>(
     let weight = &*read_f32(weight.0, weight.1)?;
     let d = weight.len();
     let mut out = vec![T::round(0.0); x.1.shape().elem_count()];
-    let (x, rows) = (x.0.as_slice::<T>()?, Rows::new(x.1)?);
-    let gate = gate.map(|(gate, layout)| Ok::<_, Error>((gate.as_slice::<T>()?, Rows::new(layout)?))).transpose()?;
+    let (x, rows) = (x.0.as_slice::<T>()?, RowStarts::new(x.1)?);
+    let gate =
+        gate.map(|(gate, layout)| Ok::<_, Error>((gate.as_slice::<T>()?, RowStarts::new(layout)?))).transpose()?;
     fill_rows(&mut out, d, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
             let x = &x[rows.start(row)..][..d];

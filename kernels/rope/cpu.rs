@@ -2,13 +2,13 @@
 
 use candle_core::{Layout, Result};
 
-use crate::cpu::{Rows, fill_rows};
+use crate::cpu::{RowStarts, fill_rows};
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
 
 /// `x` `[N, heads, d]`; `cos`, `sin` `[N, half]`.
 pub fn rope<T: Stored>(x: &[T], layout: &Layout, cos: &[f32], sin: &[f32], half: usize) -> Result<Vec<T>> {
     let (_, heads, d) = layout.shape().dims3()?;
-    let rows = Rows::new(layout)?;
+    let rows = RowStarts::new(layout)?;
     let mut out = vec![T::round(0.0); layout.shape().elem_count()];
     fill_rows(&mut out, d, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(d)) {

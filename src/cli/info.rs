@@ -1,0 +1,167 @@
+//! `taper info`: a model's parts and the memory that they take, before or after downloading it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::ExitCode;
+
+use models::{CacheSpec, Checkpoint, Config, cache, weights};
+use serde_json::json;
+use taper::hub::{self, Metadata};
+
+use super::Result;
+use super::model::{DeviceArgs, SourceArgs};
+use super::progress::Bars;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Hub id or folder
+    model: String,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    source: SourceArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let metadata = hub::fetch_metadata(&args.model, &args.source.hub(), &mut Bars::default())?;
+    let checkpoint = Checkpoint::Folder(metadata.folder.clone());
+    let description = Config::read(&checkpoint)?.describe();
+    let device = args.device.choice().open()?;
+    let dtype = args.device.dtype().unwrap_or_else(|| taper::default_dtype(&device));
+    let parts = Parts::read(&checkpoint, &metadata)?;
+    let specs = &description.cache_specs;
+    let per_token = cache::bytes_per_block(specs, 1, dtype);
+    let per_sequence = cache::bytes_per_slot(specs);
+    let free = taper::available_memory();
+    let context = free
+        .saturating_sub(parts.bytes as usize + per_sequence)
+        .checked_div(per_token)
+        .unwrap_or(usize::MAX)
+        .min(description.max_positions);
+    let attention = specs.iter().filter(|spec| matches!(spec, CacheSpec::KeyValue { .. })).count();
+    let recurrent = specs.iter().filter(|spec| matches!(spec, CacheSpec::Recurrent { .. })).count();
+    if args.json {
+        let value = json!({
+            "family": description.family,
+            "layers": { "total": specs.len(), "attention": attention, "recurrent": recurrent },
+            "hidden_size": description.hidden_size,
+            "vocab_size": description.vocab_size,
+            "max_positions": description.max_positions,
+            "weight_bytes": parts.bytes,
+            "parameters": parts.parameters,
+            "bytes_by_part": parts.by_part,
+            "cache_dtype": dtype.as_str(),
+            "key_value_bytes_per_token": per_token,
+            "state_bytes_per_sequence": per_sequence,
+            "free_memory_bytes": free,
+            "context_that_fits": context,
+        });
+        println!("{value:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let row = |name: &str, value: String| println!("{name:<22}{value}");
+    row("model", format!("{} ({})", args.model, description.family));
+    let kinds = if recurrent > 0 { format!(" ({recurrent} recurrent, {attention} attention)") } else { String::new() };
+    row("layers", format!("{}{kinds}, hidden size {}", specs.len(), description.hidden_size));
+    row("context", format!("{} tokens", description.max_positions));
+    row("vocabulary", format!("{} tokens", description.vocab_size));
+    let parameters = parts.parameters.map(|count| format!("{}, ", count_of(count))).unwrap_or_default();
+    row("weights", format!("{parameters}{}", bytes_of(parts.bytes)));
+    for (part, bytes) in &parts.by_part {
+        row(&format!("  {part}"), bytes_of(*bytes));
+    }
+    row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
+    if per_sequence > 0 {
+        row("recurrent state", format!("{} per sequence in f32", bytes_of(per_sequence as u64)));
+    }
+    row("free memory", bytes_of(free as u64));
+    let fits = match parts.bytes as usize + per_sequence < free {
+        true => format!("yes, with a context of up to {context} tokens"),
+        false => "no: the weights alone need more memory than is free".into(),
+    };
+    row("fits", fits);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The size of the weights, and of their parts where headers are at hand.
+struct Parts {
+    bytes: u64,
+    parameters: Option<u64>,
+    by_part: BTreeMap<&'static str, u64>,
+}
+
+impl Parts {
+    fn read(checkpoint: &Checkpoint, metadata: &Metadata) -> Result<Self> {
+        let local = metadata.weights.iter().all(|file| metadata.folder.join(&file.name).exists());
+        let tensors = match (local, metadata.weights.as_slice()) {
+            (true, _) => Some(weights::tensor_sizes(checkpoint)?),
+            (false, [file]) => {
+                file.header.as_deref().map(|header| weights::header_sizes(Path::new(&file.name), header)).transpose()?
+            }
+            (false, _) => None,
+        };
+        let Some(tensors) = tensors else {
+            let bytes = metadata.weights.iter().map(|file| file.bytes).sum();
+            return Ok(Self { bytes, parameters: None, by_part: BTreeMap::new() });
+        };
+        let mut by_part = BTreeMap::new();
+        for tensor in &tensors {
+            *by_part.entry(part(&tensor.name)).or_default() += tensor.bytes as u64;
+        }
+        let elements = |tensor: &weights::TensorSize| tensor.shape.iter().product::<usize>() as u64;
+        Ok(Self { bytes: by_part.values().sum(), parameters: Some(tensors.iter().map(elements).sum()), by_part })
+    }
+}
+
+/// The part of the model that a tensor belongs to.
+fn part(name: &str) -> &'static str {
+    const PARTS: [(&str, &str); 7] = [
+        ("mtp.", "not used"),
+        ("visual.", "not used"),
+        ("embed_tokens", "embedding"),
+        ("lm_head", "head"),
+        ("self_attn", "attention"),
+        ("linear_attn", "delta net"),
+        ("mlp", "mlp"),
+    ];
+    PARTS.iter().find(|(marker, _)| name.contains(marker)).map_or("norms", |(_, part)| part)
+}
+
+fn bytes_of(bytes: u64) -> String {
+    match bytes as f64 {
+        bytes if bytes >= (1u64 << 30) as f64 => format!("{:.2} GiB", bytes / (1u64 << 30) as f64),
+        bytes if bytes >= (1u64 << 20) as f64 => format!("{:.1} MiB", bytes / (1u64 << 20) as f64),
+        bytes if bytes >= 1024.0 => format!("{:.1} KiB", bytes / 1024.0),
+        bytes => format!("{bytes} bytes"),
+    }
+}
+
+fn count_of(count: u64) -> String {
+    match count as f64 {
+        count if count >= 1e9 => format!("{:.2} G parameters", count / 1e9),
+        count => format!("{:.1} M parameters", count / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_belong_to_parts() {
+        assert_eq!(part("model.language_model.layers.0.linear_attn.norm.weight"), "delta net");
+        assert_eq!(part("model.layers.0.post_attention_layernorm.weight"), "norms");
+        assert_eq!(part("mtp.layers.0.mlp.down_proj.weight"), "not used");
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(bytes_of(512), "512 bytes");
+        assert_eq!(bytes_of(6 * 1024), "6.0 KiB");
+        assert_eq!(bytes_of(5 << 30), "5.00 GiB");
+        assert_eq!(count_of(596_049_920), "596.0 M parameters");
+    }
+}

@@ -1,0 +1,146 @@
+//! One request, one reply: whatever shares its steps, however its prompt is cut, from cached prefixes or not, after
+//! preemption. On the CPU the log-probabilities are equal to the bit, not only the tokens.
+
+mod support;
+
+use candle_core::{DType, Device};
+use kernels::testing::Random;
+use models::{Cache, CacheConfig, CausalLm, Checkpoint, Config};
+use taper::{Engine, EngineOptions, ModelLimits, Request, SamplingParams};
+
+const FAMILIES: [(&str, &str); 3] = [("qwen3", "base"), ("qwen3_5", "base"), ("qwen3_5", "ratio1")];
+
+fn engine(family: &str, variant: &str, options: &EngineOptions) -> Engine {
+    let checkpoint = Checkpoint::Folder(support::fixture(family, variant, 0).join("f32"));
+    let config = Config::read(&checkpoint).expect("a fixture");
+    let model = config.load(&checkpoint, DType::F32, &Device::Cpu).expect("a fixture");
+    let vocab_size = config.describe().vocab_size;
+    let limits = ModelLimits { vocab_size, sampled_vocab: vocab_size, max_positions: 256, stop_ids: vec![] };
+    Engine::new(model, limits, DType::F32, &Device::Cpu, options).expect("enough memory")
+}
+
+/// Tokens and the bits of their log-probabilities.
+type Reply = Vec<(u32, u32)>;
+
+/// Runs the requests, adding the next one every `stagger` steps.
+fn run(engine: &mut Engine, requests: &[Request], stagger: usize) -> Vec<Reply> {
+    let mut replies = vec![vec![]; requests.len()];
+    let mut ids = vec![];
+    for step in 0.. {
+        if ids.len() < requests.len() && (step % stagger == 0 || engine.is_idle()) {
+            ids.push(engine.add(requests[ids.len()].clone()).expect("a valid request"));
+        }
+        if ids.len() == requests.len() && engine.is_idle() {
+            break;
+        }
+        for output in engine.step().expect("a step") {
+            let index = ids.iter().position(|id| *id == output.id).expect("a known request");
+            let token = output.token.expect("a token");
+            replies[index].push((token.id, token.logprobs.expect("asked for").chosen.to_bits()));
+        }
+    }
+    replies
+}
+
+/// Requests whose prompts share prefixes of many lengths.
+fn requests(count: u64) -> Vec<Request> {
+    let mut random = Random::new(7);
+    let base: Vec<u32> = (0..150).map(|_| random.below(400) as u32).collect();
+    (0..count)
+        .map(|index| {
+            let mut prompt = base[..random.below(100)].to_vec();
+            prompt.extend((0..1 + random.below(60)).map(|_| random.below(400) as u32));
+            let params = SamplingParams {
+                max_tokens: 5 + random.below(30),
+                temperature: if index % 2 == 0 { 0.0 } else { 1.0 },
+                seed: Some(index),
+                logprobs: Some(1),
+                ..SamplingParams::default()
+            };
+            Request { stable_len: random.below(prompt.len()), prompt, params }
+        })
+        .collect()
+}
+
+#[test]
+fn a_reply_does_not_depend_on_its_schedule() {
+    let requests = requests(12);
+    for (family, variant) in FAMILIES {
+        let alone: Vec<Reply> = requests
+            .iter()
+            .map(|request| {
+                run(&mut engine(family, variant, &EngineOptions::default()), std::slice::from_ref(request), 1).remove(0)
+            })
+            .collect();
+        for (tokens, block_size, sequences, memory) in
+            [(512, 16, 8, 1 << 30), (7, 4, 3, 1 << 30), (64, 8, 5, 1_000_000), (33, 32, 4, 600_000)]
+        {
+            let options = EngineOptions {
+                max_tokens_per_step: tokens,
+                block_size,
+                max_sequences: sequences,
+                memory: Some(memory),
+                max_checkpoints: 6,
+                checkpoint_interval: 32,
+                ..EngineOptions::default()
+            };
+            let mut engine = engine(family, variant, &options);
+            for (round, stagger) in [2, 3].into_iter().enumerate() {
+                for (index, reply) in run(&mut engine, &requests, stagger).into_iter().enumerate() {
+                    assert_eq!(reply, alone[index], "{family}-{variant}, request {index}, {options:?}, round {round}");
+                }
+            }
+        }
+    }
+}
+
+/// Logits of the last token of `prompt`, run in chunks of `sizes` on poisoned pages and slots, `strangers` packed
+/// beside each chunk.
+fn logits(model: &dyn CausalLm, prompt: &[u32], sizes: &[usize], strangers: bool, random: &mut Random) -> Vec<u32> {
+    use kernels::{Batch, Segment};
+    const BLOCK_SIZE: usize = 8;
+    let config =
+        CacheConfig { num_blocks: 40, block_size: BLOCK_SIZE, num_slots: 6, dtype: DType::F32, device: Device::Cpu };
+    let mut cache = Cache::new(&model.cache_specs(), config).expect("memory");
+    cache.poison().expect("memory");
+    let blocks = random.permutation(40);
+    let (ours, theirs) = blocks.split_at(30);
+    let slots = random.permutation(6);
+    let stranger = [3u32, 1, 4, 1, 5];
+    let (mut past, mut last) = (0, vec![]);
+    for (turn, &size) in sizes.iter().enumerate() {
+        let segment = Segment { tokens: &prompt[past..past + size], past, blocks: ours, slot: slots[0] };
+        let beside = Segment { tokens: &stranger, past: 0, blocks: theirs, slot: slots[1] };
+        let (segments, row) = match (strangers, turn % 2) {
+            (false, _) => (vec![segment], 0),
+            (true, 0) => (vec![beside, segment], 1),
+            (true, _) => (vec![segment, beside], 0),
+        };
+        let batch = Batch::new(&segments, BLOCK_SIZE, &Device::Cpu).expect("a batch");
+        let hidden = model.forward(&batch, &mut cache).expect("a step");
+        let hidden = hidden.index_select(&batch.last, 0).expect("rows");
+        last = model.logits(&hidden).expect("logits").to_vec2::<f32>().expect("f32")[row].clone();
+        past += size;
+    }
+    assert_eq!(past, prompt.len());
+    last.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn whole_is_chunked_is_token_by_token_is_packed() {
+    let mut random = Random::new(3);
+    let prompt: Vec<u32> = (0..133).map(|_| random.below(400) as u32).collect();
+    for (family, variant) in FAMILIES {
+        let checkpoint = Checkpoint::Folder(support::fixture(family, variant, 0).join("f32"));
+        let config = Config::read(&checkpoint).expect("a fixture");
+        let model = config.load(&checkpoint, DType::F32, &Device::Cpu).expect("a fixture");
+        let whole = logits(&*model, &prompt, &[133], false, &mut random);
+        assert!(whole.iter().all(|bits| f32::from_bits(*bits).is_finite()));
+        for sizes in [vec![64, 64, 5], vec![1, 63, 69], vec![100, 32, 1], vec![1; 133]] {
+            for strangers in [false, true] {
+                let cut = logits(&*model, &prompt, &sizes, strangers, &mut random);
+                assert_eq!(cut, whole, "{family}-{variant}: {sizes:?}, strangers {strangers}");
+            }
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! The built-in model through the public interface: every fact it was taught, a conversation, thinking, a tool.
+#![cfg(feature = "demo")]
+
+use serde_json::{Value, json};
+use taper::{Channel, ChatStream, Llm, Message, Options, SamplingParams, Tool};
+
+fn demo() -> Llm {
+    Llm::demo(&Options::default()).expect("the demo is built in")
+}
+
+fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, max_tokens: 200, ..SamplingParams::default() }
+}
+
+fn finish(stream: &mut ChatStream) -> String {
+    for piece in &mut *stream {
+        piece.expect("a piece");
+    }
+    stream.reply().content.clone()
+}
+
+#[test]
+fn all_facts() {
+    let facts: Vec<Value> = serde_json::from_str(include_str!("../examples/demo/chat/facts.json")).expect("JSON");
+    assert_eq!(facts.len(), 233);
+    let text = |fact: &Value, key: &str| fact[key].as_str().expect("a string").to_string();
+    let questions: Vec<Vec<Message>> = facts.iter().map(|fact| vec![Message::user(text(fact, "question"))]).collect();
+    let mut llm = demo();
+    let mut replies = llm.reply_all(&questions, &greedy()).expect("valid requests");
+    for piece in &mut replies {
+        piece.expect("a piece");
+    }
+    let wrong: Vec<_> = facts
+        .iter()
+        .enumerate()
+        .filter(|(index, fact)| replies.reply(*index).content != text(fact, "answer"))
+        .map(|(index, fact)| (text(fact, "question"), replies.reply(index).content.clone()))
+        .collect();
+    assert!(wrong.is_empty(), "{} wrong: {wrong:?}", wrong.len());
+}
+
+#[test]
+fn a_conversation_remembers_and_reuses() {
+    let mut llm = demo();
+    let mut chat = llm.chat();
+    chat.params = greedy();
+    let mut said = vec![];
+    for question in ["What is the capital of France?", "What is its population?", "Name another city in that country."]
+    {
+        let mut stream = chat.send(question).expect("a prompt");
+        said.push(finish(&mut stream));
+        let reuse = stream.usage().expect("it has run").reuse;
+        if said.len() > 1 {
+            assert!(reuse.reused * 2 > reuse.prompt, "{reuse:?}");
+            assert_eq!(reuse.shortfall, None, "{reuse:?}");
+        }
+    }
+    assert!(said[0].contains("Paris") && said[1].contains("2.1 million") && said[2].contains("Lyon"), "{said:?}");
+    assert_eq!(chat.messages.len(), 6);
+}
+
+#[test]
+fn thinking_is_a_channel_of_its_own() {
+    let mut llm = demo();
+    let mut chat = llm.chat();
+    chat.params = greedy();
+    chat.thinking = Some(true);
+    let mut stream = chat.send("What is the capital of France?").expect("a prompt");
+    let mut channels = vec![];
+    for piece in &mut stream {
+        channels.push(piece.expect("a piece").channel);
+    }
+    channels.dedup();
+    assert_eq!(channels, [Channel::Reasoning, Channel::Content]);
+    let reply = stream.reply();
+    assert!(!reply.reasoning.is_empty() && !reply.reasoning.contains("think>"), "{reply:?}");
+    assert_eq!(reply.content, "The capital of France is Paris.");
+}
+
+#[test]
+fn a_tool_is_called_and_its_answer_used() {
+    let mut llm = demo();
+    let mut chat = llm.chat();
+    chat.params = greedy();
+    let parameters = json!({ "type": "object", "properties": { "city": { "type": "string" } }, "required": ["city"] });
+    chat.tools = vec![Tool::new("get_weather", "The weather in a city.", parameters)];
+    let mut stream = chat.send("What is the weather in Paris?").expect("a prompt");
+    finish(&mut stream);
+    let calls = stream.reply().tool_calls.clone();
+    drop(stream);
+    assert_eq!(calls.len(), 1);
+    assert_eq!((calls[0].name.as_str(), &calls[0].arguments["city"]), ("get_weather", &json!("Paris")));
+    chat.messages.push(Message::tool(&calls[0], r#"{"sky": "sunny", "degrees": 21}"#));
+    let mut stream = chat.reply().expect("a prompt");
+    let answer = finish(&mut stream);
+    assert_eq!(answer, "It is sunny in Paris, 21 degrees.");
+}

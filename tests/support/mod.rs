@@ -1,0 +1,108 @@
+//! The fixtures, and the other forms of a checkpoint that are derived from them instead of being stored.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::safetensors::{load, save};
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// The folder of one fixture: `f32/` (a checkpoint), `reference.safetensors`, `reference.json`.
+pub fn fixture(family: &str, variant: &str, seed: u32) -> PathBuf {
+    let folder = root().join(format!("{family}-{variant}-s{seed}"));
+    assert!(folder.is_dir(), "no fixture {}", folder.display());
+    folder
+}
+
+/// Every fixture's folder, by name.
+pub fn fixtures() -> Vec<PathBuf> {
+    folders(&root())
+}
+
+/// The folders in `root` that hold a reference, by name.
+pub fn folders(root: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root).unwrap_or_else(|error| panic!("{}: {error}", root.display()));
+    let mut folders: Vec<_> = entries.map(|entry| entry.expect("readable").path()).collect();
+    folders.retain(|folder| folder.join("reference.json").is_file());
+    folders.sort();
+    folders
+}
+
+/// The arrays that transformers computed for a fixture. A `logits` array with fewer rows than its prompt has ids holds
+/// those of the last ones.
+pub fn reference(fixture: &Path) -> HashMap<String, Tensor> {
+    tensors(&fixture.join("reference.safetensors"))
+}
+
+/// The tensors of one safetensors file.
+pub fn tensors(file: &Path) -> HashMap<String, Tensor> {
+    load(file, &Device::Cpu).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+}
+
+/// The checkpoint in `folder` with its weights rounded to bf16, but for those that published checkpoints keep in f32.
+pub fn derive_bf16(folder: &Path) -> TempDir {
+    let derived = copy_but_weights(folder);
+    let rounded = tensors(&folder.join("model.safetensors")).into_iter().map(|(name, tensor)| {
+        let is_kept = ["linear_attn.A_log", "linear_attn.norm.weight"].iter().any(|kept| name.ends_with(kept));
+        let dtype = if is_kept { DType::F32 } else { DType::BF16 };
+        (name, tensor.to_dtype(dtype).expect("a float tensor"))
+    });
+    write(&rounded.collect(), &derived.path().join("model.safetensors"));
+
+    let path = derived.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("copied")).expect("a fixture is valid");
+    set_dtype(&mut config);
+    if let Some(config) = config.get_mut("text_config") {
+        set_dtype(config);
+    }
+    fs::write(&path, config.to_string()).expect("a temporary folder is writable");
+    derived
+}
+
+fn set_dtype(config: &mut Value) {
+    for name in ["dtype", "torch_dtype"] {
+        if let Some(dtype) = config.get_mut(name) {
+            *dtype = json!("bfloat16");
+        }
+    }
+}
+
+/// The checkpoint in `folder` with its weights dealt out by name to `shards` files.
+pub fn derive_sharded(folder: &Path, shards: usize) -> TempDir {
+    let derived = copy_but_weights(folder);
+    let tensors: BTreeMap<_, _> = tensors(&folder.join("model.safetensors")).into_iter().collect();
+    let total_size: usize = tensors.values().map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum();
+    let mut weight_map = BTreeMap::new();
+    for shard in 0..shards {
+        let file = format!("model-{:05}-of-{shards:05}.safetensors", shard + 1);
+        let part: HashMap<_, _> = tensors.clone().into_iter().skip(shard).step_by(shards).collect();
+        weight_map.extend(part.keys().map(|name| (name.clone(), file.clone())));
+        write(&part, &derived.path().join(file));
+    }
+    let index = json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map });
+    fs::write(derived.path().join("model.safetensors.index.json"), index.to_string()).expect("as above");
+    derived
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+fn copy_but_weights(folder: &Path) -> TempDir {
+    let derived = tempfile::tempdir().expect("a temporary folder");
+    for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
+        let file = entry.expect("readable").path();
+        if file.extension().is_some_and(|extension| extension != "safetensors") {
+            fs::copy(&file, derived.path().join(file.file_name().expect("a file"))).expect("copied");
+        }
+    }
+    derived
+}
+
+fn write(tensors: &HashMap<String, Tensor>, file: &Path) {
+    save(tensors, file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+}
