@@ -131,15 +131,20 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
+/// The stored elements of a contiguous operand.
+pub(crate) fn view<'a, T>(values: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&values[start..end]),
+        None => bail!("operand of shape {:?} is not contiguous", layout.shape()),
+    }
+}
+
 /// The values of a contiguous operand: borrowed if stored in f32, widened otherwise.
 pub(crate) fn read_f32<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [f32]>> {
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("operand of shape {:?} is not contiguous", layout.shape())
-    };
     Ok(match storage {
-        CpuStorage::F32(values) => Cow::Borrowed(&values[start..end]),
-        CpuStorage::F16(values) => Cow::Owned(values[start..end].iter().map(|v| v.widen()).collect()),
-        CpuStorage::BF16(values) => Cow::Owned(values[start..end].iter().map(|v| v.widen()).collect()),
+        CpuStorage::F32(values) => Cow::Borrowed(view(values, layout)?),
+        CpuStorage::F16(values) => Cow::Owned(view(values, layout)?.iter().map(|v| v.widen()).collect()),
+        CpuStorage::BF16(values) => Cow::Owned(view(values, layout)?.iter().map(|v| v.widen()).collect()),
         other => bail!("operand of dtype {:?}, expected f32, f16 or bf16", dtype_of(other)),
     })
 }

@@ -1,12 +1,16 @@
 //! Products with weight matrices.
 
+mod cpu;
+#[cfg(test)]
 mod reference;
+mod simd;
 #[cfg(test)]
 mod tests;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu;
+use crate::cpu::{dtype_of, view};
+use simd::{Isa, Stored};
 
 /// A linear layer:
 ///
@@ -44,7 +48,23 @@ impl CustomOp2 for Linear {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
         let ((n, inner), (outer, _)) = (xl.shape().dims2()?, wl.shape().dims2()?);
-        let out = reference::linear(&cpu::read_f32(x, xl)?, &cpu::read_f32(w, wl)?, inner, outer);
-        Ok((cpu::to_storage(out, cpu::dtype_of(x))?, (n, outer).into()))
+        let shape = (n, inner, outer);
+        let out = match x {
+            CpuStorage::F32(x) => CpuStorage::F32(product(view(x, xl)?, w, wl, shape)?),
+            CpuStorage::F16(x) => CpuStorage::F16(product(view(x, xl)?, w, wl, shape)?),
+            CpuStorage::BF16(x) => CpuStorage::BF16(product(view(x, xl)?, w, wl, shape)?),
+            other => bail!("linear: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        };
+        Ok((out, (n, outer).into()))
     }
+}
+
+fn product<X: Stored>(x: &[X], w: &CpuStorage, wl: &Layout, shape: (usize, usize, usize)) -> Result<Vec<X>> {
+    let isa = Isa::detect();
+    Ok(match w {
+        CpuStorage::F32(w) => cpu::linear(isa, x, view(w, wl)?, shape),
+        CpuStorage::F16(w) => cpu::linear(isa, x, view(w, wl)?, shape),
+        CpuStorage::BF16(w) => cpu::linear(isa, x, view(w, wl)?, shape),
+        other => bail!("linear: weight is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+    })
 }
