@@ -5,7 +5,6 @@ use std::marker::PhantomData;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -13,14 +12,6 @@ use rayon::prelude::*;
 pub(crate) trait Element: WithDType + Send + Sync {
     fn widen(self) -> f32;
     fn round(value: f32) -> Self;
-
-    fn widen_all(source: &[Self], target: &mut [f32]) {
-        target.iter_mut().zip(source).for_each(|(target, source)| *target = source.widen());
-    }
-
-    fn round_all(source: &[f32], target: &mut [Self]) {
-        target.iter_mut().zip(source).for_each(|(target, &source)| *target = Self::round(source));
-    }
 }
 
 impl Element for f32 {
@@ -38,13 +29,6 @@ impl Element for f16 {
     }
     fn round(value: f32) -> Self {
         f16::from_f32(value)
-    }
-    // A conversion of one value asks for the machine's features each time.
-    fn widen_all(source: &[Self], target: &mut [f32]) {
-        source.convert_to_f32_slice(target);
-    }
-    fn round_all(source: &[f32], target: &mut [Self]) {
-        target.convert_from_f32_slice(source);
     }
 }
 
@@ -76,32 +60,12 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// The rows of an operand that [`contiguous_rows`] returned.
-    pub fn rows<T: Element>(&self) -> Result<Rows<'_, T>> {
-        let Storage::Cpu(storage) = &*self.storage else { bail!("operand is not on the cpu") };
-        let values = &storage.as_slice::<T>()?[self.layout.start_offset()..];
-        Ok(Rows { values, stride: self.layout.stride()[0] })
-    }
-}
-
-/// `tensor`, or a copy of it if the values of one row, that is one index of the first dimension, are not contiguous.
-/// Rows may lie apart, as in a column range of a matrix. Other devices than the CPU get a contiguous tensor.
-pub(crate) fn contiguous_rows(tensor: &Tensor) -> Result<Tensor> {
-    let row = Layout::new(tensor.dims()[1..].into(), tensor.stride()[1..].to_vec(), 0);
-    if tensor.device().is_cpu() && row.is_contiguous() { Ok(tensor.clone()) } else { tensor.contiguous() }
-}
-
-/// An operand of which each row is contiguous.
-#[derive(Clone, Copy)]
-pub(crate) struct Rows<'a, T> {
-    values: &'a [T],
-    stride: usize,
-}
-
-impl<'a, T> Rows<'a, T> {
-    /// `len` values of row `row`, from its `start`-th on.
-    pub fn part(&self, row: usize, start: usize, len: usize) -> &'a [T] {
-        &self.values[row * self.stride + start..][..len]
+    /// The whole storage of an operand that [`as_rows`] returned, and where its rows lie in it.
+    pub fn rows<T: Element>(&self) -> Result<(&[T], RowStarts<'_>)> {
+        match &*self.storage {
+            Storage::Cpu(storage) => Ok((storage.as_slice()?, RowStarts::new(self.layout)?)),
+            _ => bail!("operand is not on the cpu"),
+        }
     }
 }
 

@@ -43,7 +43,6 @@ pub mod rope;
 
 mod batch;
 mod cpu;
-mod lanes;
 mod simd;
 #[doc(hidden)]
 pub mod testing;

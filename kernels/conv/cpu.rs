@@ -5,12 +5,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::Batch;
-use crate::cpu::{Element, Rows, Shared};
-use crate::lanes::{self, Kernel, Lanes, exp, fma};
+use crate::cpu::{RowStarts, Shared};
+use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
 
 /// `x` `[N, channels]`, `weight` `[channels, width]`, `state` `[S, channels, width - 1]`; returns `[N, channels]`.
-pub fn causal_conv1d<T: Element>(
-    x: Rows<T>,
+pub fn causal_conv1d<T: Stored>(
+    x: &(&[T], RowStarts),
     weight: &[f32],
     state: &mut [f32],
     batch: &Batch,
@@ -18,7 +18,7 @@ pub fn causal_conv1d<T: Element>(
     width: usize,
 ) -> Vec<T> {
     let past = width - 1;
-    let mut out = vec![T::zero(); batch.num_tokens() * channels];
+    let mut out = vec![T::round(0.0); batch.num_tokens() * channels];
     let (shared_out, shared_state) = (Shared::new(&mut out), Shared::new(state));
     let blocks = channels.div_ceil(CHANNELS);
     (0..batch.num_sequences() * blocks).into_par_iter().for_each(|task| {
@@ -32,63 +32,68 @@ pub fn causal_conv1d<T: Element>(
         }
         let weight = &weight[first * width..][..block.len() * width];
         let tokens = sequence.tokens.clone();
-        lanes::run(Task { x, weight, window, tokens, channels, block, out: &shared_out });
+        dispatch(Task { x, weight, window, width, tokens, channels, block, out: &shared_out });
     });
     out
 }
 
+/// Taps of the inner loop: narrower weights get zeros in front, which add nothing.
+const TAPS: usize = 4;
 /// Channels and tokens whose inputs stay in the first-level cache, 16 KiB.
 const CHANNELS: usize = 256;
 const TOKENS: usize = 16;
 
 /// The tokens of one sequence on a block of channels.
 struct Task<'a, T> {
-    x: Rows<'a, T>,
+    x: &'a (&'a [T], RowStarts<'a>),
     weight: &'a [f32],
     window: &'a mut [f32],
+    width: usize,
     tokens: Range<usize>,
     channels: usize,
     block: Range<usize>,
     out: &'a Shared<'a, T>,
 }
 
-impl<T: Element> Kernel for Task<'_, T> {
+impl<T: Stored> Kernel for Task<'_, T> {
+    type Output = ();
+
     #[inline(always)]
-    unsafe fn run<V: Lanes>(self) {
-        let Self { x, weight, window, tokens, channels, block, out } = self;
-        let len = block.len();
-        let (past, width) = (window.len() / len, weight.len() / len);
-        // The window's inputs and behind them those of some tokens; the weights; one token's sums: all along the
-        // channels.
-        let mut scratch = vec![0.0; (past + tokens.len().min(TOKENS) + width + 1) * len];
-        let (weights, rest) = scratch.split_at_mut(width * len);
-        let (sums, inputs) = rest.split_at_mut(len);
-        for c in 0..len {
-            (0..width).for_each(|j| weights[j * len + c] = weight[c * width + j]);
-            (0..past).for_each(|j| inputs[j * len + c] = window[c * past + j]);
+    fn run<V: Lanes>(self) {
+        let Self { x: (x, rows), weight, window, width, tokens, channels, block, out } = self;
+        let mut weights = [[0.0; CHANNELS]; TAPS];
+        for (j, row) in weights[TAPS - width..].iter_mut().enumerate() {
+            row.iter_mut().zip(weight[j..].iter().step_by(width)).for_each(|(to, from)| *to = *from);
+        }
+        // The window and, behind it, the inputs of some tokens.
+        let mut inputs = vec![[0.0; CHANNELS]; TAPS - 1 + tokens.len().min(TOKENS)];
+        for (j, row) in inputs[TAPS - width..TAPS - 1].iter_mut().enumerate() {
+            row.iter_mut().zip(window[j..].iter().step_by(width - 1)).for_each(|(to, from)| *to = *from);
         }
         for start in tokens.clone().step_by(TOKENS) {
             let tokens = start..tokens.end.min(start + TOKENS);
-            for (t, input) in tokens.clone().zip(inputs[past * len..].chunks_exact_mut(len)) {
-                T::widen_all(x.part(t, block.start, len), input);
+            for (t, input) in tokens.clone().zip(&mut inputs[TAPS - 1..]) {
+                let x = &x[rows.start(t) + block.start..][..block.len()];
+                for (x, input) in x.chunks(LANES).zip(input.as_chunks_mut().0) {
+                    load::<V, T>(x).store(input);
+                }
             }
-            for (i, t) in tokens.clone().enumerate() {
-                sums.fill(0.0);
-                for (weights, input) in weights.chunks_exact(len).zip(inputs[i * len..].chunks_exact(len)) {
-                    for ((sum, weight), input) in sums.iter_mut().zip(weights).zip(input) {
-                        *sum = fma::<V>(*weight, *input, *sum);
-                    }
-                }
-                for sum in sums.iter_mut() {
-                    *sum /= 1.0 + exp::<V>(-*sum);
-                }
+            for (t, inputs) in tokens.clone().zip(inputs.windows(TAPS)) {
                 // SAFETY: no other task has these channels at this token.
-                T::round_all(sums, unsafe { out.part(t * channels + block.start, len) });
+                let out = unsafe { out.part(t * channels + block.start, block.len()) };
+                for (c, out) in out.chunks_mut(LANES).enumerate() {
+                    let mut sum = V::splat(0.0);
+                    for j in 0..TAPS {
+                        let weight = V::load(&weights[j].as_chunks().0[c]);
+                        sum = weight.mul_add(V::load(&inputs[j].as_chunks().0[c]), sum);
+                    }
+                    store(sum.mul(sum.sigmoid()), out);
+                }
             }
-            inputs.copy_within(tokens.len() * len..(tokens.len() + past) * len, 0);
+            inputs.copy_within(tokens.len()..tokens.len() + TAPS - 1, 0);
         }
-        for c in 0..len {
-            (0..past).for_each(|j| window[c * past + j] = inputs[j * len + c]);
+        for (j, row) in inputs[TAPS - width..TAPS - 1].iter().enumerate() {
+            window[j..].iter_mut().step_by(width - 1).zip(row).for_each(|(to, from)| *to = *from);
         }
     }
 }

@@ -12,7 +12,8 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor
 use half::{bf16, f16};
 
 use crate::Batch;
-use crate::cpu::{Element, Operand, contiguous_rows, tensor, write_f32};
+use crate::cpu::{Operand, as_rows, tensor, write_f32};
+use crate::simd::Stored;
 
 /// Depthwise causal convolution followed by SiLU, for each sequence and channel on its own:
 ///
@@ -23,13 +24,13 @@ use crate::cpu::{Element, Operand, contiguous_rows, tensor, write_f32};
 /// where `x` before the first token of the step comes from the sequence's window, and before the first token
 /// of the sequence is zero.
 ///
-/// `x` `[N, C]` in f32, f16 or bf16; `weight` `[C, K]`; `state` `[S, C, K - 1]` in f32, written in place: the
-/// last `K - 1` inputs, oldest first. A sequence whose first token is in this step ignores what its slot holds.
-/// Returns `[N, C]` in `x`'s dtype; arithmetic in f32.
+/// `x` `[N, C]` and `weight` `[C, K]`, K of 2 to 4, in f32, f16 or bf16; `state` `[S, C, K - 1]` in f32, written in
+/// place: the last `K - 1` inputs, oldest first. A sequence whose first token is in this step ignores what its slot
+/// holds. Returns `[N, C]` in `x`'s dtype; arithmetic in f32.
 ///
 /// # Errors
 ///
-/// Shapes disagree, `state` is not f32, or a slot of the batch lies outside it.
+/// Shapes disagree, K is not 2 to 4, `state` is not f32, or a slot of the batch lies outside it.
 ///
 /// Devices: CPU, where `x` may be a column range of a matrix.
 ///
@@ -41,8 +42,8 @@ pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch)
     if n != batch.num_tokens() {
         bail!("causal_conv1d: x is {:?}, the batch has {} tokens", x.dims(), batch.num_tokens())
     }
-    if weight.dims() != [channels, width] || width < 2 {
-        bail!("causal_conv1d: weight is {:?}, expected [{channels}, K] with K of 2 or more", weight.dims())
+    if weight.dims() != [channels, width] || !(2..=4).contains(&width) {
+        bail!("causal_conv1d: weight is {:?}, expected [{channels}, K] with K of 2 to 4", weight.dims())
     }
     if (state_channels, past) != (channels, width - 1) || state.dtype() != DType::F32 {
         bail!(
@@ -53,7 +54,7 @@ pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch)
         )
     }
     batch.check_slots("causal_conv1d", slots)?;
-    let op = CausalConv1d { x: &contiguous_rows(x)?, weight: &weight.contiguous()?, batch, out: OnceCell::new() };
+    let op = CausalConv1d { x: &as_rows(x)?, weight: &weight.contiguous()?, batch, out: OnceCell::new() };
     state.inplace_op1(&op)?;
     Ok(tensor(op.out.into_inner().expect("every backend sets the output"), (n, channels)))
 }
@@ -82,10 +83,10 @@ impl InplaceOp1 for CausalConv1d<'_> {
 }
 
 impl CausalConv1d<'_> {
-    fn run_cpu<T: Element>(&self, state: &mut CpuStorage, layout: &Layout) -> Result<Vec<T>> {
+    fn run_cpu<T: Stored>(&self, state: &mut CpuStorage, layout: &Layout) -> Result<Vec<T>> {
         let (_, channels, past) = layout.shape().dims3()?;
         let (x, weight) = (Operand::new(self.x), Operand::new(self.weight));
         let state = write_f32(state, layout)?;
-        Ok(cpu::causal_conv1d(x.rows()?, &weight.f32()?, state, self.batch, channels, past + 1))
+        Ok(cpu::causal_conv1d(&x.rows()?, &weight.f32()?, state, self.batch, channels, past + 1))
     }
 }

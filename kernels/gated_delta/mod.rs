@@ -13,7 +13,8 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor
 use half::{bf16, f16};
 
 use crate::Batch;
-use crate::cpu::{Element, Operand, contiguous_rows, tensor, write_f32};
+use crate::cpu::{Operand, as_rows, tensor, write_f32};
+use crate::simd::Stored;
 
 pub use gates::gates;
 
@@ -80,9 +81,9 @@ pub fn gated_delta_rule(
     }
     batch.check_slots("gated_delta_rule", slots)?;
     let op = GatedDeltaRule {
-        q: &contiguous_rows(q)?,
-        k: &contiguous_rows(k)?,
-        v: &contiguous_rows(v)?,
+        q: &as_rows(q)?,
+        k: &as_rows(k)?,
+        v: &as_rows(v)?,
         g: &g.contiguous()?,
         beta: &beta.contiguous()?,
         batch,
@@ -119,7 +120,7 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
 }
 
 impl GatedDeltaRule<'_> {
-    fn run_cpu<T: Element>(&self, state: &mut CpuStorage, layout: &Layout) -> Result<Vec<T>> {
+    fn run_cpu<T: Stored>(&self, state: &mut CpuStorage, layout: &Layout) -> Result<Vec<T>> {
         let (_, hv, vd, kd) = layout.shape().dims4()?;
         let hk = self.q.dim(1)?;
         let [q, k, v, g, beta] = [self.q, self.k, self.v, self.g, self.beta].map(Operand::new);

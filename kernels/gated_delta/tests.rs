@@ -2,6 +2,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::Segment;
+use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 /// One step over packed sequences, each on its own slot, followed by one step of a single token each.
@@ -216,6 +217,13 @@ fn agrees_with_the_reference() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn portable_lanes_agree_with_the_reference() -> Result<()> {
+    // Lanes are chosen for a thread: with one, no task runs on another.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
+    pool.install(|| portable(|| cases().iter().try_for_each(|case| run(case, &Device::Cpu))))
 }
 
 /// Two tokens of one head, by hand:
