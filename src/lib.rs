@@ -24,5 +24,5 @@ pub use error::{Error, Result};
 pub use llm::{Llm, Options, Piece, Stream, Streams, Usage};
 pub use message::{Message, Role, Tool, ToolCall};
 pub use reply::{Channel, Reply};
-pub use sampler::{Logprobs, SamplingParams};
+pub use sampler::{Logprobs, Sampled, Sampler, SamplingParams};
 pub use sequence::{Reuse, SequenceId, Shortfall};

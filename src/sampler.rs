@@ -205,8 +205,8 @@ impl Sampler {
         self.seed
     }
 
-    /// Whether the next token is just the largest logit's, so that the row of logits need not leave its device. The
-    /// engine then reports its choice to [`Sampler::accept`].
+    /// Whether the next token is just that of the largest logit below `vocab_limit`, so that the row need not leave its
+    /// device. The choice is then to be reported to [`Sampler::accept`].
     pub fn is_argmax(&self) -> bool {
         self.params.temperature == 0.0 && !self.params.has_penalties() && self.params.logprobs.is_none()
     }
@@ -268,19 +268,15 @@ impl Sampler {
     /// The tokens that the filters leave, by id, each with its probability over that of the most likely one.
     fn candidates(&self, logits: &[f32], max: f32) -> Vec<(u32, f32)> {
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
-        let mut kept = match top_k {
-            Some(k) => largest(logits, k),
-            None => (0..).zip(logits.iter().copied()).collect(),
-        };
-        for (_, value) in &mut kept {
-            *value = ((*value - max) / temperature).exp();
+        let weigh = |(token, logit): (u32, f32)| (token, ((logit - max) / temperature).exp());
+        match top_k {
+            Some(k) => {
+                let mut best = largest(logits, k);
+                best.sort_unstable_by_key(|&(token, _)| token);
+                filter(best.into_iter().map(weigh), top_p.into(), min_p)
+            }
+            None => filter((0..).zip(logits.iter().copied()).map(weigh), top_p.into(), min_p),
         }
-        if top_p < 1.0 {
-            kept = nucleus(kept, top_p.into());
-        }
-        kept.retain(|&(_, weight)| weight >= min_p);
-        kept.sort_unstable_by_key(|&(token, _)| token);
-        kept
     }
 }
 
@@ -338,28 +334,37 @@ fn keep_best(kept: &mut Vec<(u32, f32)>, k: usize) {
     }
 }
 
-/// The fewest best of `candidates` that together hold `share` of their weight, in no order.
-fn nucleus(mut candidates: Vec<(u32, f32)>, share: f64) -> Vec<(u32, f32)> {
-    let total = mass(&candidates);
-    // Candidates below this hold less than `1 - share` together, so those above hold all that is wanted.
-    let floor = (1.0 - share) * total / candidates.len() as f64;
-    candidates.retain(|&(_, weight)| f64::from(weight) >= floor);
+/// What top-p and then min-p leave of `candidates`, in their order; the best one weighs 1.
+fn filter(candidates: impl Iterator<Item = (u32, f32)> + Clone, top_p: f64, min_p: f32) -> Vec<(u32, f32)> {
+    if top_p == 1.0 {
+        return candidates.filter(|&(_, weight)| weight >= min_p).collect();
+    }
+    let (count, total) =
+        candidates.clone().fold((0.0, 0.0), |(n, sum), (_, weight)| (n + 1.0, sum + f64::from(weight)));
+    // Candidates below this hold less than `1 - top_p` of the whole, so the better ones hold all that is wanted.
+    let floor = (1.0 - top_p) * total / count;
+    let mut kept: Vec<_> = candidates.filter(|&(_, w)| f64::from(w) >= floor && w >= min_p).collect();
+    let last = last_wanted(kept.clone(), top_p * total);
+    kept.retain(|candidate| better(candidate, &last).is_le());
+    kept
+}
 
-    // The nucleus is all before `low` and some of what lies before `high`.
-    let (mut low, mut high, mut wanted) = (0, candidates.len(), share * total);
-    while high - low > 1 {
-        let middle = low.midpoint(high);
-        candidates[low..high].select_nth_unstable_by(middle - low, better);
-        let held = mass(&candidates[low..middle]);
+/// The candidate that brings the weight of those from the best one on to `wanted`, or else the worst.
+fn last_wanted(mut candidates: Vec<(u32, f32)>, mut wanted: f64) -> (u32, f32) {
+    let mut rest = candidates.as_mut_slice();
+    while rest.len() > 1 {
+        let middle = rest.len() / 2;
+        rest.select_nth_unstable_by(middle, better);
+        let (top, bottom) = rest.split_at_mut(middle);
+        let held = mass(top);
         if held < wanted {
             wanted -= held;
-            low = middle;
+            rest = bottom;
         } else {
-            high = middle;
+            rest = top;
         }
     }
-    candidates.truncate(high);
-    candidates
+    rest[0]
 }
 
 fn mass(candidates: &[(u32, f32)]) -> f64 {
