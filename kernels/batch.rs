@@ -39,7 +39,6 @@ pub struct Batch {
     pub state_slots: Tensor,
     /// `[B]` index of each sequence's last token.
     pub last: Tensor,
-    pub(crate) max_seqlen: usize,
     pub(crate) host: Vec<Sequence>,
     pub(crate) host_slot_mapping: Vec<u32>,
 }
@@ -156,7 +155,6 @@ struct Arrays {
     tokens: Vec<u32>,
     positions: Vec<u32>,
     slot_mapping: Vec<u32>,
-    max_seqlen: usize,
     sequences: Vec<Sequence>,
 }
 
@@ -165,7 +163,6 @@ impl Arrays {
         let start = self.tokens.len();
         self.tokens.extend_from_slice(tokens);
         self.positions.extend((past..past + tokens.len()).map(|position| position as u32));
-        self.max_seqlen = self.max_seqlen.max(tokens.len());
         self.sequences.push(Sequence {
             tokens: start..self.tokens.len(),
             context_len: past + tokens.len(),
@@ -209,7 +206,6 @@ impl Arrays {
             state_slots: view(b)?,
             last: view(b)?,
             block_tables: view(b * width)?.reshape((b, width))?,
-            max_seqlen: self.max_seqlen,
             host: self.sequences,
             host_slot_mapping: self.slot_mapping,
         })

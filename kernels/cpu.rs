@@ -124,16 +124,6 @@ pub(crate) fn write_f32<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Res
     }
 }
 
-/// `values` rounded to `dtype`.
-pub(crate) fn to_storage(values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
-    Ok(match dtype {
-        DType::F32 => CpuStorage::F32(values),
-        DType::F16 => CpuStorage::F16(values.into_iter().map(f16::round).collect()),
-        DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::round).collect()),
-        other => bail!("result of dtype {other:?}, expected f32, f16 or bf16"),
-    })
-}
-
 /// Where the rows of an operand lie whose last dimension is contiguous, the others in any stride: what `narrow`
 /// leaves of a merged projection.
 pub(crate) struct RowStarts<'a> {

@@ -45,6 +45,8 @@ mod batch;
 mod cpu;
 mod simd;
 #[doc(hidden)]
+pub mod probe;
+#[doc(hidden)]
 pub mod testing;
 
 pub use batch::{Batch, Segment};

@@ -3,14 +3,14 @@
 mod cpu;
 #[cfg(test)]
 mod reference;
-mod simd;
 #[cfg(test)]
 mod tests;
+mod tile;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::{dtype_of, view};
-use simd::{Isa, Stored};
+use crate::cpu::view;
+use crate::simd::Stored;
 
 /// A linear layer:
 ///
@@ -47,24 +47,24 @@ impl CustomOp2 for Linear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
-        let ((n, inner), (outer, _)) = (xl.shape().dims2()?, wl.shape().dims2()?);
-        let shape = (n, inner, outer);
+        let shape = (xl.shape().dims2()?.0, wl.shape().dims2()?.0).into();
         let out = match x {
-            CpuStorage::F32(x) => CpuStorage::F32(product(view(x, xl)?, w, wl, shape)?),
-            CpuStorage::F16(x) => CpuStorage::F16(product(view(x, xl)?, w, wl, shape)?),
-            CpuStorage::BF16(x) => CpuStorage::BF16(product(view(x, xl)?, w, wl, shape)?),
-            other => bail!("linear: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+            CpuStorage::F32(x) => CpuStorage::F32(product(x, xl, w, wl)?),
+            CpuStorage::F16(x) => CpuStorage::F16(product(x, xl, w, wl)?),
+            CpuStorage::BF16(x) => CpuStorage::BF16(product(x, xl, w, wl)?),
+            _ => bail!("linear: x is of another dtype than f32, f16 and bf16"),
         };
-        Ok((out, (n, outer).into()))
+        Ok((out, shape))
     }
 }
 
-fn product<X: Stored>(x: &[X], w: &CpuStorage, wl: &Layout, shape: (usize, usize, usize)) -> Result<Vec<X>> {
-    let isa = Isa::detect();
+fn product<X: Stored>(x: &[X], xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<Vec<X>> {
+    let ((n, inner), (outer, _)) = (xl.shape().dims2()?, wl.shape().dims2()?);
+    let (x, shape) = (view(x, xl)?, (n, inner, outer));
     Ok(match w {
-        CpuStorage::F32(w) => cpu::linear(isa, x, view(w, wl)?, shape),
-        CpuStorage::F16(w) => cpu::linear(isa, x, view(w, wl)?, shape),
-        CpuStorage::BF16(w) => cpu::linear(isa, x, view(w, wl)?, shape),
-        other => bail!("linear: weight is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        CpuStorage::F32(w) => cpu::linear(x, view(w, wl)?, shape),
+        CpuStorage::F16(w) => cpu::linear(x, view(w, wl)?, shape),
+        CpuStorage::BF16(w) => cpu::linear(x, view(w, wl)?, shape),
+        _ => bail!("linear: weight is of another dtype than f32, f16 and bf16"),
     })
 }

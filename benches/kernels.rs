@@ -1,0 +1,197 @@
+//! Time per op on the layers of real models, beside what candle's own ops take and what the CPU can do at most.
+//!
+//! `cargo bench --bench kernels -- linear bf16` runs the rows whose text contains every word given. Each row is
+//! warmed up; then rounds go through its contenders in turn, so that a disturbance hits all of them, and the median
+//! counts. `spread` is the distance of the quartiles over the median. `ceiling` is the time that the row's bytes and
+//! operations take at least, at the read bandwidth and multiply-add rate measured between the rounds, over the
+//! median.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Result};
+use kernels::linear::linear;
+use kernels::testing::Random;
+
+fn main() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let mut machine = Machine::new();
+    println!(
+        "{:<34} {:>12} {:>7} {:>8} {:>9} {:>8}   candle",
+        "op shape dtype", "time", "spread", "GB/s", "GFLOP/s", "ceiling"
+    );
+    for case in cases() {
+        if words.iter().all(|word| case.name.contains(word.as_str())) {
+            case.report(&mut machine)?;
+        }
+    }
+    machine.report();
+    Ok(())
+}
+
+/// One row of the table. `bytes` are those that must come from memory at least, weights and caches mostly.
+struct Case {
+    name: String,
+    bytes: usize,
+    flops: usize,
+    /// Builds the operands; returns ours and candle's way to do the same, where candle has one.
+    build: Box<dyn Fn() -> Result<Contenders>>,
+}
+
+type Run = Box<dyn Fn() -> Result<()>>;
+
+struct Contenders {
+    ours: Run,
+    candle: Option<Run>,
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (layer, inner, outer) in
+        [("qkv", 1024, 4096), ("gate_up", 1024, 6144), ("down", 3072, 1024), ("head", 1024, 151936)]
+    {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            for n in [1, 8, 512] {
+                // Only the last token of a sequence needs logits.
+                if layer != "head" || n <= 8 {
+                    cases.push(linear_case(layer, n, inner, outer, dtype));
+                }
+            }
+        }
+    }
+    cases
+}
+
+fn linear_case(layer: &str, n: usize, inner: usize, outer: usize, dtype: DType) -> Case {
+    Case {
+        name: format!("linear {layer} {n}x{inner}x{outer} {}", dtype.as_str()),
+        bytes: inner * outer * dtype.size_in_bytes(),
+        flops: 2 * n * inner * outer,
+        build: Box::new(move || {
+            let mut random = Random::new(0);
+            let x = random.tensor(&[n, inner], 1.0, dtype, &Device::Cpu)?;
+            let weight = random.tensor(&[outer, inner], 0.02, dtype, &Device::Cpu)?;
+            let (candle_x, candle_weight) = (x.clone(), weight.t()?);
+            // Candle has no bf16 product on the CPU.
+            let has_candle = dtype != DType::BF16;
+            Ok(Contenders {
+                ours: Box::new(move || linear(&x, &weight).map(drop_result)),
+                candle: has_candle.then(|| -> Run { Box::new(move || candle_x.matmul(&candle_weight).map(drop_result)) }),
+            })
+        }),
+    }
+}
+
+fn drop_result<T>(result: T) {
+    black_box(result);
+}
+
+impl Case {
+    fn report(&self, machine: &mut Machine) -> Result<()> {
+        let Contenders { ours, candle } = (self.build)()?;
+        let mut samples = Samples::default();
+        let mut candle_samples = Samples::default();
+        let warm_up = time(&ours)?;
+        if let Some(candle) = &candle {
+            time(candle)?;
+        }
+        // About 50 ms a round, so that short ops are averaged over many calls.
+        let calls = (0.05 / warm_up.as_secs_f64()).clamp(1.0, 1000.0) as usize;
+        for _ in 0..ROUNDS {
+            samples.add(&ours, calls)?;
+            if let Some(candle) = &candle {
+                candle_samples.add(candle, calls)?;
+            }
+            machine.measure();
+        }
+        let seconds = samples.median();
+        let least = (self.bytes as f64 / machine.bandwidth.last_median())
+            .max(self.flops as f64 / machine.flops.last_median());
+        println!(
+            "{:<34} {:>9.1} us {:>6.0}% {:>8.1} {:>9.1} {:>7.0}%   {}",
+            self.name,
+            seconds * 1e6,
+            samples.spread() * 100.0,
+            self.bytes as f64 / seconds / 1e9,
+            self.flops as f64 / seconds / 1e9,
+            least / seconds * 100.0,
+            match candle {
+                Some(_) => format!(
+                    "{:.1} us, {:.2} times ours",
+                    candle_samples.median() * 1e6,
+                    candle_samples.median() / seconds
+                ),
+                None => "-".into(),
+            }
+        );
+        Ok(())
+    }
+}
+
+const ROUNDS: usize = 9;
+
+fn time(run: &Run) -> Result<Duration> {
+    let start = Instant::now();
+    run()?;
+    Ok(start.elapsed())
+}
+
+#[derive(Default)]
+struct Samples(Vec<f64>);
+
+impl Samples {
+    /// The mean seconds of `calls` calls.
+    fn add(&mut self, run: &Run, calls: usize) -> Result<()> {
+        let start = Instant::now();
+        for _ in 0..calls {
+            run()?;
+        }
+        self.0.push(start.elapsed().as_secs_f64() / calls as f64);
+        Ok(())
+    }
+
+    fn quantile(values: &[f64], q: f64) -> f64 {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        sorted[((sorted.len() - 1) as f64 * q).round() as usize]
+    }
+
+    fn median(&self) -> f64 {
+        Self::quantile(&self.0, 0.5)
+    }
+
+    fn last_median(&self) -> f64 {
+        Self::quantile(&self.0[self.0.len().saturating_sub(ROUNDS)..], 0.5)
+    }
+
+    fn spread(&self) -> f64 {
+        (Self::quantile(&self.0, 0.75) - Self::quantile(&self.0, 0.25)) / self.median()
+    }
+}
+
+/// The machine's ceilings, measured again in every round.
+struct Machine {
+    memory: Vec<u64>,
+    bandwidth: Samples,
+    flops: Samples,
+}
+
+impl Machine {
+    fn new() -> Self {
+        Self { memory: vec![1; 32 << 20], bandwidth: Samples::default(), flops: Samples::default() }
+    }
+
+    fn measure(&mut self) {
+        self.bandwidth.0.push(kernels::probe::read_bandwidth(&self.memory));
+        self.flops.0.push(kernels::probe::peak_flops());
+    }
+
+    fn report(&self) {
+        println!(
+            "ceilings, {} threads: {:.1} GB/s, {:.1} GFLOP/s in f32 (medians over all rounds)",
+            candle_core::utils::get_num_threads(),
+            self.bandwidth.median() / 1e9,
+            self.flops.median() / 1e9
+        );
+    }
+}
