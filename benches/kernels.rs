@@ -76,7 +76,8 @@ fn linear_case(layer: &str, n: usize, inner: usize, outer: usize, dtype: DType) 
             let has_candle = dtype != DType::BF16;
             Ok(Contenders {
                 ours: Box::new(move || linear(&x, &weight).map(drop_result)),
-                candle: has_candle.then(|| -> Run { Box::new(move || candle_x.matmul(&candle_weight).map(drop_result)) }),
+                candle: has_candle
+                    .then(|| -> Run { Box::new(move || candle_x.matmul(&candle_weight).map(drop_result)) }),
             })
         }),
     }
@@ -105,8 +106,8 @@ impl Case {
             machine.measure();
         }
         let seconds = samples.median();
-        let least = (self.bytes as f64 / machine.bandwidth.last_median())
-            .max(self.flops as f64 / machine.flops.last_median());
+        let least =
+            (self.bytes as f64 / machine.bandwidth.last_median()).max(self.flops as f64 / machine.flops.last_median());
         println!(
             "{:<34} {:>9.1} us {:>6.0}% {:>8.1} {:>9.1} {:>7.0}%   {}",
             self.name,

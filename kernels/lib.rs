@@ -43,9 +43,9 @@ pub mod rope;
 
 mod batch;
 mod cpu;
-mod simd;
 #[doc(hidden)]
 pub mod probe;
+mod simd;
 #[doc(hidden)]
 pub mod testing;
 

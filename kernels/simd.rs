@@ -527,7 +527,17 @@ pub(crate) mod tests {
         let mut random = Random::new(1);
         let mut x: Vec<f32> = (0..100_003).map(|_| f32::from_bits(random.next_u64() as u32)).collect();
         // Ties, the edges of each range, and NaN that rounding would carry into infinity.
-        x.extend([1.00390625, 1.01171875, 65504.0, 65519.9, 65520.0, 3.4e38, 6e-8, 2.9e-8, f32::INFINITY]);
+        x.extend([
+            1.0 + 1.0 / 256.0,
+            1.0 + 3.0 / 256.0,
+            65504.0,
+            65519.9,
+            65520.0,
+            3.4e38,
+            6e-8,
+            2.9e-8,
+            f32::INFINITY,
+        ]);
         x.extend([0x7fff_ffff, 0xffff_ffff, 0x7f80_0001].map(f32::from_bits));
         check::<f16>(&x);
         check::<bf16>(&x);

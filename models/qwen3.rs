@@ -102,7 +102,7 @@ impl Qwen3 {
     ///
     /// A tensor is missing, of another shape, or not used by the model.
     pub fn load(config: &Config, weights: &Weights) -> Result<Self> {
-        if config.num_attention_heads % config.num_kv_heads() != 0 || config.head_dim() % 2 != 0 {
+        if !config.num_attention_heads.is_multiple_of(config.num_kv_heads()) || !config.head_dim().is_multiple_of(2) {
             bail!(
                 "qwen3: {} attention heads, {} key and value heads, head_dim {}: expected a multiple, and an even size",
                 config.num_attention_heads,

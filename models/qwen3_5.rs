@@ -90,12 +90,13 @@ impl Config {
         }
         let path = checkpoint.path("config.json");
         let Config { num_attention_heads: nh, num_key_value_heads: kv, .. } = config;
-        if nh % kv != 0 || config.linear_num_value_heads % config.linear_num_key_heads != 0 {
+        let heads = (config.linear_num_value_heads, config.linear_num_key_heads);
+        if !nh.is_multiple_of(kv) || !heads.0.is_multiple_of(heads.1) {
             bail!(
                 "{}: {nh} attention heads over {kv}, {} value heads over {}: expected multiples",
                 path.display(),
-                config.linear_num_value_heads,
-                config.linear_num_key_heads
+                heads.0,
+                heads.1
             )
         }
         let layers = config.layer_types().len();

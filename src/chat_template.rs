@@ -41,8 +41,8 @@ pub(crate) struct RenderOptions<'a> {
     pub variables: Map<String, Value>,
 }
 
-/// Instructions that one rendering may take, about a second: a template of a few hundred instructions for each
-/// message serves tens of thousands of messages, one that scans all messages for each of them some thousands.
+/// Instructions that one rendering may take, two seconds or so. Templates take some hundreds for each message;
+/// Gemma's, which scans all messages for each of them, gets through a conversation of two thousand.
 const FUEL: u64 = 50_000_000;
 
 /// Bytes that one rendering may give. Longer prompts exceed every context.
@@ -171,6 +171,7 @@ fn template_error(name: &str, error: &minijinja::Error) -> Error {
     let place = error.line().map_or(String::new(), |line| format!(":{line}"));
     let what = match (error.kind(), error.detail()) {
         (ErrorKind::OutOfFuel, _) => format!("does not end within {FUEL} instructions"),
+        (ErrorKind::WriteFailure, _) => format!("gives more than {MAX_OUTPUT} bytes"),
         (kind, Some(detail)) => format!("{kind}: {detail}"),
         (kind, None) => kind.to_string(),
     };
@@ -187,7 +188,7 @@ struct Output(Vec<u8>);
 impl io::Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.0.len() + bytes.len() > MAX_OUTPUT {
-            return Err(io::Error::other(format!("longer than {MAX_OUTPUT} bytes")));
+            return Err(io::ErrorKind::StorageFull.into());
         }
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())

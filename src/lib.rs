@@ -14,6 +14,8 @@ mod reply;
 mod sampler;
 mod scheduler;
 mod sequence;
+#[cfg(test)]
+mod testing;
 mod tokenizer;
 pub mod verify;
 

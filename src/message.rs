@@ -142,10 +142,11 @@ impl ToolCall {
 impl Serialize for ToolCall {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let arguments = Value::Object(self.arguments.clone()).to_string();
-        let mut call = json!({ "type": "function", "function": { "name": self.name, "arguments": arguments } });
-        if let Some(id) = &self.id {
-            call["id"] = json!(id);
-        }
+        let function = json!({ "name": self.name, "arguments": arguments });
+        let call = match &self.id {
+            Some(id) => json!({ "id": id, "type": "function", "function": function }),
+            None => json!({ "type": "function", "function": function }),
+        };
         call.serialize(serializer)
     }
 }

@@ -88,7 +88,7 @@ impl PrefixCache {
         }
         let full = resume.reused / self.block_size;
         resume.blocks = path[..full].iter().map(|&index| self.node(index).block).collect();
-        if resume.reused % self.block_size != 0 {
+        if !resume.reused.is_multiple_of(self.block_size) {
             resume.partial = Some(self.node(path[full]).block);
         }
         for &index in &path[..resume.reused.div_ceil(self.block_size)] {

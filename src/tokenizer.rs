@@ -3,6 +3,9 @@
 //! The engine encodes prompts and decodes replies with it, the embedder encodes texts. `tokenizer.json` is read by
 //! the `tokenizers` crate; `tokenizer_config.json` names the tokens that begin and end a text.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
@@ -80,8 +83,8 @@ impl Tokenizer {
     /// Text with characters that the vocabulary has no token for, not even an unknown one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.ids(text, true)?;
-        if let (Some(bos), [first, second, ..]) = (self.bos, ids.as_slice())
-            && (*first, *second) == (bos, bos)
+        if let Some(bos) = self.bos
+            && ids.starts_with(&[bos, bos])
         {
             ids.remove(0);
         }
@@ -102,10 +105,8 @@ impl Tokenizer {
     }
 
     /// The text of `ids` without special tokens.
-    ///
-    /// # Errors
-    /// A decoder that cannot join these tokens.
-    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+    #[cfg(test)]
+    fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(|error| Error::Request(format!("tokenizer: {error}")))
     }
 
@@ -122,11 +123,6 @@ impl Tokenizer {
     /// The tokens that end a turn by `tokenizer_config.json`; the model's configs may name more.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos_ids
-    }
-
-    /// The token that begins a text by `tokenizer_config.json`.
-    pub fn bos(&self) -> Option<u32> {
-        self.bos
     }
 
     fn token_bytes(&self, id: u32) -> Vec<u8> {

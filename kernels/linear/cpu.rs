@@ -11,11 +11,7 @@ use crate::cpu::Shared;
 use crate::simd::{LANES, Stored, dispatch};
 
 /// `x` `[n, inner]`, `weight` `[outer, inner]`; returns `[n, outer]`.
-pub fn linear<X: Stored, W: Stored>(
-    x: &[X],
-    weight: &[W],
-    (n, inner, outer): (usize, usize, usize),
-) -> Vec<X> {
+pub fn linear<X: Stored, W: Stored>(x: &[X], weight: &[W], (n, inner, outer): (usize, usize, usize)) -> Vec<X> {
     let mut out = vec![X::round(0.0); n * outer];
     if inner > 0 {
         let product = Product { x, weight, n, inner, outer, out: Shared::new(&mut out) };
@@ -116,8 +112,8 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
     fn panel(&self, x: &[[Group<f32>; R]], rows: Range<usize>, outs: Range<usize>, scratch: &mut Vec<f32>) {
         let groups = self.inner.div_ceil(LANES);
         let panels = outs.len().div_ceil(Q);
-        let (panel, accumulators) = aligned(scratch, panels * Q * LANES * (groups + BLOCK_ROWS))
-            .split_at_mut(panels * Q * LANES * groups);
+        let (panel, accumulators) =
+            aligned(scratch, panels * Q * LANES * (groups + BLOCK_ROWS)).split_at_mut(panels * Q * LANES * groups);
         let panel = tiles_of::<Q>(panel);
         // Stretch by stretch, so that the panel is read from end to end.
         for stretch in pieces(0..groups, STRETCH) {

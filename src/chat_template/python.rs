@@ -6,7 +6,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, Value};
+use minijinja::{Environment, Error, ErrorKind, Value};
 
 /// Adds all of it to an environment.
 pub(super) fn register(env: &mut Environment) {
@@ -257,4 +257,25 @@ fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
     let month = (month_from_march + 2) % 12 + 1;
     (era * 400 + year_of_era + i64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Python's `datetime.fromtimestamp(seconds, timezone.utc).strftime(format)` writes them.
+    #[test]
+    fn dates() {
+        let full = "%Y-%m-%d %H:%M:%S %A %a %B %b %y %I %p %-d %F %T %%";
+        let cases = [
+            (0, "1970-01-01 00:00:00 Thursday Thu January Jan 70 12 AM 1 1970-01-01 00:00:00 %"),
+            (951_782_400 + 86_399, "2000-02-29 23:59:59 Tuesday Tue February Feb 00 11 PM 29 2000-02-29 23:59:59 %"),
+            (4_107_542_400, "2100-03-01 00:00:00 Monday Mon March Mar 00 12 AM 1 2100-03-01 00:00:00 %"),
+            (1_767_182_400, "2025-12-31 12:00:00 Wednesday Wed December Dec 25 12 PM 31 2025-12-31 12:00:00 %"),
+        ];
+        for (seconds, expected) in cases {
+            assert_eq!(strftime(full, seconds), expected);
+        }
+        assert_eq!(strftime("%Q %-Q 100%", 0), "%Q %-Q 100%");
+    }
 }

@@ -237,7 +237,7 @@ impl<'a> Client<'a> {
                     uri = next;
                     continue;
                 }
-            } else if !status.is_success() && !(status == 416 && ask.range.is_some()) {
+            } else if !(status.is_success() || status == 416 && ask.range.is_some()) {
                 return Err(self.refusal(ask, &uri, at_endpoint, &response));
             }
             let (start, total) = extent(headers, status.as_u16());
