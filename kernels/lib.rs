@@ -43,6 +43,8 @@ pub mod rope;
 
 mod batch;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod simd;
 #[doc(hidden)]
 pub mod testing;
