@@ -368,7 +368,7 @@ fn honours_any_start() -> Result<()> {
         let mut random = Random::new(8);
         let all = random.tensor(&[n, 6, d + 1], 1.0, DType::F32, &device)?;
         let gate = |value: f32| Tensor::full(value, 2 * n + 1, &device)?.narrow(0, 1, 2 * n)?.reshape((n, 2));
-        let part = |i| all.narrow(1, 2 * i, 2)?.narrow(2, 1, d);
+        let part = |i: usize| all.narrow(1, 2 * i, 2)?.narrow(2, 1, d);
         let operands = Operands { q: part(0)?, k: part(1)?, v: part(2)?, g: gate(-0.1)?, beta: gate(0.5)? };
         let state = poisoned(&[1 + 4 * d * d], DType::F32, &device)?.narrow(0, 1, 4 * d * d)?.reshape((2, 2, d, d))?;
         let out = operands.run(&state, &batch)?;
