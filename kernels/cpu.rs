@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -43,8 +43,8 @@ impl Element for bf16 {
 
 /// A contiguous operand that an op struct borrows as a tensor, locked for reading.
 pub(crate) struct Operand<'a> {
-    storage: StorageRef<'a>,
-    layout: &'a Layout,
+    pub(crate) storage: StorageRef<'a>,
+    pub(crate) layout: &'a Layout,
 }
 
 impl<'a> Operand<'a> {
@@ -150,9 +150,15 @@ impl<'a> RowStarts<'a> {
     }
 }
 
-/// `x` as a kernel takes it that reads [`RowStarts`] on the CPU and contiguous operands elsewhere.
+/// `x` as a kernel takes it that reads [`RowStarts`] on the CPU, rows of two strides on CUDA, and contiguous operands
+/// on Metal.
 pub(crate) fn as_rows(x: &Tensor) -> Result<Tensor> {
-    if x.device().is_cpu() && x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() }
+    let takes_strides = match x.device() {
+        Device::Cpu => true,
+        Device::Cuda(_) => x.rank() <= 3,
+        Device::Metal(_) => false,
+    };
+    if takes_strides && x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() }
 }
 
 /// Fills `out`, `[rows, d]`, by `fill(first row, rows)`, on many threads when it is large enough to pay.

@@ -43,6 +43,8 @@ pub mod rope;
 
 mod batch;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[doc(hidden)]
 pub mod probe;
 mod simd;

@@ -44,8 +44,9 @@ pub fn devices() -> Vec<Device> {
     #[allow(unused_mut)] // grows only in builds with an accelerator
     let mut devices = vec![Device::Cpu];
     #[cfg(feature = "cuda")]
-    if let Ok(device) = Device::new_cuda_with_stream(0) {
-        devices.push(device);
+    match Device::new_cuda_with_stream(0) {
+        Ok(device) => devices.push(device),
+        Err(error) => eprintln!("cuda: no kernel was tested: {error}"),
     }
     #[cfg(feature = "metal")]
     if let Ok(device) = Device::new_metal(0) {

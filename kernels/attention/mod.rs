@@ -1,6 +1,8 @@
 //! Attention over packed sequences: uncached for encoders, over pages of keys and values for decoders.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -8,6 +10,8 @@ mod tests;
 
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::Batch;
@@ -113,7 +117,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: Atte
 ///
 /// Shapes or dtypes disagree, or a page of the batch lies outside `kv`.
 ///
-/// Devices: CPU.
+/// Devices: CPU, CUDA.
 ///
 /// Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
 pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()> {
@@ -246,6 +250,19 @@ impl InplaceOp3 for WriteKv<'_> {
             CpuStorage::BF16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
             other => bail!("write_kv: pages of {:?}, expected f32, f16 or bf16", dtype_of(other)),
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        kv: &mut CudaStorage,
+        layout: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+        v: &CudaStorage,
+        vl: &Layout,
+    ) -> Result<()> {
+        cuda::write_kv(kv, layout, (k, kl), (v, vl), self.batch)
     }
 }
 

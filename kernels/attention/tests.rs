@@ -108,6 +108,30 @@ fn write_kv_writes_its_rows_and_nothing_else() -> Result<()> {
     Ok(())
 }
 
+/// Heads that would allow the widest copies, each behind a value that does not.
+#[test]
+fn write_kv_honours_any_start() -> Result<()> {
+    for device in devices() {
+        for dtype in DTYPES {
+            let batch = Batch::new(&[Segment { tokens: &[0, 0], past: 3, blocks: &[1, 0], slot: 0 }], 4, &device)?;
+            let rows = Random::new(1).tensor(&[2, 6, 65], 1.0, dtype, &device)?;
+            let part = |start| rows.narrow(1, start, 3)?.narrow(2, 1, 64);
+            let (k, v) = (part(0)?, part(3)?);
+            let size = 2 * 2 * 4 * 3 * 64;
+            let kv = poisoned(&[1 + size], dtype, &device)?.narrow(0, 1, size)?.reshape((2, 2, 4, 3, 64))?;
+            write_kv(&kv, &k, &v, &batch)?;
+
+            let pages = kv.reshape((2, 8, 3 * 64))?;
+            for (plane, rows) in [(0, &k), (1, &v)] {
+                // Position 3 ends block 1, position 4 begins block 0.
+                let written = pages.get(plane)?.index_select(&Tensor::new(&[7u32, 0], &device)?, 0)?;
+                assert_eq!(values(&written)?, values(rows)?, "{dtype:?} {device:?}: plane {plane}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Pages hold NaN wherever no query of the step looks.
 fn run_paged_attention(case: Case, device: &Device) -> Result<()> {
     let Case { dtype, hq, hk, d, block_size, sequences, params } = case;

@@ -1,6 +1,8 @@
 //! The gated delta rule: the recurrence of Gated DeltaNet layers, with its state kept in slots.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod gates;
 #[cfg(test)]
 mod reference;
@@ -9,6 +11,8 @@ mod tests;
 
 use std::cell::OnceCell;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
@@ -37,7 +41,8 @@ pub use gates::gates;
 /// Shapes or dtypes disagree, or a slot of the batch lies outside `state`.
 ///
 /// Devices: CPU, by the recurrence: the chunked form takes as many operations there, and the recurrence gives every
-/// token one result however the prompt was cut. `q`, `k` and `v` may be column ranges of one matrix.
+/// token one result however the prompt was cut. CUDA likewise, `K` up to 256. `q`, `k` and `v` may be column ranges of
+/// one matrix.
 ///
 /// Source: Yang et al., "Gated Delta Networks", <https://arxiv.org/abs/2412.06464>.
 pub fn gated_delta_rule(
@@ -116,6 +121,11 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
         };
         self.out.set(Storage::Cpu(out)).expect("run once");
         Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, state: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.run_cuda(state, layout)
     }
 }
 

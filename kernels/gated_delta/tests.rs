@@ -56,7 +56,7 @@ fn cases() -> Vec<Case> {
     }
     let sizes =
         [(16, 16), (24, 24), (48, 48), (64, 64), (128, 128), (16, 64), (24, 16), (48, 32), (64, 128), (128, 24)];
-    for sizes in sizes {
+    for sizes in sizes.into_iter().chain([(7, 5), (200, 33), (256, 32)]) {
         cases.push(Case { sizes, sequences: &[Fresh(3), Continued(66)], ..BASE });
     }
     for heads in [(1, 1), (3, 3), (1, 2), (2, 6), (1, 3)] {
@@ -283,11 +283,12 @@ fn recurrent_and_chunked_definitions_agree() -> Result<()> {
 #[test]
 fn bits_do_not_depend_on_company() -> Result<()> {
     const N: usize = 130;
-    for (dtype, sizes) in [(DType::F32, (64, 64)), (DType::BF16, (24, 20)), (DType::F16, (12, 7))] {
+    let kinds = [(DType::F32, (64, 64)), (DType::BF16, (24, 20)), (DType::F16, (12, 7))];
+    for (device, (dtype, sizes)) in devices().iter().flat_map(|device| kinds.map(|kind| (device, kind))) {
         let case = Case { dtype, sizes, ..BASE };
         let mut random = Random::new(3);
-        let operands = Operands::random(&case, N, &mut random, &Device::Cpu)?;
-        let fresh_state = || poisoned(&[3, case.heads.1, sizes.1, sizes.0], DType::F32, &Device::Cpu);
+        let operands = Operands::random(&case, N, &mut random, device)?;
+        let fresh_state = || poisoned(&[3, case.heads.1, sizes.1, sizes.0], DType::F32, device);
         let bits = |out: &Tensor| -> Result<Vec<u32>> { Ok(values(out)?.iter().map(|x| x.to_bits()).collect()) };
         // The outputs and the state of the sequence, run in steps that end at `cuts` and at its end.
         let run = |cuts: &[usize]| -> Result<(Vec<u32>, Vec<u32>)> {
@@ -296,7 +297,7 @@ fn bits_do_not_depend_on_company() -> Result<()> {
             let mut start = 0;
             for &end in cuts.iter().chain([&N]) {
                 let sequence = if start == 0 { Fresh(end) } else { Continued(end - start) };
-                let batch = pack(&[(2, sequence)], &Device::Cpu)?;
+                let batch = pack(&[(2, sequence)], device)?;
                 outs.push(operands.tokens(start, end - start)?.run(&state, &batch)?);
                 start = end;
             }
@@ -305,16 +306,16 @@ fn bits_do_not_depend_on_company() -> Result<()> {
 
         let whole = run(&[])?;
         let token_by_token: Vec<usize> = (1..N).collect();
-        assert_eq!(run(&token_by_token)?, whole, "{case:?}: token by token");
+        assert_eq!(run(&token_by_token)?, whole, "{case:?} {device:?}: token by token");
         for cut in 1..N {
-            assert_eq!(run(&[cut])?, whole, "{case:?}: cut at {cut}");
+            assert_eq!(run(&[cut])?, whole, "{case:?} {device:?}: cut at {cut}");
         }
         for threads in [1, 3, 16] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads can be started");
-            assert_eq!(pool.install(|| run(&[65]))?, whole, "{case:?}: {threads} threads");
+            assert_eq!(pool.install(|| run(&[65]))?, whole, "{case:?} {device:?}: {threads} threads");
         }
 
-        let strangers = Operands::random(&case, 70, &mut random, &Device::Cpu)?;
+        let strangers = Operands::random(&case, 70, &mut random, device)?;
         let (front, back) = (strangers.tokens(0, 66)?, strangers.tokens(66, 4)?);
         let cat = |f: fn(&Operands) -> &Tensor| Tensor::cat(&[f(&front), f(&operands), f(&back)], 0);
         let packed = Operands {
@@ -325,9 +326,9 @@ fn bits_do_not_depend_on_company() -> Result<()> {
             beta: cat(|o| &o.beta)?,
         };
         let state = fresh_state()?;
-        let batch = pack(&[(2, Fresh(66)), (0, Fresh(N)), (1, Fresh(4))], &Device::Cpu)?;
+        let batch = pack(&[(2, Fresh(66)), (0, Fresh(N)), (1, Fresh(4))], device)?;
         let out = packed.run(&state, &batch)?.narrow(0, 66, N)?;
-        assert_eq!((bits(&out)?, bits(&state.narrow(0, 0, 1)?)?), whole, "{case:?}: packed");
+        assert_eq!((bits(&out)?, bits(&state.narrow(0, 0, 1)?)?), whole, "{case:?} {device:?}: packed");
     }
     Ok(())
 }
@@ -354,6 +355,28 @@ fn reads_rows_that_lie_apart() -> Result<()> {
         let want = apart.define(reference::recurrent, &mut want_state, &batch)?;
         assert_close(&format!("{device:?}: output"), &values(&out)?, &want, op_limit(DType::F32));
         assert_close(&format!("{device:?}: state"), &values(&state)?, &want_state, op_limit(DType::F32));
+    }
+    Ok(())
+}
+
+/// No start or stride here is a multiple of more than one value, where others let kernels move several at once.
+#[test]
+fn honours_any_start() -> Result<()> {
+    for device in devices() {
+        let (n, d) = (9, 32);
+        let batch = pack(&[(1, Fresh(n))], &device)?;
+        let mut random = Random::new(8);
+        let all = random.tensor(&[n, 6, d + 1], 1.0, DType::F32, &device)?;
+        let gate = |value: f32| Tensor::full(value, 2 * n + 1, &device)?.narrow(0, 1, 2 * n)?.reshape((n, 2));
+        let part = |i: usize| all.narrow(1, 2 * i, 2)?.narrow(2, 1, d);
+        let operands = Operands { q: part(0)?, k: part(1)?, v: part(2)?, g: gate(-0.1)?, beta: gate(0.5)? };
+        let state = poisoned(&[1 + 4 * d * d], DType::F32, &device)?.narrow(0, 1, 4 * d * d)?.reshape((2, 2, d, d))?;
+        let out = operands.run(&state, &batch)?;
+        let mut want_state = vec![f32::NAN; 4 * d * d];
+        let want = operands.define(reference::recurrent, &mut want_state, &batch)?;
+        assert_close(&format!("{device:?}: output"), &values(&out)?, &want, op_limit(DType::F32));
+        let got = values(&state.get(1)?)?;
+        assert_close(&format!("{device:?}: state"), &got, &want_state[2 * d * d..], op_limit(DType::F32));
     }
     Ok(())
 }
@@ -427,6 +450,18 @@ fn gates_agree_with_numbers_by_hand() -> Result<()> {
         let (g, beta) = gates(&a, &b, &tensor(&[0.0, 2f32.ln()], &[2])?, &tensor(&[1.0, 0.0], &[2])?)?;
         assert_close("g", &values(&g)?, &[-(2f32.ln()), -2.0 * 4f32.ln(), -30.0, 0.0], 1e-6);
         assert_close("beta", &values(&beta)?, &[0.5, 0.75, 1.0, 0.0], 1e-6);
+    }
+    Ok(())
+}
+
+#[test]
+fn cuda_refuses_large_keys() -> Result<()> {
+    for device in devices().into_iter().filter(Device::is_cuda) {
+        let case = Case { sizes: (257, 16), ..BASE };
+        let operands = Operands::random(&case, 1, &mut Random::new(9), &device)?;
+        let state = poisoned(&[1, 4, 16, 257], DType::F32, &device)?;
+        let error = operands.run(&state, &pack(&[(0, Fresh(1))], &device)?).expect_err("must be refused");
+        assert!(error.to_string().contains("K is 257"), "{error}");
     }
     Ok(())
 }

@@ -4,11 +4,15 @@
 //! when it loads, so there is one norm here.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use half::{bf16, f16};
@@ -27,7 +31,7 @@ use crate::cpu::as_rows;
 ///
 /// `weight` is not f32 or not as long as the last dimension of `x`.
 ///
-/// Devices: CPU.
+/// Devices: CPU, CUDA.
 ///
 /// Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -82,6 +86,11 @@ impl CustomOp2 for RmsNorm {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok((run("rms_norm", (x, xl), None, (w, wl), self.eps)?, xl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout, w: &CudaStorage, wl: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::rms_norm(x, xl, w, wl, self.eps)?, xl.shape().clone()))
     }
 }
 

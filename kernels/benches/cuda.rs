@@ -1,0 +1,129 @@
+//! CUDA kernels beside a device-to-device copy: `cargo bench --features cuda -p taper-kernels --bench cuda`.
+//!
+//! Microseconds a call, the host's share of them, and the bytes that a call must move (each input read once, each
+//! output written once) over its time. The working set of a row is several times the cache, except in decode steps
+//! of few tokens. With the argument `events`, candle orders streams by events, which one stream does not need.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Result, Tensor};
+use taper_kernels::testing::{Random, poisoned};
+use taper_kernels::{Batch, Segment, attention, gated_delta, norm};
+
+const CALLS: usize = 64;
+const REPEATS: usize = 9;
+
+fn main() -> Result<()> {
+    let device = Device::new_cuda_with_stream(0)?;
+    if !std::env::args().any(|argument| argument == "events") {
+        // SAFETY: there is one stream.
+        unsafe { device.as_cuda_device()?.disable_event_tracking() }
+    }
+    let mut bench = Bench { device: device.clone(), ceiling: None };
+    println!("{:<56} {:>8} {:>8} {:>6} {:>8}", "op", "us", "host us", "GB/s", "of copy");
+
+    let large = Tensor::zeros((1 << 30) / 4, DType::F32, &device)?;
+    bench.ceiling = Some(bench.row("copy of 1 GiB", 2 << 30, |_| large.copy().map(drop))?);
+    drop(large);
+    for (n, d) in [(65536, 1024), (16384, 4096), (1 << 19, 128), (64, 1024)] {
+        bench.rms_norm(n, d)?;
+    }
+    bench.write_kv(16384, 8, 128)?;
+    bench.write_kv(64, 8, 128)?;
+    for batch in [64, 8, 1] {
+        bench.gated_delta(&format!("decode, {batch} sequences"), &vec![(1, 100); batch])?;
+    }
+    bench.gated_delta("prompt of 4096", &[(4096, 0)])?;
+    bench.gated_delta("8 prompts of 512", &[(512, 0); 8])
+}
+
+struct Bench {
+    device: Device,
+    /// Bytes per second of a copy, once measured.
+    ceiling: Option<f64>,
+}
+
+impl Bench {
+    /// Times `call`, which gets its number, and prints a row; returns bytes per second.
+    fn row(&self, name: &str, bytes: usize, call: impl Fn(usize) -> Result<()>) -> Result<f64> {
+        let mut times = Vec::new();
+        for repeat in 0..=REPEATS {
+            let start = Instant::now();
+            for i in 0..CALLS {
+                call(i)?;
+            }
+            let queued = start.elapsed().as_secs_f64() / CALLS as f64;
+            self.device.synchronize()?;
+            // The first loads kernels and fills the memory pool.
+            if repeat > 0 {
+                times.push((start.elapsed().as_secs_f64() / CALLS as f64, queued));
+            }
+        }
+        times.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (time, queued) = times[REPEATS / 2];
+        let rate = bytes as f64 / time;
+        println!(
+            "{name:<56} {:>8.2} {:>8.2} {:>6.0} {:>7.0}%   {:.2} to {:.2} us",
+            time * 1e6,
+            queued * 1e6,
+            rate / 1e9,
+            rate / self.ceiling.unwrap_or(rate) * 100.0,
+            times[0].0 * 1e6,
+            times[REPEATS - 1].0 * 1e6,
+        );
+        Ok(rate)
+    }
+
+    fn random(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Tensor::randn(0f32, 1f32, shape, &self.device)?.to_dtype(dtype)
+    }
+
+    fn rms_norm(&self, n: usize, d: usize) -> Result<()> {
+        let x = self.random(&[n, d], DType::BF16)?;
+        let weight = self.random(&[d], DType::F32)?;
+        self.row(&format!("rms_norm bf16 [{n}, {d}]"), n * d * 4, |_| norm::rms_norm(&x, &weight, 1e-6).map(drop))?;
+        Ok(())
+    }
+
+    fn write_kv(&self, n: usize, heads: usize, d: usize) -> Result<()> {
+        let block_size = 32;
+        let blocks = Random::new(1).permutation(n.div_ceil(block_size));
+        let kv = poisoned(&[2, blocks.len(), block_size, heads, d], DType::BF16, &self.device)?;
+        let (k, v) = (self.random(&[n, heads, d], DType::BF16)?, self.random(&[n, heads, d], DType::BF16)?);
+        let segment = Segment { tokens: &vec![0; n], past: 0, blocks: &blocks, slot: 0 };
+        let batch = Batch::new(&[segment], block_size, &self.device)?;
+        let bytes = 2 * 2 * n * heads * d * 2;
+        self.row(&format!("write_kv bf16 [{n}, {heads}, {d}]"), bytes, |_| attention::write_kv(&kv, &k, &v, &batch))?;
+        Ok(())
+    }
+
+    /// Sequences are (tokens, past); the operands are parts of one matrix, as the convolution leaves them. Each call
+    /// is another layer's state.
+    fn gated_delta(&self, name: &str, sequences: &[(usize, usize)]) -> Result<()> {
+        let (heads, d, layers) = (16, 128, 8);
+        let slots = Random::new(2).permutation(sequences.len());
+        let states: Vec<Tensor> = (0..layers)
+            .map(|_| Tensor::zeros((slots.len(), heads, d, d), DType::F32, &self.device))
+            .collect::<Result<_>>()?;
+        let tokens = vec![0; sequences.iter().map(|&(new, _)| new).max().unwrap_or(0)];
+        let segments: Vec<Segment> = sequences
+            .iter()
+            .zip(&slots)
+            .map(|(&(new, past), &slot)| Segment { tokens: &tokens[..new], past, blocks: &[0], slot })
+            .collect();
+        let batch = Batch::new(&segments, 1 << 16, &self.device)?;
+        let n = batch.num_tokens();
+        let qkv = self.random(&[n, 3 * heads, d], DType::BF16)?;
+        let [q, k, v] = [0, 1, 2].map(|i| qkv.narrow(1, i * heads, heads));
+        let (q, k, v) = (q?, k?, v?);
+        let g = Tensor::full(-0.1f32, (n, heads), &self.device)?;
+        let beta = Tensor::full(0.5f32, (n, heads), &self.device)?;
+        let kept = sequences.iter().filter(|(_, past)| *past > 0).count();
+        let state_bytes = (kept + sequences.len()) * heads * d * d * 4;
+        let bytes = state_bytes + n * heads * (4 * d * 2 + 2 * 4);
+        self.row(&format!("gated_delta_rule bf16 16x128x128, {name}"), bytes, |i| {
+            gated_delta::gated_delta_rule(&q, &k, &v, &g, &beta, &states[i % layers], &batch).map(drop)
+        })?;
+        Ok(())
+    }
+}

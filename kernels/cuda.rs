@@ -1,0 +1,242 @@
+//! How CUDA ops find their kernels, reach their operands and hand back results.
+//!
+//! An op's `cuda.rs` names its kernels in statics, takes the addresses of its operands, allocates the result,
+//! and queues one launch on the device's stream. Nothing waits for the GPU.
+//!
+//! A kernel is looked up by name once per GPU and then found with one atomic load. Its module stays loaded as
+//! long as the process lives: candle's devices on one GPU share its primary context, which the module keeps.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, SyncOnDrop,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, bail};
+
+use crate::cpu::Operand;
+
+/// What `build.rs` compiled: one static `Module` for each `.cu`, named like the file.
+pub(crate) mod modules {
+    use super::Module;
+    include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+}
+
+/// A compiled `.cu`.
+pub(crate) struct Module {
+    image: &'static [u8],
+    loaded: PerGpu<Arc<CudaModule>>,
+}
+
+impl Module {
+    const fn new(image: &'static [u8]) -> Self {
+        Self { image, loaded: PerGpu::new() }
+    }
+
+    fn on(&self, device: &CudaDevice) -> Result<&Arc<CudaModule>> {
+        self.loaded
+            .get(device, || device.cuda_stream().context().load_module(Ptx::from_binary(self.image.to_vec())).w())
+    }
+}
+
+/// One `extern "C"` kernel of a module.
+pub(crate) struct Kernel {
+    module: &'static Module,
+    name: &'static str,
+    loaded: PerGpu<CudaFunction>,
+}
+
+impl Kernel {
+    pub const fn new(module: &'static Module, name: &'static str) -> Self {
+        Self { module, name, loaded: PerGpu::new() }
+    }
+
+    pub fn on(&self, device: &CudaDevice) -> Result<&CudaFunction> {
+        self.loaded.get(device, || self.module.on(device)?.load_function(self.name).w())
+    }
+}
+
+/// A kernel in the three float dtypes, named `<op>_<variant>_f32`, `_f16`, `_bf16`; made by [`floats!`].
+pub(crate) struct Floats {
+    pub f32: Kernel,
+    pub f16: Kernel,
+    pub bf16: Kernel,
+}
+
+impl Floats {
+    pub fn of(&self, dtype: DType) -> Result<&Kernel> {
+        match dtype {
+            DType::F32 => Ok(&self.f32),
+            DType::F16 => Ok(&self.f16),
+            DType::BF16 => Ok(&self.bf16),
+            other => bail!("{}: operand of dtype {other:?}, expected f32, f16 or bf16", self.f32.name),
+        }
+    }
+}
+
+macro_rules! floats {
+    ($module:ident, $name:literal) => {{
+        use $crate::cuda::{Floats, Kernel, modules};
+        Floats {
+            f32: Kernel::new(&modules::$module, concat!($name, "_f32")),
+            f16: Kernel::new(&modules::$module, concat!($name, "_f16")),
+            bf16: Kernel::new(&modules::$module, concat!($name, "_bf16")),
+        }
+    }};
+}
+pub(crate) use floats;
+
+/// A value made on first use on each GPU.
+struct PerGpu<T>([OnceLock<T>; PerGpu::<()>::LIMIT]);
+
+impl PerGpu<()> {
+    const LIMIT: usize = 16;
+}
+
+impl<T> PerGpu<T> {
+    const fn new() -> Self {
+        Self([const { OnceLock::new() }; PerGpu::<()>::LIMIT])
+    }
+
+    fn get(&self, device: &CudaDevice, make: impl FnOnce() -> Result<T>) -> Result<&T> {
+        let gpu = device.cuda_stream().context().ordinal();
+        let Some(cell) = self.0.get(gpu) else {
+            bail!("cuda: kernels run on the first {} gpus, this is number {gpu}", self.0.len())
+        };
+        match cell.get() {
+            Some(value) => Ok(value),
+            None => {
+                let value = make()?;
+                Ok(cell.get_or_init(|| value))
+            }
+        }
+    }
+}
+
+/// Where the first element of an operand lies, its start offset counted. Held until the launch that
+/// uses it is queued: dropping it tells candle's other streams what this one reads or writes.
+pub(crate) struct Address<'a> {
+    /// The kernel argument.
+    pub value: u64,
+    _order: SyncOnDrop<'a>,
+}
+
+impl Address<'_> {
+    pub fn is_aligned(&self, bytes: usize) -> bool {
+        self.value.is_multiple_of(bytes as u64)
+    }
+}
+
+/// Where the rows of an operand `[N, heads, D]`, `[N, D]` or `[D]` lie that [`as_rows`](crate::cpu::as_rows) returned.
+pub(crate) struct Rows<'a> {
+    pub address: Address<'a>,
+    pub heads: u32,
+    /// Values from one token's rows to the next's, and from one head's to the next's.
+    pub strides: [u32; 2],
+}
+
+impl Rows<'_> {
+    /// Whether every row starts at a multiple of `bytes`, in values of `dtype`.
+    pub fn are_aligned(&self, bytes: usize, dtype: DType) -> bool {
+        let is_multiple = |stride: u32| (stride as usize * dtype.size_in_bytes()).is_multiple_of(bytes);
+        self.address.is_aligned(bytes) && self.strides.into_iter().all(is_multiple)
+    }
+}
+
+macro_rules! address {
+    ($slice:expr, $start:expr, $stream:ident, $pointer:ident) => {{
+        let ((base, order), bytes) = match $slice {
+            CudaStorageSlice::F32(slice) => (slice.$pointer($stream), 4),
+            CudaStorageSlice::F16(slice) => (slice.$pointer($stream), 2),
+            CudaStorageSlice::BF16(slice) => (slice.$pointer($stream), 2),
+            CudaStorageSlice::U32(slice) => (slice.$pointer($stream), 4),
+            _ => bail!("operand is not f32, f16, bf16 or u32"),
+        };
+        Ok(Address { value: base + ($start * bytes) as u64, _order: order })
+    }};
+}
+
+/// The address of a contiguous operand that the launch reads.
+pub(crate) fn read<'a>(storage: &'a CudaStorage, layout: &Layout, stream: &'a CudaStream) -> Result<Address<'a>> {
+    address!(&storage.slice, start(layout)?, stream, device_ptr)
+}
+
+/// The address of a contiguous operand that the launch writes.
+pub(crate) fn write<'a>(storage: &'a mut CudaStorage, layout: &Layout, stream: &'a CudaStream) -> Result<Address<'a>> {
+    address!(&mut storage.slice, start(layout)?, stream, device_ptr_mut)
+}
+
+/// The rows of an operand that the launch reads.
+pub(crate) fn read_rows<'a>(storage: &'a CudaStorage, layout: &Layout, stream: &'a CudaStream) -> Result<Rows<'a>> {
+    let (heads, strides) = match (layout.dims(), layout.stride()) {
+        ([_], [1]) => (1, [0, 0]),
+        ([_, _], &[token, 1]) => (1, [token, 0]),
+        (&[_, heads, _], &[token, head, 1]) => (heads, [token, head]),
+        _ => bail!("operand of shape {:?} and strides {:?}, expected rows", layout.shape(), layout.stride()),
+    };
+    let address: Result<_> = address!(&storage.slice, layout.start_offset(), stream, device_ptr);
+    Ok(Rows { address: address?, heads: heads as u32, strides: strides.map(|stride| stride as u32) })
+}
+
+fn start(layout: &Layout) -> Result<usize> {
+    match layout.contiguous_offsets() {
+        Some((start, _)) => Ok(start),
+        None => bail!("operand of shape {:?} is not contiguous", layout.shape()),
+    }
+}
+
+impl Operand<'_> {
+    /// The address of a contiguous operand that an op struct borrows as a tensor.
+    pub fn cuda<'a>(&'a self, stream: &'a CudaStream) -> Result<Address<'a>> {
+        read(self.cuda_storage()?, self.layout, stream)
+    }
+
+    /// The rows of such an operand.
+    pub fn cuda_rows<'a>(&'a self, stream: &'a CudaStream) -> Result<Rows<'a>> {
+        read_rows(self.cuda_storage()?, self.layout, stream)
+    }
+
+    fn cuda_storage(&self) -> Result<&CudaStorage> {
+        match &*self.storage {
+            Storage::Cuda(storage) => Ok(storage),
+            _ => bail!("operand is not on the cuda device"),
+        }
+    }
+}
+
+/// An output that the launch writes in full.
+pub(crate) fn uninit(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
+    // SAFETY: any bits are a valid float or integer.
+    unsafe { device.alloc_uninit(shape, dtype) }
+}
+
+/// A one-dimensional grid of blocks of `threads` (x, y), without shared memory beyond what the kernel declares.
+pub(crate) fn grid(blocks: usize, threads: (usize, usize)) -> Result<LaunchConfig> {
+    if blocks > i32::MAX as usize {
+        bail!("cuda: {blocks} blocks, a grid takes {}", i32::MAX)
+    }
+    Ok(LaunchConfig {
+        grid_dim: (blocks as u32, 1, 1),
+        block_dim: (threads.0 as u32, threads.1 as u32, 1),
+        shared_mem_bytes: 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+
+    #[test]
+    fn an_op_without_a_kernel_says_so() -> Result<()> {
+        for device in crate::testing::devices().into_iter().filter(Device::is_cuda) {
+            let x = Tensor::zeros((1, 2, 4), DType::F32, &device)?;
+            let table = Tensor::zeros((1, 2), DType::F32, &device)?;
+            let error = crate::rope::rope(&x, &table, &table).expect_err("there is no kernel").to_string();
+            assert!(error.contains("no cuda implementation for rope"), "{error}");
+        }
+        Ok(())
+    }
+}

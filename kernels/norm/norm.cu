@@ -1,0 +1,76 @@
+// RMS normalisation. blockDim.x threads (a power of two) share a row, blockDim.y rows share a block; a row of more
+// than a warp has the block to itself.
+#include "cuda.cuh"
+
+constexpr int KEPT = 2;
+
+// The sum over the threads of a row.
+__device__ float sum_row(float x) {
+  x = sum_lanes(x, min(blockDim.x, 32));
+  if (blockDim.x <= 32)
+    return x;
+  __shared__ float warps[32];
+  if (threadIdx.x % 32 == 0)
+    warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (int warp = 0; warp < blockDim.x / 32; warp++)
+    x += warps[warp];
+  return x;
+}
+
+// x [rows, d] in rows of two strides; weight [d]; y [rows, d]; N divides d, and all rows start at multiples of 16
+// bytes if N is not 1.
+template <typename T, int N>
+__device__ void rms_norm(const T *x, Rows x_rows, const float *weight, T *y, uint32_t rows, uint32_t d, float eps) {
+  const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
+  const bool inside = row < rows; // the others still take part in the sums of their warp
+  const auto *from = reinterpret_cast<const Pack<T, N> *>(x + x_rows.start(inside ? row : 0));
+  const auto *factor = reinterpret_cast<const Pack<float, N> *>(weight);
+  auto *to = reinterpret_cast<Pack<T, N> *>(y + row * size_t(d));
+
+  float squares = 0;
+  const auto add = [&](const Pack<T, N> &pack) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      squares += widen(pack.values[j]) * widen(pack.values[j]);
+  };
+  // A row of up to KEPT packs a thread is read once, all loads in flight together.
+  Pack<T, N> kept[KEPT] = {};
+#pragma unroll
+  for (int n = 0; n < KEPT; n++)
+    if (const uint32_t i = n * blockDim.x + threadIdx.x; i < d / N)
+      kept[n] = from[i];
+#pragma unroll
+  for (int n = 0; n < KEPT; n++)
+    add(kept[n]);
+  for (uint32_t i = KEPT * blockDim.x + threadIdx.x; i < d / N; i += blockDim.x)
+    add(from[i]);
+  const float scale = 1 / sqrtf(sum_row(squares) / d + eps);
+  if (!inside)
+    return;
+
+  const auto store = [&](uint32_t i, Pack<T, N> pack) {
+    const Pack<float, N> weights = factor[i];
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      pack.values[j] = narrow<T>(widen(pack.values[j]) * scale * weights.values[j]);
+    to[i] = pack;
+  };
+#pragma unroll
+  for (int n = 0; n < KEPT; n++)
+    if (const uint32_t i = n * blockDim.x + threadIdx.x; i < d / N)
+      store(i, kept[n]);
+  for (uint32_t i = KEPT * blockDim.x + threadIdx.x; i < d / N; i += blockDim.x)
+    store(i, from[i]);
+}
+
+#define RMS_NORM(name, T, N)                                                                                           \
+  extern "C" __global__ void name(const T *x, uint32_t heads, uint32_t token_stride, uint32_t head_stride,             \
+                                  const float *weight, T *y, uint32_t rows, uint32_t d, float eps) {                   \
+    rms_norm<T, N>(x, {heads, token_stride, head_stride}, weight, y, rows, d, eps);                                    \
+  }
+#define RMS_NORM_SCALAR(name, T) RMS_NORM(name, T, 1)
+#define RMS_NORM_VECTOR(name, T) RMS_NORM(name, T, 16 / sizeof(T))
+FOR_FLOATS(RMS_NORM_SCALAR, rms_norm_scalar)
+FOR_FLOATS(RMS_NORM_VECTOR, rms_norm_vector)
