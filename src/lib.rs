@@ -1,4 +1,23 @@
-//! Taper runs Qwen3, Qwen3.5, Gemma 4 E2B and bge-m3 on your own machine.
+//! Taper runs Qwen3 and Qwen3.5 on your own machine.
+//!
+//! [`Llm`] loads a model and streams text; [`Chat`] is a conversation with it. Below them [`Engine`] runs token
+//! requests in steps, many at once, and keeps what they computed for later prompts with the same beginning.
+//!
+//! ```
+//! # #[cfg(feature = "demo")]
+//! # fn main() -> taper::Result<()> {
+//! let mut llm = taper::Llm::demo(&taper::Options::default())?;
+//! let mut chat = llm.chat();
+//! let mut said = String::new();
+//! for piece in chat.send("What is the capital of France?")? {
+//!     said += &piece?.text;
+//! }
+//! assert_eq!(said, "The capital of France is Paris.");
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "demo"))]
+//! # fn main() {}
+//! ```
 
 mod blocks;
 mod chat;

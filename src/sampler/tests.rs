@@ -432,33 +432,3 @@ fn generation_config_gives_the_defaults() {
     }
     assert!(matches!(SamplingParams::from_generation_config(folder.path()), Err(Error::Io { .. })));
 }
-
-#[test]
-#[ignore = "a measurement, not a check"]
-fn speed() {
-    let plain = SamplingParams { temperature: 0.6, ..hot(1) };
-    let cases = [
-        ("greedy", SamplingParams { temperature: 0.0, ..plain }),
-        ("greedy, repetition penalty", SamplingParams { temperature: 0.0, repetition_penalty: 1.1, ..plain }),
-        ("greedy, 20 logprobs", SamplingParams { temperature: 0.0, logprobs: Some(20), ..plain }),
-        ("temperature", plain.clone()),
-        ("top-k 20, top-p 0.95", SamplingParams { top_k: Some(20), top_p: 0.95, ..plain }),
-        ("top-p 0.95", SamplingParams { top_p: 0.95, ..plain }),
-        ("top-p 0.95, flat", SamplingParams { temperature: 50.0, top_p: 0.95, ..plain }),
-        ("min-p 0.05", SamplingParams { min_p: 0.05, ..plain }),
-    ];
-    for vocab in [151_936, 248_320] {
-        // Roughly normal with deviation 2.5, the spread of a real model's logits.
-        let logit = |i: u64| (0..12).map(|j| uniform(i, j) as f32).sum::<f32>() * 2.5;
-        let logits: Vec<f32> = (0..vocab).map(logit).collect();
-        for (name, params) in &cases {
-            let mut sampler = sampler(params.clone());
-            let times = (0..51).map(|_| {
-                let begin = Instant::now();
-                sampler.sample(&logits).unwrap();
-                begin.elapsed().as_micros()
-            });
-            println!("{vocab} logits, {name}: {} us", times.min().unwrap());
-        }
-    }
-}
