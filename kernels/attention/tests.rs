@@ -108,24 +108,26 @@ fn write_kv_writes_its_rows_and_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// Heads that would allow the widest copies, each behind a value that does not.
+/// Heads that would allow the widest copies, were the first or the second of them not where it is.
 #[test]
 fn write_kv_honours_any_start() -> Result<()> {
     for device in devices() {
         for dtype in DTYPES {
             let batch = Batch::new(&[Segment { tokens: &[0, 0], past: 3, blocks: &[1, 0], slot: 0 }], 4, &device)?;
             let rows = Random::new(1).tensor(&[2, 6, 65], 1.0, dtype, &device)?;
-            let part = |start| rows.narrow(1, start, 3)?.narrow(2, 1, 64);
-            let (k, v) = (part(0)?, part(3)?);
+            let part = |head, start| rows.narrow(1, head, 3)?.narrow(2, start, 64);
             let size = 2 * 2 * 4 * 3 * 64;
             let kv = poisoned(&[1 + size], dtype, &device)?.narrow(0, 1, size)?.reshape((2, 2, 4, 3, 64))?;
-            write_kv(&kv, &k, &v, &batch)?;
-
-            let pages = kv.reshape((2, 8, 3 * 64))?;
-            for (plane, rows) in [(0, &k), (1, &v)] {
-                // Position 3 ends block 1, position 4 begins block 0.
-                let written = pages.get(plane)?.index_select(&Tensor::new(&[7u32, 0], &device)?, 0)?;
-                assert_eq!(values(&written)?, values(rows)?, "{dtype:?} {device:?}: plane {plane}");
+            let aligned = poisoned(&[2, 2, 4, 3, 64], dtype, &device)?;
+            for (kv, start) in [(kv, 1), (aligned, 0)] {
+                let (k, v) = (part(0, start)?, part(3, start)?);
+                write_kv(&kv, &k, &v, &batch)?;
+                let pages = kv.reshape((2, 8, 3 * 64))?;
+                for (plane, rows) in [(0, &k), (1, &v)] {
+                    // Position 3 ends block 1, position 4 begins block 0.
+                    let written = pages.get(plane)?.index_select(&Tensor::new(&[7u32, 0], &device)?, 0)?;
+                    assert_eq!(values(&written)?, values(rows)?, "{dtype:?} {device:?}: plane {plane}");
+                }
             }
         }
     }
