@@ -1,6 +1,5 @@
 use std::collections::HashSet;
 use std::fs;
-use std::time::Instant;
 
 use proptest::prelude::*;
 
