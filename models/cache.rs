@@ -1,5 +1,7 @@
 //! The device memory behind pages and slots.
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// What one layer keeps between steps.
@@ -39,6 +41,12 @@ enum LayerCache {
     KeyValue(Tensor),
     Recurrent { conv: Tensor, state: Tensor },
     None,
+}
+
+/// What a cache tensor holds along its first or second dimension.
+enum Kind {
+    Blocks,
+    Slots,
 }
 
 impl Cache {
@@ -141,6 +149,89 @@ impl Cache {
             }
         }
         Ok(())
+    }
+
+    /// Copies blocks and slots to the host: `layer.{i}.kv` `[2, blocks, block_size, num_kv_heads, head_dim]`,
+    /// `layer.{i}.conv` and `layer.{i}.state` `[slots, ..]`, in the order given. Of the block at `i` only the first
+    /// `rows[i]` tokens are kept, the others are zeros: they may be another sequence's.
+    ///
+    /// # Errors
+    ///
+    /// A block or slot lies outside the cache.
+    pub fn export(&self, blocks: &[u32], rows: &[usize], slots: &[u32]) -> Result<HashMap<String, Tensor>> {
+        let device = &self.config.device;
+        let take = |tensor: &Tensor, ids: &[u32], dim| {
+            tensor.index_select(&Tensor::new(ids, device)?, dim)?.to_device(&Device::Cpu)
+        };
+        let mut tensors = HashMap::new();
+        for (name, tensor, kind) in self.named() {
+            let tensor = match kind {
+                Kind::Blocks if blocks.is_empty() => continue,
+                Kind::Slots if slots.is_empty() => continue,
+                Kind::Blocks => {
+                    let kv = take(tensor, blocks, 1)?;
+                    for (index, &rows) in rows.iter().enumerate().filter(|(_, rows)| **rows < self.config.block_size) {
+                        kv.narrow(1, index, 1)?.narrow(2, rows, self.config.block_size - rows)?.zero_set()?;
+                    }
+                    kv
+                }
+                Kind::Slots => take(tensor, slots, 0)?,
+            };
+            tensors.insert(name, tensor);
+        }
+        Ok(tensors)
+    }
+
+    /// Puts back what [`Cache::export`] gave: its block `from` goes to block `to` for each `(from, to)`, slots likewise.
+    ///
+    /// # Errors
+    ///
+    /// A tensor is missing or has not the shape and dtype of this cache; a block or slot lies outside.
+    pub fn import(
+        &mut self,
+        tensors: &HashMap<String, Tensor>,
+        blocks: &[(u32, u32)],
+        slots: &[(u32, u32)],
+    ) -> Result<()> {
+        for (name, target, kind) in self.named() {
+            let (moves, dim) = match kind {
+                Kind::Blocks => (blocks, 1),
+                Kind::Slots => (slots, 0),
+            };
+            if moves.is_empty() {
+                continue;
+            }
+            let Some(source) = tensors.get(&name) else { bail!("cache: {name} is missing") };
+            let mut expected = target.dims().to_vec();
+            expected[dim] = source.dims().get(dim).copied().unwrap_or(0);
+            if source.dims() != expected || source.dtype() != target.dtype() {
+                bail!(
+                    "cache: {name} is {:?} in {}, expected {expected:?} in {}",
+                    source.dims(),
+                    source.dtype().as_str(),
+                    target.dtype().as_str()
+                )
+            }
+            for &(from, to) in moves {
+                let part = source.narrow(dim, from as usize, 1)?.force_contiguous()?;
+                target.slice_set(&part.to_device(&self.config.device)?, dim, to as usize)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every tensor with its name and what its rows are.
+    fn named(&self) -> impl Iterator<Item = (String, &Tensor, Kind)> {
+        self.layers.iter().enumerate().flat_map(|(index, layer)| {
+            let named = |part: &str| format!("layer.{index}.{part}");
+            match layer {
+                LayerCache::KeyValue(kv) => vec![(named("kv"), kv, Kind::Blocks)],
+                LayerCache::Recurrent { conv, state } => {
+                    vec![(named("conv"), conv, Kind::Slots), (named("state"), state, Kind::Slots)]
+                }
+                LayerCache::None => vec![],
+            }
+        })
     }
 
     /// Fills everything with NaN, so that a test sees an element read before it is written.

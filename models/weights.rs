@@ -262,6 +262,27 @@ pub fn tensor_sizes(checkpoint: &Checkpoint) -> Result<Vec<TensorSize>> {
     Ok(tensors.entries.into_iter().map(|(name, (_, info))| TensorSize::new(name, &info)).collect())
 }
 
+/// Gives `visit` what tells one checkpoint's weights from another's: name, dtype and shape of every tensor, and two
+/// short stretches of its bytes. It reads little of a large file.
+///
+/// # Errors
+///
+/// As [`Weights::open`].
+pub fn sample(checkpoint: &Checkpoint, mut visit: impl FnMut(&[u8])) -> Result<()> {
+    const STRETCH: usize = 64;
+    let tensors = Tensors::open(checkpoint)?;
+    for (name, (file, info)) in &tensors.entries {
+        visit(format!("{name} {:?} {:?}\n", info.dtype, info.shape).as_bytes());
+        let file = &tensors.files[*file];
+        let (start, end) = info.data_offsets;
+        let bytes = &file.bytes()[file.data + start..file.data + end];
+        for start in [0, bytes.len() / 2] {
+            visit(&bytes[start..bytes.len().min(start + STRETCH)]);
+        }
+    }
+    Ok(())
+}
+
 /// Names, shapes and bytes of the tensors that a safetensors header describes. Errors call the file `path`.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use kernels::{Batch, Segment};
 use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
 
 use crate::device::available_memory;
+use crate::prefix_cache::Prefix;
 use crate::sampler::{Logprobs, Sampler, SamplingParams};
 use crate::scheduler::{Copy, Limits, Plan, Scheduler};
 use crate::sequence::{Reuse, Sequence, SequenceId};
@@ -220,6 +221,11 @@ impl Engine {
         self.scheduler.cancel(id)
     }
 
+    /// Whether a request is still to be served.
+    pub fn is_active(&self, id: SequenceId) -> bool {
+        self.requests.contains_key(&id)
+    }
+
     /// Whether there is nothing left to do.
     pub fn is_idle(&self) -> bool {
         self.scheduler.is_idle()
@@ -230,6 +236,48 @@ impl Engine {
         let (waiting, running) = self.scheduler.queue();
         let (free_blocks, cached_blocks, num_blocks, checkpoints) = self.scheduler.usage();
         Stats { waiting, running, free_blocks, cached_blocks, num_blocks, checkpoints }
+    }
+
+    /// Copies to the host what the cache holds of `prefixes`, as far as a prompt that begins with them could resume.
+    ///
+    /// # Errors
+    ///
+    /// The copy failed.
+    pub(crate) fn snapshot(&self, prefixes: &[Vec<u32>]) -> Result<Snapshot> {
+        let block_size = self.cache.config().block_size;
+        let (mut blocks, mut rows, mut slots) = (vec![], vec![], vec![]);
+        let mut prefixes: Vec<Prefix> = prefixes.iter().map(|tokens| self.scheduler.resumable(tokens)).collect();
+        for Prefix { tokens, blocks: own, states } in &mut prefixes {
+            for (depth, block) in own.iter_mut().enumerate() {
+                let len = block_size.min(tokens.len() - depth * block_size);
+                let index = index_of(&mut blocks, *block);
+                rows.resize(blocks.len(), 0);
+                rows[index] = len.max(rows[index]);
+                *block = index as u32;
+            }
+            states.iter_mut().for_each(|(_, slot)| *slot = index_of(&mut slots, *slot) as u32);
+        }
+        let tensors = self.cache.export(&blocks, &rows, &slots)?;
+        Ok(Snapshot { block_size, num_blocks: blocks.len(), num_slots: slots.len(), prefixes, tensors })
+    }
+
+    /// Puts a snapshot into the cache, as much of it as there is room for beside the sequences that run. Returns how
+    /// many tokens of each prefix a prompt can resume behind.
+    ///
+    /// # Errors
+    ///
+    /// It does not fit this engine's model or block size, or contradicts itself.
+    pub(crate) fn restore(&mut self, snapshot: &Snapshot) -> Result<Vec<usize>> {
+        snapshot.check(self.cache.config().block_size, self.limits.vocab_size)?;
+        let held = self.scheduler.hold(snapshot.num_blocks, snapshot.num_slots);
+        let indexed = |ids: &[u32]| (0..).zip(ids.iter().copied()).collect::<Vec<(u32, u32)>>();
+        match self.cache.import(&snapshot.tensors, &indexed(&held.blocks), &indexed(&held.slots)) {
+            Ok(()) => Ok(self.scheduler.adopt(&snapshot.prefixes, held)),
+            Err(error) => {
+                self.scheduler.adopt(&[], held);
+                Err(error.into())
+            }
+        }
     }
 
     /// Runs one step. The result holds a token for each sequence that has one now: none for a prompt still under way.
@@ -322,6 +370,52 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// A part of the cache on the host. Blocks and slots of its prefixes are indices into the tensors of
+/// [`Cache::export`].
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    /// Tokens per block.
+    pub block_size: usize,
+    pub num_blocks: usize,
+    pub num_slots: usize,
+    pub prefixes: Vec<Prefix>,
+    pub tensors: HashMap<String, Tensor>,
+}
+
+impl Snapshot {
+    /// Refuses what no engine would have written: a snapshot may come from a file.
+    fn check(&self, block_size: usize, vocab_size: usize) -> Result<()> {
+        let fail = |message: String| Err(Error::Request(format!("saved cache: {message}")));
+        if self.block_size != block_size {
+            return fail(format!("blocks of {} tokens, the engine has blocks of {block_size}", self.block_size));
+        }
+        for prefix in &self.prefixes {
+            let len = prefix.tokens.len();
+            let consistent = prefix.blocks.len() == len.div_ceil(block_size)
+                && prefix.blocks.iter().all(|&index| (index as usize) < self.num_blocks)
+                && prefix
+                    .states
+                    .iter()
+                    .all(|&(position, index)| (1..=len).contains(&position) && (index as usize) < self.num_slots);
+            if !consistent {
+                return fail(format!("a prefix of {len} tokens does not match its blocks and states"));
+            }
+            if let Some(token) = prefix.tokens.iter().find(|&&token| token as usize >= vocab_size) {
+                return fail(format!("token {token}, the model has {vocab_size} of them"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where `id` stands in `ids`; it is added if it is new.
+fn index_of(ids: &mut Vec<u32>, id: u32) -> usize {
+    ids.iter().position(|known| *known == id).unwrap_or_else(|| {
+        ids.push(id);
+        ids.len() - 1
+    })
 }
 
 /// How many blocks and slots an engine gets.

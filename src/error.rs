@@ -20,6 +20,12 @@ pub enum Error {
     /// The model's chat template does not render these messages.
     #[error("chat template: {0}")]
     Template(String),
+    /// A file is not a saved conversation, or not all of one.
+    #[error("{}: {message}", path.display())]
+    Session { path: PathBuf, message: String },
+    /// A service has as many requests as it takes.
+    #[error("{waiting} requests wait already, the service takes no more")]
+    Busy { waiting: usize },
     /// A request that cannot be served: an empty prompt, one beyond the context, a sampling parameter out of range.
     #[error("{0}")]
     Request(String),

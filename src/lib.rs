@@ -19,12 +19,14 @@
 //! # fn main() {}
 //! ```
 
+mod atomic;
 mod blocks;
 mod chat;
 mod chat_template;
 mod device;
 mod engine;
 mod error;
+mod generation;
 pub mod hub;
 mod llm;
 mod message;
@@ -33,17 +35,22 @@ mod reply;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod service;
+mod session;
 #[cfg(test)]
 mod testing;
+mod text;
 mod tokenizer;
 pub mod verify;
 
-pub use chat::{Chat, ChatStream};
+pub use chat::{Chat, ChatStream, Loaded};
 pub use device::{DeviceChoice, available_memory, default_dtype};
 pub use engine::{Engine, EngineOptions, FinishReason, ModelLimits, Output, Request, Stats, Token};
 pub use error::{Error, Result};
-pub use llm::{Llm, Options, Piece, Stream, Streams, Usage};
+pub use generation::{Piece, Usage};
+pub use llm::{Llm, Options, Stream, Streams};
 pub use message::{Message, Role, Tool, ToolCall};
 pub use reply::{Channel, Reply};
 pub use sampler::{Logprobs, Sampled, Sampler, SamplingParams};
 pub use sequence::{Reuse, SequenceId, Shortfall};
+pub use service::{ReplyStream, Service, ServiceOptions};

@@ -6,6 +6,10 @@
 //! position that has all it needs: for models with recurrent layers the last checkpoint on the way, for others
 //! the end of the agreement. Both may lie inside a block, whose first rows are then copied.
 
+use std::cmp::Reverse;
+
+use serde::{Deserialize, Serialize};
+
 use crate::blocks::{BlockPool, SlotPool};
 
 /// Blocks and checkpoints by the tokens before them.
@@ -56,6 +60,16 @@ pub struct Resume {
     pub slot: Option<u32>,
     /// Whether a later checkpoint inside the common prefix was given up.
     pub evicted: bool,
+}
+
+/// A prefix and where it lies.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prefix {
+    pub tokens: Vec<u32>,
+    /// The blocks that hold them, in order.
+    pub blocks: Vec<u32>,
+    /// Positions, the last one first, and the slots that hold the recurrent state there.
+    pub states: Vec<(usize, u32)>,
 }
 
 impl PrefixCache {
@@ -132,6 +146,28 @@ impl PrefixCache {
         let (Some(&last), true) = (path.last(), common == tokens.len()) else { return false };
         let len = tokens.len() - (path.len() - 1) * self.block_size;
         self.node(last).checkpoints.iter().any(|checkpoint| checkpoint.len == len)
+    }
+
+    /// What is held of `tokens`, as far as a prompt that begins with them could resume. Of the checkpoints on the way
+    /// the last two count: in a conversation one stands behind the last reply and one before it.
+    pub fn resumable(&self, tokens: &[u32]) -> Prefix {
+        const CHECKPOINTS: usize = 2;
+        let (path, common) = self.walk(tokens);
+        let mut states = vec![];
+        for (depth, &index) in path.iter().enumerate() {
+            let start = depth * self.block_size;
+            states.extend(self.node(index).checkpoints.iter().map(|it| (start + it.len, it.slot)));
+        }
+        states.retain(|(position, _)| *position <= common);
+        states.sort_unstable_by_key(|(position, _)| Reverse(*position));
+        states.truncate(CHECKPOINTS);
+        let end = match (self.stateful, states.first()) {
+            (false, _) => common,
+            (true, Some((position, _))) => *position,
+            (true, None) => 0,
+        };
+        let blocks = path[..end.div_ceil(self.block_size)].iter().map(|&index| self.node(index).block).collect();
+        Prefix { tokens: tokens[..end].to_vec(), blocks, states }
     }
 
     /// Gives up the least recently used leaf whose block nobody else holds. Returns whether a block became free.

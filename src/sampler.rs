@@ -15,7 +15,7 @@ use std::fmt::Display;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -33,7 +33,8 @@ use crate::{Error, Result};
 /// params.validate()
 /// # }
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SamplingParams {
     /// Divides the logits. 0 is greedy: the most likely token after the penalties, and no filter applies. Default 0.
     pub temperature: f32,

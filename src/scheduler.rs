@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::blocks::{BlockPool, SlotPool};
-use crate::prefix_cache::PrefixCache;
+use crate::prefix_cache::{Prefix, PrefixCache};
 use crate::sequence::{Reuse, Sequence, SequenceId, Shortfall};
 
 /// Sizes that the scheduler keeps to.
@@ -56,6 +56,13 @@ pub(crate) struct Plan {
 pub(crate) enum Copy {
     Block { from: u32, to: u32 },
     Slot { from: u32, to: u32 },
+}
+
+/// Blocks and slots on their way to the prefix cache.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub blocks: Vec<u32>,
+    pub slots: Vec<u32>,
 }
 
 /// One sequence's share of a step.
@@ -185,6 +192,42 @@ impl Scheduler {
         let mut sequence = self.running.remove(index);
         self.retire(&mut sequence);
         Some(sequence)
+    }
+
+    /// What the cache holds of `tokens`, as far as a prompt that begins with them could resume.
+    pub fn resumable(&self, tokens: &[u32]) -> Prefix {
+        self.prefixes.resumable(tokens)
+    }
+
+    /// Takes blocks and slots for prefixes that come from outside: as many as can be had without preempting a
+    /// sequence.
+    pub fn hold(&mut self, blocks: usize, slots: usize) -> Held {
+        let blocks = (0..blocks).map_while(|_| self.take_block()).collect();
+        let slots =
+            (0..slots).map_while(|_| take_slot(&mut self.slots, &mut self.prefixes, &mut self.blocks)).collect();
+        Held { blocks, slots }
+    }
+
+    /// Makes prefixes reusable whose blocks and slots are indices of what is held, and have been written there. What
+    /// nobody needs is free again. Returns how many tokens of each prefix are in the cache now.
+    pub fn adopt(&mut self, prefixes: &[Prefix], held: Held) -> Vec<usize> {
+        let Held { blocks, mut slots } = held;
+        let mut adopted = vec![];
+        let mut slots: Vec<Option<u32>> = slots.drain(..).map(Some).collect();
+        for prefix in prefixes {
+            let own: Vec<u32> = prefix.blocks.iter().map_while(|&index| blocks.get(index as usize).copied()).collect();
+            let tokens = &prefix.tokens[..prefix.tokens.len().min(own.len() * self.limits.block_size)];
+            self.prefixes.insert(tokens, &own, None, &mut self.blocks, &mut self.slots);
+            for &(position, index) in prefix.states.iter().filter(|(position, _)| *position <= tokens.len()) {
+                if let Some(slot) = slots.get_mut(index as usize).and_then(Option::take) {
+                    self.prefixes.insert(&tokens[..position], &own, Some(slot), &mut self.blocks, &mut self.slots);
+                }
+            }
+            adopted.push(self.prefixes.resumable(tokens).tokens.len());
+        }
+        blocks.into_iter().for_each(|block| self.blocks.release(block));
+        slots.into_iter().flatten().for_each(|slot| self.slots.release(slot));
+        adopted
     }
 
     /// Starts waiting sequences while there is room, from what the cache holds of them.

@@ -130,7 +130,8 @@ fn part(name: &str) -> &'static str {
     PARTS.iter().find(|(marker, _)| name.contains(marker)).map_or("norms", |(_, part)| part)
 }
 
-fn bytes_of(bytes: u64) -> String {
+/// A size as people read it.
+pub fn bytes_of(bytes: u64) -> String {
     match bytes as f64 {
         bytes if bytes >= (1u64 << 30) as f64 => format!("{:.2} GiB", bytes / (1u64 << 30) as f64),
         bytes if bytes >= (1u64 << 20) as f64 => format!("{:.1} MiB", bytes / (1u64 << 20) as f64),

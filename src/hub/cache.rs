@@ -4,13 +4,12 @@ use std::{
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
-    process,
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use super::{Extent, HubError, HubOptions, files};
+use crate::atomic;
 
 pub(super) struct ModelCache {
     id: String,
@@ -126,17 +125,10 @@ pub(super) fn is_whole(path: &Path, bytes: Option<u64>) -> bool {
     fs::metadata(path).is_ok_and(|it| it.is_file() && bytes.is_none_or(|bytes| it.len() == bytes))
 }
 
-/// Makes `path` with `write` under another name first, so that nobody ever sees half of it. The name belongs to this
-/// call alone: threads and processes may write the same file at once.
+/// As [`atomic::replace`], in a folder that is made if need be.
 fn replace(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
-    let name = path.file_name().expect("paths in the cache end in a file name").to_string_lossy();
-    static WRITES: AtomicU64 = AtomicU64::new(0);
-    let write_id = WRITES.fetch_add(1, Ordering::Relaxed);
-    let new = path.with_file_name(format!(".{name}.{}-{write_id}", process::id()));
     fs::create_dir_all(path.parent().expect("paths in the cache have a parent"))?;
-    let _ = fs::remove_file(&new);
-    write(&new)?;
-    fs::rename(&new, path)
+    atomic::replace(path, write)
 }
 
 #[cfg(unix)]

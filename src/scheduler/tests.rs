@@ -51,6 +51,38 @@ impl Memory {
     }
 }
 
+/// A prefix that left the cache, with what its rows and slots held.
+struct Saved {
+    prefix: Prefix,
+    rows: Vec<u64>,
+    states: Vec<u64>,
+}
+
+fn save(scheduler: &Scheduler, memory: &Memory, tokens: &[u32]) -> Saved {
+    let mut prefix = scheduler.resumable(tokens);
+    let row = |block: u32| (0..memory.block_size).map(move |offset| block as usize * memory.block_size + offset);
+    let rows = prefix.blocks.iter().flat_map(|&block| row(block)).map(|row| memory.rows[row]).collect();
+    let states = prefix.states.iter().map(|&(_, slot)| memory.slots[slot as usize]).collect();
+    prefix.blocks = (0..prefix.blocks.len() as u32).collect();
+    prefix.states.iter_mut().zip(0..).for_each(|((_, slot), index)| *slot = index);
+    Saved { prefix, rows, states }
+}
+
+/// Brings a saved prefix back; returns how many of its tokens can be reused.
+fn restore(scheduler: &mut Scheduler, memory: &mut Memory, saved: &Saved) -> usize {
+    let held = scheduler.hold(saved.prefix.blocks.len(), saved.prefix.states.len());
+    for (index, &block) in held.blocks.iter().enumerate() {
+        let rows = &saved.rows[index * memory.block_size..][..memory.block_size];
+        memory.rows[block as usize * memory.block_size..][..memory.block_size].copy_from_slice(rows);
+    }
+    for (&state, &slot) in saved.states.iter().zip(&held.slots) {
+        memory.slots[slot as usize] = state;
+    }
+    let adopted = scheduler.adopt(std::slice::from_ref(&saved.prefix), held);
+    check(scheduler);
+    adopted[0]
+}
+
 fn fingerprint(tokens: &[u32]) -> u64 {
     tokens.iter().fold(1, |hash, &token| Random::new(hash ^ u64::from(token)).next_u64())
 }
@@ -148,7 +180,7 @@ fn random_schedules_read_what_they_should() {
         let mut random = Random::new(seed);
         let mut run = Run::new(limits(&mut random));
         let mut histories: Vec<Vec<u32>> = vec![vec![]];
-        let (mut next, mut alive) = (0, vec![]);
+        let (mut next, mut alive, mut saved) = (0, vec![], vec![]);
         while next < 12 || !run.scheduler.is_idle() {
             assert!(run.steps < 3000, "seed {seed}: a sequence starves");
             if next < 12 && random.below(3) == 0 {
@@ -163,6 +195,12 @@ fn random_schedules_read_what_they_should() {
             if !alive.is_empty() && random.below(15) == 0 {
                 run.scheduler.cancel(alive[random.below(alive.len())]);
                 check(&run.scheduler);
+            }
+            if random.below(20) == 0 {
+                let history = &histories[random.below(histories.len())];
+                let len = random.below(history.len() + 1);
+                saved.push(save(&run.scheduler, &run.memory, &history[..len]));
+                restore(&mut run.scheduler, &mut run.memory, &saved[random.below(saved.len())]);
             }
             for sequence in run.step() {
                 assert_eq!(sequence.generated(), run.replies[&sequence.id]);
@@ -253,4 +291,22 @@ fn cancelling_frees_everything_but_the_prefix() {
     assert_eq!(free + cached, all);
     let reuse = run_alone(&mut run, 1, (0..40).collect(), 0).reuse.expect("ran");
     assert_eq!(reuse.reused, 16);
+}
+
+#[test]
+fn a_prefix_comes_back_from_outside() {
+    for stateful in [true, false] {
+        let mut run = Run::new(roomy(stateful));
+        let first = run_alone(&mut run, 0, (0..30).collect(), 26);
+        let saved = save(&run.scheduler, &run.memory, &first.tokens);
+        assert_eq!((saved.prefix.tokens.len(), saved.prefix.states.len()), (32, if stateful { 2 } else { 0 }));
+        let mut run = Run::new(roomy(stateful));
+        assert_eq!(restore(&mut run.scheduler, &mut run.memory, &saved), 32);
+        let mut prompt = first.tokens;
+        prompt.extend([7, 7]);
+        let reuse = run_alone(&mut run, 1, prompt, 0).reuse.expect("ran");
+        assert_eq!((reuse.common, reuse.reused), (32, 32), "stateful {stateful}");
+        let mut small = Run::new(Limits { num_blocks: 3, ..roomy(stateful) });
+        assert_eq!(restore(&mut small.scheduler, &mut small.memory, &saved), if stateful { 0 } else { 12 });
+    }
 }
