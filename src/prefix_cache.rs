@@ -45,6 +45,15 @@ struct Checkpoint {
     used: u64,
 }
 
+/// Where a checkpoint stands.
+struct Place {
+    /// Tokens before it.
+    position: usize,
+    node: usize,
+    /// Which one of the node's.
+    checkpoint: usize,
+}
+
 /// Where a prompt can resume.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resume {
@@ -84,18 +93,17 @@ impl PrefixCache {
         let limit = common.min(tokens.len().saturating_sub(1));
         let mut resume = Resume { common, ..Resume::default() };
         if self.stateful {
-            for (depth, &index) in path.iter().enumerate() {
-                let start = depth * self.block_size;
+            resume.evicted = path.iter().any(|&index| self.node(index).evicted);
+            let last = self.checkpoints(tokens).filter(|place| place.position <= limit).max_by_key(|it| it.position);
+            if let Some(Place { position, node, checkpoint }) = last {
+                let behind = position.div_ceil(self.block_size);
+                resume.evicted = path.iter().skip(behind).any(|&index| self.node(index).evicted);
+                resume.reused = position;
                 let clock = self.clock;
-                let node = self.node_mut(index);
-                resume.evicted |= node.evicted;
-                let fitting = node.checkpoints.iter_mut().filter(|checkpoint| start + checkpoint.len <= limit);
-                if let Some(checkpoint) = fitting.max_by_key(|checkpoint| checkpoint.len) {
-                    resume.reused = start + checkpoint.len;
-                    resume.slot = Some(checkpoint.slot);
-                    resume.evicted = false;
-                    checkpoint.used = clock;
-                }
+                let node = self.node_mut(node);
+                node.used = clock;
+                node.checkpoints[checkpoint].used = clock;
+                resume.slot = Some(node.checkpoints[checkpoint].slot);
             }
         } else {
             resume.reused = limit;
@@ -142,10 +150,7 @@ impl PrefixCache {
 
     /// Whether the state after exactly these tokens has a checkpoint.
     pub fn has_checkpoint(&self, tokens: &[u32]) -> bool {
-        let (path, common) = self.walk(tokens);
-        let (Some(&last), true) = (path.last(), common == tokens.len()) else { return false };
-        let len = tokens.len() - (path.len() - 1) * self.block_size;
-        self.node(last).checkpoints.iter().any(|checkpoint| checkpoint.len == len)
+        self.checkpoints(tokens).any(|place| place.position == tokens.len())
     }
 
     /// What is held of `tokens`, as far as a prompt that begins with them could resume. Of the checkpoints on the way
@@ -153,12 +158,8 @@ impl PrefixCache {
     pub fn resumable(&self, tokens: &[u32]) -> Prefix {
         const CHECKPOINTS: usize = 2;
         let (path, common) = self.walk(tokens);
-        let mut states = vec![];
-        for (depth, &index) in path.iter().enumerate() {
-            let start = depth * self.block_size;
-            states.extend(self.node(index).checkpoints.iter().map(|it| (start + it.len, it.slot)));
-        }
-        states.retain(|(position, _)| *position <= common);
+        let slot = |place: &Place| self.node(place.node).checkpoints[place.checkpoint].slot;
+        let mut states: Vec<(usize, u32)> = self.checkpoints(tokens).map(|it| (it.position, slot(&it))).collect();
         states.sort_unstable_by_key(|(position, _)| Reverse(*position));
         states.truncate(CHECKPOINTS);
         let end = match (self.stateful, states.first()) {
@@ -222,26 +223,39 @@ impl PrefixCache {
     /// The nodes along `tokens`, the last perhaps in part, and how many tokens agree.
     fn walk(&self, tokens: &[u32]) -> (Vec<usize>, usize) {
         let (mut path, mut common) = (vec![], 0);
-        let mut children = &self.roots;
-        while common < tokens.len() {
-            let rest = &tokens[common..];
-            let agreement = |&index: &usize| {
-                self.node(index).tokens.iter().zip(rest).take_while(|(cached, token)| cached == token).count()
-            };
-            let Some((best, len)) = children.iter().map(|i| (*i, agreement(i))).max_by_key(|(_, len)| *len) else {
-                break;
-            };
-            if len == 0 {
-                break;
+        while common == path.len() * self.block_size && common < tokens.len() {
+            let siblings = path.last().map_or(&self.roots, |&last| &self.node(last).children);
+            let agreements = siblings.iter().map(|&index| (index, self.agreement(index, &tokens[common..])));
+            match agreements.max_by_key(|(_, len)| *len) {
+                Some((best, len)) if len > 0 => {
+                    path.push(best);
+                    common += len;
+                }
+                _ => break,
             }
-            path.push(best);
-            common += len;
-            if len < self.block_size {
-                break;
-            }
-            children = &self.node(best).children;
         }
         (path, common)
+    }
+
+    /// Every checkpoint inside of `tokens`. It may stand beside the nodes along them: in one that agrees up to the
+    /// checkpoint and then goes on otherwise.
+    fn checkpoints(&self, tokens: &[u32]) -> impl Iterator<Item = Place> {
+        let (path, common) = self.walk(tokens);
+        let levels = (0..path.len()).take_while(move |depth| depth * self.block_size < common);
+        levels.flat_map(move |depth| {
+            let start = depth * self.block_size;
+            let siblings = depth.checked_sub(1).map_or(&self.roots, |parent| &self.node(path[parent]).children);
+            siblings.iter().flat_map(move |&node| {
+                let len = self.agreement(node, &tokens[start..]);
+                let inside = self.node(node).checkpoints.iter().enumerate().filter(move |(_, it)| it.len <= len);
+                inside.map(move |(checkpoint, it)| Place { position: start + it.len, node, checkpoint })
+            })
+        })
+    }
+
+    /// How many tokens a node and `rest` have in common.
+    fn agreement(&self, node: usize, rest: &[u32]) -> usize {
+        self.node(node).tokens.iter().zip(rest).take_while(|(cached, token)| cached == token).count()
     }
 
     fn insert_chunk(&mut self, parent: Option<usize>, chunk: &[u32], block: u32, blocks: &mut BlockPool) -> usize {

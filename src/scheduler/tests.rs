@@ -310,3 +310,26 @@ fn a_prefix_comes_back_from_outside() {
         assert_eq!(restore(&mut small.scheduler, &mut small.memory, &saved), if stateful { 0 } else { 12 });
     }
 }
+
+/// A conversation whose replies end differently in the cache and in the next prompt, as thinking does. Each turn leaves
+/// its checkpoint in a block that goes on otherwise in the next one.
+#[test]
+fn every_turn_of_a_conversation_can_be_come_back_to() {
+    for block_size in [4, 7, 32] {
+        let mut run = Run::new(Limits { block_size, num_blocks: 200, num_slots: 40, ..roomy(true) });
+        let mut history: Vec<u32> = vec![];
+        let mut turns = vec![];
+        for turn in 0..8 {
+            history.extend([10 + turn, 20, 21, 22, 23]);
+            turns.push(history.len());
+            let prompt = [&history[..], &[90, 91]].concat();
+            run_alone(&mut run, u64::from(turn), prompt, history.len());
+            history.extend([30 + turn, 40, 41]);
+        }
+        for (turn, &said) in turns.iter().enumerate().skip(1) {
+            let edited = [&history[..said - 3], &[50, 51, 52, 90, 91]].concat();
+            let reuse = run_alone(&mut run, 100 + turn as u64, edited, 0).reuse.expect("ran");
+            assert_eq!(reuse.reused, turns[turn - 1], "turn {turn} in blocks of {block_size}: {reuse:?}");
+        }
+    }
+}
