@@ -188,16 +188,7 @@ impl Engine {
             return Err(Error::Request("the prompt is empty".into()));
         }
         if prompt.len() >= self.max_context {
-            return Err(Error::Request(format!(
-                "the prompt has {} tokens, and a context of {} must hold it and a reply: {}",
-                prompt.len(),
-                self.max_context,
-                if self.max_context < self.limits.max_positions {
-                    "give the cache more memory, or shorten it"
-                } else {
-                    "shorten it"
-                }
-            )));
+            return Err(Error::Request(self.too_long(prompt.len())));
         }
         if let Some(token) = prompt.iter().find(|&&token| token as usize >= self.limits.vocab_size) {
             return Err(Error::Request(format!(
@@ -213,6 +204,29 @@ impl Engine {
         self.scheduler.add(Sequence::new(id, prompt, stable_len));
         self.requests.insert(id, Active { sampler, max_tokens, ignore_eos });
         Ok(id)
+    }
+
+    /// Why a prompt of `len` tokens can never run.
+    fn too_long(&self, len: usize) -> String {
+        if self.max_context < self.scheduler.capacity() {
+            let context = self.max_context;
+            return format!(
+                "the prompt has {len} tokens, and a context of {context} must hold it and a reply: shorten it"
+            );
+        }
+        let CacheConfig { num_blocks, block_size, num_slots, dtype, .. } = *self.cache.config();
+        let specs = self.model.cache_specs();
+        let bytes = |blocks: usize, slots: usize| {
+            let bytes =
+                blocks * cache::bytes_per_block(&specs, block_size, dtype) + slots * cache::bytes_per_slot(&specs);
+            format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+        };
+        format!(
+            "the prompt has {len} tokens, and the cache of {} holds {} for it and its reply: it takes {}, or a shorter prompt",
+            bytes(num_blocks, num_slots),
+            self.max_context,
+            bytes(len / block_size + 1, num_slots)
+        )
     }
 
     /// Ends a request without further output. Returns whether it was still there.

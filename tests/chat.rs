@@ -236,3 +236,18 @@ fn only_a_saved_conversation_is_replaced() {
     assert_eq!(fs::read_to_string(&path).expect("readable"), "mine");
     assert!(chat.save(folder.path()).is_err() && chat.save(folder.path().join("no/such")).is_err());
 }
+
+#[test]
+fn an_early_message_said_anew_resumes_before_it() {
+    let mut llm = demo();
+    let mut chat = chat(&mut llm, 0);
+    chat.params.max_tokens = 12;
+    let mut reused = vec![];
+    for turn in 0..10 {
+        reused.push(exactly(chat.send(QUESTIONS[turn % 3]).expect("a prompt")).1);
+    }
+    let mut stream = chat.edit(8, "What is the capital of Spain?").expect("a prompt");
+    stream.by_ref().for_each(|piece| drop(piece.expect("a piece")));
+    let reuse = stream.usage().expect("it has run").reuse;
+    assert_eq!(reuse.reused, reused[8], "{reuse:?} {reused:?}");
+}

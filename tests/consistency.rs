@@ -144,3 +144,18 @@ fn whole_is_chunked_is_token_by_token_is_packed() {
         }
     }
 }
+
+#[test]
+fn a_prompt_that_never_fits_is_refused_with_the_numbers() {
+    let prompt = |len| Request { prompt: vec![1; len], ..Request::default() };
+    let small =
+        EngineOptions { memory: Some(1 << 17), max_sequences: 1, max_checkpoints: 0, ..EngineOptions::default() };
+    let mut engine = engine("qwen3", "base", &small);
+    let holds = engine.max_context();
+    assert!(holds < 256);
+    engine.add(prompt(holds - 1)).expect("it fits");
+    let error = engine.add(prompt(holds)).expect_err("it does not").to_string();
+    let blocks = 1 + holds / 32;
+    let kib = |blocks: usize| format!("{:.1} MiB", blocks as f64 * 4.0 / 1024.0 * 32.0);
+    assert!(blocks > 1 && error.contains(&format!("the prompt has {holds} tokens")), "{error}, {}", kib(blocks));
+}

@@ -143,7 +143,7 @@ impl Repl<'_> {
                     None => format!("{} tokens need not run again", loaded.cached_tokens),
                     Some(reason) => format!("its tokens run again: {reason}"),
                 };
-                display.note(&format!("on {}, {count} of your messages; {cache}", chat.branch()));
+                display.note(&format!("on {}, {count} messages of yours; {cache}", chat.branch()));
             }
             "/clear" => {
                 chat.messages.retain(|message| message.role == Role::System);
