@@ -40,6 +40,7 @@ pub mod gated_delta;
 pub mod linear;
 pub mod norm;
 pub mod rope;
+pub mod softcap;
 
 mod batch;
 mod cpu;
