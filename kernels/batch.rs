@@ -41,6 +41,7 @@ pub struct Batch {
     pub last: Tensor,
     pub(crate) host: Vec<Sequence>,
     pub(crate) host_slot_mapping: Vec<u32>,
+    host_tokens: Vec<u32>,
 }
 
 /// The host's copy of one sequence's entries, for CPU kernels.
@@ -112,6 +113,40 @@ impl Batch {
             arrays.slot_mapping.extend(std::iter::repeat_n(0, tokens.len()));
         }
         arrays.upload(device)
+    }
+
+    /// The last tokens of some sequences, by index, as a step of their own: queries over the same pages, for layers
+    /// that read what others wrote.
+    ///
+    /// # Errors
+    ///
+    /// No sequences, or one beyond the batch.
+    pub fn last_tokens(&self, sequences: &[u32]) -> Result<Self> {
+        let mut arrays = Arrays::default();
+        for &index in sequences {
+            let Some(sequence) = self.host.get(index as usize) else {
+                bail!("batch: sequence {index} of {}", self.host.len())
+            };
+            let last = sequence.tokens.end - 1;
+            let token = &self.host_tokens[last..=last];
+            arrays.push(token, sequence.context_len - 1, &sequence.blocks, sequence.slot as u32);
+            arrays.slot_mapping.push(self.host_slot_mapping[last]);
+        }
+        arrays.upload(self.tokens.device())
+    }
+
+    /// Where the last tokens of some sequences, by index, stand in the step.
+    ///
+    /// # Errors
+    ///
+    /// A sequence beyond the batch.
+    pub fn last_rows(&self, sequences: &[u32]) -> Result<Tensor> {
+        self.last.index_select(&Tensor::new(sequences, self.last.device())?, 0)
+    }
+
+    /// The host's copy of `tokens`.
+    pub fn token_ids(&self) -> &[u32] {
+        &self.host_tokens
     }
 
     /// Tokens in the step, `N`.
@@ -208,6 +243,7 @@ impl Arrays {
             block_tables: view(b * width)?.reshape((b, width))?,
             host: self.sequences,
             host_slot_mapping: self.slot_mapping,
+            host_tokens: self.tokens,
         })
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use kernels::{Batch, Segment};
 use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
 
@@ -270,19 +270,15 @@ impl Engine {
             .collect();
         let config = self.cache.config();
         let batch = Batch::new(&segments, config.block_size, &config.device)?;
-        let hidden = self.model.forward(&batch, &mut self.cache)?;
+        let (sampled, ids): (Vec<u32>, Vec<SequenceId>) =
+            (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(index, work)| (index, work.id)).unzip();
+        let hidden = self.model.forward_last(&batch, &mut self.cache, &sampled)?;
         let checkpoints = self.scheduler.complete(&plan.work);
         self.copy(&checkpoints)?;
 
-        let sampled: Vec<(u32, SequenceId)> =
-            (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(row, work)| (row, work.id)).collect();
-        if sampled.is_empty() {
-            return Ok(vec![]);
-        }
-        let rows: Vec<u32> = sampled.iter().map(|(row, _)| *row).collect();
-        let rows = batch.last.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-        let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        Ok(sampled.iter().zip(&logits).map(|((_, id), row)| self.sample(*id, row)).collect())
+        let Some(hidden) = hidden else { return Ok(vec![]) };
+        let logits = self.model.logits(&hidden)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        Ok(ids.into_iter().zip(&logits).map(|(id, row)| self.sample(id, row)).collect())
     }
 
     fn sample(&mut self, id: SequenceId, logits: &[f32]) -> Output {
