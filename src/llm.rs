@@ -13,7 +13,7 @@ use crate::device::{DeviceChoice, default_dtype};
 use crate::engine::{Engine, EngineOptions, FinishReason, ModelLimits, Request, Token};
 use crate::hub::{self, HubOptions, Progress};
 use crate::message::{Message, Tool, ToolCall};
-use crate::reply::{Channel, QWEN, Reply, ReplyParser, ReplyPiece};
+use crate::reply::{Channel, Reply, ReplyFormat, ReplyParser, ReplyPiece};
 use crate::sampler::{Logprobs, SamplingParams};
 use crate::sequence::{Reuse, SequenceId};
 use crate::tokenizer::{DecodeStream, Tokenizer};
@@ -192,7 +192,8 @@ impl Llm {
     pub(crate) fn stream(&mut self, prompts: Vec<Prompt>, params: &SamplingParams) -> Result<Streams<'_>> {
         let mut streams = Streams { llm: self, active: vec![], ready: VecDeque::new() };
         for Prompt { tokens, stable_len, tools } in prompts {
-            let parser = tools.map(|tools| ReplyParser::new(&QWEN, &streams.llm.tokenizer, tools, &tokens));
+            let tokenizer = &streams.llm.tokenizer;
+            let parser = tools.map(|tools| ReplyParser::new(ReplyFormat::of(tokenizer), tokenizer, tools, &tokens));
             let request = Request { prompt: tokens, stable_len, params: params.clone() };
             let id = streams.llm.engine.add(request)?;
             streams.active.push(Generation::new(id, parser));
