@@ -52,4 +52,4 @@ mod simd;
 #[doc(hidden)]
 pub mod testing;
 
-pub use batch::{Batch, Segment};
+pub use batch::{Batch, NO_BLOCK, Segment};

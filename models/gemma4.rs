@@ -209,6 +209,7 @@ impl Config {
         let own = |layer_type| CacheSpec::KeyValue {
             num_kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim_of(layer_type),
+            window: self.window_of(layer_type),
         };
         let mut specs: Vec<CacheSpec> = self.layer_types().into_iter().map(own).collect();
         specs[self.first_shared()..].fill(CacheSpec::None);
@@ -245,6 +246,13 @@ impl Config {
         match layer_type {
             LayerType::SlidingAttention => self.head_dim,
             LayerType::FullAttention => self.global_head_dim,
+        }
+    }
+
+    fn window_of(&self, layer_type: LayerType) -> Option<usize> {
+        match layer_type {
+            LayerType::SlidingAttention => Some(self.sliding_window),
+            LayerType::FullAttention => None,
         }
     }
 
@@ -587,13 +595,16 @@ impl Attention {
             num_heads,
             num_kv_heads,
             head_dim,
-            window: (layer_type == LayerType::SlidingAttention).then_some(config.sliding_window),
+            window: config.window_of(layer_type),
             kv_source: config.kv_source(layer),
         })
     }
 
     fn forward(&self, x: &Tensor, rotations: &StepRotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
-        let rotations = if self.window.is_some() { &rotations.sliding } else { &rotations.full };
+        let (rotations, batch) = match self.window {
+            Some(_) => (&rotations.sliding, batch.windowed()),
+            None => (&rotations.full, batch),
+        };
         let qkv = self.qkv_proj.forward(x)?;
         let heads = |start: usize, count: usize| {
             qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))

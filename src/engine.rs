@@ -12,7 +12,7 @@ use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
 
 use crate::device::available_memory;
 use crate::sampler::{Logprobs, Sampler, SamplingParams};
-use crate::scheduler::{Copy, Limits, Plan, Scheduler};
+use crate::scheduler::{Copy, Limits, Plan, Scheduler, Window};
 use crate::sequence::{Reuse, Sequence, SequenceId};
 use crate::{Error, Result};
 
@@ -155,6 +155,7 @@ impl Engine {
         let scheduler = Scheduler::new(sizes.limits);
         let config = CacheConfig {
             num_blocks: sizes.limits.num_blocks,
+            num_window_blocks: sizes.limits.window.map_or(0, |window| window.num_blocks),
             block_size: options.block_size,
             num_slots: sizes.limits.num_slots,
             dtype,
@@ -269,7 +270,12 @@ impl Engine {
             })
             .collect();
         let config = self.cache.config();
-        let batch = Batch::new(&segments, config.block_size, &config.device)?;
+        let mut batch = Batch::new(&segments, config.block_size, &config.device)?;
+        if self.scheduler.has_window() {
+            let sequences = plan.work.iter().filter_map(|work| self.scheduler.running(work.id));
+            let tables: Vec<&[u32]> = sequences.map(|sequence| sequence.window_blocks.as_slice()).collect();
+            batch = batch.with_windows(&tables, config.block_size)?;
+        }
         let (sampled, ids): (Vec<u32>, Vec<SequenceId>) =
             (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(index, work)| (index, work.id)).unzip();
         let hidden = self.model.forward_last(&batch, &mut self.cache, &sampled)?;
@@ -312,8 +318,9 @@ impl Engine {
         for copy in copies {
             match *copy {
                 Copy::Block { from, to } if from != to => self.cache.copy_block(from, to)?,
+                Copy::WindowBlock { from, to } if from != to => self.cache.copy_window_block(from, to)?,
                 Copy::Slot { from, to } if from != to => self.cache.copy_slot(from, to)?,
-                Copy::Block { .. } | Copy::Slot { .. } => {}
+                Copy::Block { .. } | Copy::WindowBlock { .. } | Copy::Slot { .. } => {}
             }
         }
         Ok(())
@@ -349,16 +356,28 @@ impl Sizes {
         } else {
             max_sequences
         };
+        let max_sequences = max_sequences.min(num_slots).min(max_tokens_per_step);
         let left = memory.saturating_sub(num_slots * slot_bytes);
+        let window_block_bytes = cache::bytes_per_window_block(specs, block_size, dtype);
+        let mut window_bytes = 0;
+        let window = cache::window(specs).map(|tokens| {
+            let least = |sequences| Window::blocks_for(sequences, tokens, block_size, max_tokens_per_step);
+            let cached = options.max_checkpoints * Window::blocks_per_sequence(tokens, block_size);
+            let num_blocks = (left / 2 / window_block_bytes).clamp(least(1), least(max_sequences) + cached);
+            window_bytes = num_blocks * window_block_bytes;
+            Window { tokens, num_blocks }
+        });
+        let left = left.saturating_sub(window_bytes);
         let useful = max_sequences.saturating_mul(max_context.div_ceil(block_size) + 1);
         let num_blocks = left.checked_div(block_bytes).unwrap_or(useful).min(useful);
-        if num_blocks == 0 || num_slots * slot_bytes > memory {
+        if num_blocks == 0 || num_slots * slot_bytes + window_bytes > memory {
             return Err(Error::Request(format!(
                 "{memory} bytes of memory for the cache, a sequence needs {} at least",
-                block_bytes + slot_bytes
+                block_bytes + slot_bytes + window_bytes
             )));
         }
-        let max_sequences = max_sequences.min(num_slots).min(max_tokens_per_step);
+        let windows = window.map_or(usize::MAX, |window| window.max_sequences(block_size, max_tokens_per_step));
+        let max_sequences = max_sequences.min(windows);
         let limits = Limits {
             block_size,
             num_blocks,
@@ -367,6 +386,7 @@ impl Sizes {
             max_sequences,
             checkpoint_interval,
             stateful,
+            window,
         };
         Ok(Self { limits, max_context })
     }

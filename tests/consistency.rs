@@ -106,8 +106,14 @@ fn logits(
 ) -> Vec<u32> {
     use kernels::{Batch, Segment};
     const BLOCK_SIZE: usize = 8;
-    let config =
-        CacheConfig { num_blocks: 40, block_size: BLOCK_SIZE, num_slots: 6, dtype: DType::F32, device: Device::Cpu };
+    let config = CacheConfig {
+        num_blocks: 40,
+        num_window_blocks: 40,
+        block_size: BLOCK_SIZE,
+        num_slots: 6,
+        dtype: DType::F32,
+        device: Device::Cpu,
+    };
     let mut cache = Cache::new(&model.cache_specs(), config).expect("memory");
     cache.poison().expect("memory");
     let blocks = random.permutation(40);

@@ -120,8 +120,8 @@ fn the_larger_model_is_described() {
     for (layer, spec) in specs.into_iter().enumerate() {
         let expected = match layer {
             24.. => CacheSpec::None,
-            _ if full.contains(&layer) => CacheSpec::KeyValue { num_kv_heads: 2, head_dim: 512 },
-            _ => CacheSpec::KeyValue { num_kv_heads: 2, head_dim: 256 },
+            _ if full.contains(&layer) => CacheSpec::KeyValue { num_kv_heads: 2, head_dim: 512, window: None },
+            _ => CacheSpec::KeyValue { num_kv_heads: 2, head_dim: 256, window: Some(512) },
         };
         assert_eq!(spec, expected, "layer {layer}");
     }
