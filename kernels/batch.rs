@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor, bail};
 
+/// Stands in a block table for a block that a window has left behind and that holds nothing any more.
+pub const NO_BLOCK: u32 = u32::MAX;
+
 /// One sequence's share of a forward step.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment<'a> {
@@ -41,6 +44,8 @@ pub struct Batch {
     pub last: Tensor,
     pub(crate) host: Vec<Sequence>,
     pub(crate) host_slot_mapping: Vec<u32>,
+    host_tokens: Vec<u32>,
+    windowed: Option<Box<Batch>>,
 }
 
 /// The host's copy of one sequence's entries, for CPU kernels.
@@ -60,6 +65,11 @@ impl Sequence {
         self.context_len == self.tokens.len()
     }
 
+    /// Position in the sequence of its first token in the step.
+    pub fn past(&self) -> usize {
+        self.context_len - self.tokens.len()
+    }
+
     /// Position in the sequence of the step's token `token`.
     pub fn position(&self, token: usize) -> usize {
         self.context_len - (self.tokens.end - token)
@@ -76,25 +86,37 @@ impl Batch {
     pub fn new(segments: &[Segment], block_size: usize, device: &Device) -> Result<Self> {
         let mut arrays = Arrays::default();
         for (index, segment) in segments.iter().enumerate() {
-            let end = segment.past + segment.tokens.len();
-            if segment.tokens.is_empty() {
-                bail!("batch: segment {index} has no tokens")
-            }
-            if segment.blocks.len() * block_size < end {
-                bail!(
-                    "batch: segment {index} needs {end} tokens of cache, its {} blocks of {block_size} hold fewer",
-                    segment.blocks.len()
-                )
-            }
             if segments[..index].iter().any(|other| other.slot == segment.slot) {
                 bail!("batch: segment {index} shares state slot {} with an earlier segment", segment.slot)
             }
-            arrays.push(segment.tokens, segment.past, segment.blocks, segment.slot);
-            arrays.slot_mapping.extend((segment.past..end).map(|position| {
-                segment.blocks[position / block_size] * block_size as u32 + (position % block_size) as u32
-            }));
+            arrays.push_paged(index, segment, block_size)?;
         }
         arrays.upload(device)
+    }
+
+    /// Gives layers with a window block tables of their own, one for each sequence: see [`Batch::windowed`]. Blocks
+    /// behind the window may be [`NO_BLOCK`].
+    ///
+    /// # Errors
+    ///
+    /// Other than one table for each sequence, or one whose blocks do not hold the sequence's tokens.
+    pub fn with_windows(mut self, tables: &[&[u32]], block_size: usize) -> Result<Self> {
+        if tables.len() != self.host.len() {
+            bail!("batch: {} window tables for {} sequences", tables.len(), self.host.len())
+        }
+        let mut arrays = Arrays::default();
+        for (index, (sequence, blocks)) in self.host.iter().zip(tables).enumerate() {
+            let tokens = &self.host_tokens[sequence.tokens.clone()];
+            let (past, blocks) = (sequence.past(), *blocks);
+            arrays.push_paged(index, &Segment { tokens, past, blocks, slot: sequence.slot as u32 }, block_size)?;
+        }
+        self.windowed = Some(Box::new(arrays.upload(self.tokens.device())?));
+        Ok(self)
+    }
+
+    /// The same step over the pages of layers with a window.
+    pub fn windowed(&self) -> &Self {
+        self.windowed.as_deref().unwrap_or(self)
     }
 
     /// Packs whole sequences that keep no cache, as encoders do.
@@ -112,6 +134,44 @@ impl Batch {
             arrays.slot_mapping.extend(std::iter::repeat_n(0, tokens.len()));
         }
         arrays.upload(device)
+    }
+
+    /// The last tokens of some sequences, by index, as a step of their own: queries over the same pages, for layers
+    /// that read what others wrote.
+    ///
+    /// # Errors
+    ///
+    /// No sequences, or one beyond the batch.
+    pub fn last_tokens(&self, sequences: &[u32]) -> Result<Self> {
+        let mut arrays = Arrays::default();
+        for &index in sequences {
+            let Some(sequence) = self.host.get(index as usize) else {
+                bail!("batch: sequence {index} of {}", self.host.len())
+            };
+            let last = sequence.tokens.end - 1;
+            let token = &self.host_tokens[last..=last];
+            arrays.push(token, sequence.context_len - 1, &sequence.blocks, sequence.slot as u32);
+            arrays.slot_mapping.push(self.host_slot_mapping[last]);
+        }
+        let mut last = arrays.upload(self.tokens.device())?;
+        if let Some(windowed) = &self.windowed {
+            last.windowed = Some(Box::new(windowed.last_tokens(sequences)?));
+        }
+        Ok(last)
+    }
+
+    /// Where the last tokens of some sequences, by index, stand in the step.
+    ///
+    /// # Errors
+    ///
+    /// A sequence beyond the batch.
+    pub fn last_rows(&self, sequences: &[u32]) -> Result<Tensor> {
+        self.last.index_select(&Tensor::new(sequences, self.last.device())?, 0)
+    }
+
+    /// The host's copy of `tokens`.
+    pub fn token_ids(&self) -> &[u32] {
+        &self.host_tokens
     }
 
     /// Tokens in the step, `N`.
@@ -132,8 +192,15 @@ impl Batch {
         }
     }
 
-    /// Checks that every page in use lies below `num_blocks` and holds the sequence, for ops over pages.
-    pub(crate) fn check_blocks(&self, op: &str, num_blocks: usize, block_size: usize) -> Result<()> {
+    /// Checks, for ops over pages, that the pages hold every sequence and that those from position `first` of it on lie
+    /// below `num_blocks`.
+    pub(crate) fn check_blocks(
+        &self,
+        op: &str,
+        num_blocks: usize,
+        block_size: usize,
+        first: impl Fn(&Sequence) -> usize,
+    ) -> Result<()> {
         for sequence in &self.host {
             if sequence.blocks.len() * block_size < sequence.context_len {
                 bail!(
@@ -142,7 +209,8 @@ impl Batch {
                     sequence.blocks.len()
                 )
             }
-            if let Some(block) = sequence.blocks.iter().find(|&&block| block as usize >= num_blocks) {
+            let used = &sequence.blocks[first(sequence) / block_size..];
+            if let Some(block) = used.iter().find(|&&block| block as usize >= num_blocks) {
                 bail!("{op}: block {block} in the batch, the cache has {num_blocks}")
             }
         }
@@ -171,6 +239,29 @@ impl Arrays {
         });
     }
 
+    fn push_paged(&mut self, index: usize, segment: &Segment, block_size: usize) -> Result<()> {
+        let Segment { tokens, past, blocks, slot } = *segment;
+        let end = past + tokens.len();
+        if tokens.is_empty() {
+            bail!("batch: segment {index} has no tokens")
+        }
+        if blocks.len() * block_size < end {
+            bail!(
+                "batch: segment {index} needs {end} tokens of cache, its {} blocks of {block_size} hold fewer",
+                blocks.len()
+            )
+        }
+        self.push(tokens, past, blocks, slot);
+        for position in past..end {
+            let block = blocks[position / block_size];
+            if block == NO_BLOCK {
+                bail!("batch: segment {index} has no block for the token at {position}")
+            }
+            self.slot_mapping.push(block * block_size as u32 + (position % block_size) as u32);
+        }
+        Ok(())
+    }
+
     fn upload(self, device: &Device) -> Result<Batch> {
         let (n, b) = (self.tokens.len(), self.sequences.len());
         if b == 0 {
@@ -187,7 +278,7 @@ impl Arrays {
         all.extend(self.sequences.iter().map(|s| s.slot as u32));
         all.extend(self.sequences.iter().map(|s| s.tokens.end as u32 - 1));
         for sequence in &self.sequences {
-            all.extend_from_slice(&sequence.blocks);
+            all.extend(sequence.blocks.iter().map(|&block| if block == NO_BLOCK { 0 } else { block }));
             all.extend(std::iter::repeat_n(0, width - sequence.blocks.len()));
         }
         let len = all.len();
@@ -208,6 +299,8 @@ impl Arrays {
             block_tables: view(b * width)?.reshape((b, width))?,
             host: self.sequences,
             host_slot_mapping: self.slot_mapping,
+            host_tokens: self.tokens,
+            windowed: None,
         })
     }
 }

@@ -40,6 +40,7 @@ pub mod gated_delta;
 pub mod linear;
 pub mod norm;
 pub mod rope;
+pub mod softcap;
 
 mod batch;
 mod cpu;
@@ -51,4 +52,4 @@ mod simd;
 #[doc(hidden)]
 pub mod testing;
 
-pub use batch::{Batch, Segment};
+pub use batch::{Batch, NO_BLOCK, Segment};

@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 /// What one layer keeps between steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheSpec {
-    /// Keys and values of every token, in pages.
-    KeyValue { num_kv_heads: usize, head_dim: usize },
+    /// Keys and values, in pages: of every token, or with `Some(window)` of the last `window` tokens.
+    KeyValue { num_kv_heads: usize, head_dim: usize, window: Option<usize> },
     /// The last `conv_width - 1` inputs of a convolution over `conv_dim` channels, and a `[value_dim, key_dim]`
     /// state per head, in slots.
     Recurrent { conv_dim: usize, conv_width: usize, num_heads: usize, value_dim: usize, key_dim: usize },
@@ -20,6 +20,8 @@ pub enum CacheSpec {
 #[derive(Clone, Debug)]
 pub struct CacheConfig {
     pub num_blocks: usize,
+    /// Of layers with a window, which have blocks of their own.
+    pub num_window_blocks: usize,
     /// Tokens per block.
     pub block_size: usize,
     pub num_slots: usize,
@@ -38,7 +40,7 @@ pub struct Cache {
 
 #[derive(Debug)]
 enum LayerCache {
-    KeyValue(Tensor),
+    KeyValue { kv: Tensor, windowed: bool },
     Recurrent { conv: Tensor, state: Tensor },
     None,
 }
@@ -46,6 +48,7 @@ enum LayerCache {
 /// What a cache tensor holds along its first or second dimension.
 enum Kind {
     Blocks,
+    WindowBlocks,
     Slots,
 }
 
@@ -57,16 +60,16 @@ impl Cache {
     ///
     /// The device has not enough memory.
     pub fn new(specs: &[CacheSpec], config: CacheConfig) -> Result<Self> {
-        let CacheConfig { num_blocks, block_size, num_slots, dtype, ref device } = config;
+        let CacheConfig { num_blocks, num_window_blocks, block_size, num_slots, dtype, ref device } = config;
         let layers = specs
             .iter()
             .map(|spec| {
                 Ok(match *spec {
-                    CacheSpec::KeyValue { num_kv_heads, head_dim } => LayerCache::KeyValue(Tensor::zeros(
-                        (2, num_blocks, block_size, num_kv_heads, head_dim),
-                        dtype,
-                        device,
-                    )?),
+                    CacheSpec::KeyValue { num_kv_heads, head_dim, window } => {
+                        let blocks = if window.is_some() { num_window_blocks } else { num_blocks };
+                        let kv = Tensor::zeros((2, blocks, block_size, num_kv_heads, head_dim), dtype, device)?;
+                        LayerCache::KeyValue { kv, windowed: window.is_some() }
+                    }
                     CacheSpec::Recurrent { conv_dim, conv_width, num_heads, value_dim, key_dim } => {
                         LayerCache::Recurrent {
                             conv: Tensor::zeros((num_slots, conv_dim, conv_width - 1), DType::F32, device)?,
@@ -92,7 +95,7 @@ impl Cache {
     /// The layer keeps none.
     pub fn kv(&self, layer: usize) -> Result<&Tensor> {
         match self.layers.get(layer) {
-            Some(LayerCache::KeyValue(kv)) => Ok(kv),
+            Some(LayerCache::KeyValue { kv, .. }) => Ok(kv),
             _ => bail!("cache: layer {layer} keeps no keys and values"),
         }
     }
@@ -137,45 +140,69 @@ impl Cache {
         Ok(())
     }
 
-    /// Copies every layer's keys and values from block `from` to block `to`.
+    /// Copies the keys and values of every layer without a window from block `from` to block `to`.
     ///
     /// # Errors
     ///
     /// A block lies outside the cache.
     pub fn copy_block(&mut self, from: u32, to: u32) -> Result<()> {
+        self.copy_pages(false, from, to)
+    }
+
+    /// As [`Cache::copy_block`], for the layers with a window.
+    ///
+    /// # Errors
+    ///
+    /// A block lies outside the cache.
+    pub fn copy_window_block(&mut self, from: u32, to: u32) -> Result<()> {
+        self.copy_pages(true, from, to)
+    }
+
+    fn copy_pages(&mut self, of_windows: bool, from: u32, to: u32) -> Result<()> {
         for layer in &self.layers {
-            if let LayerCache::KeyValue(kv) = layer {
-                kv.slice_set(&kv.narrow(1, from as usize, 1)?.force_contiguous()?, 1, to as usize)?;
+            match layer {
+                LayerCache::KeyValue { kv, windowed } if *windowed == of_windows => {
+                    kv.slice_set(&kv.narrow(1, from as usize, 1)?.force_contiguous()?, 1, to as usize)?;
+                }
+                _ => {}
             }
         }
         Ok(())
     }
 
     /// Copies blocks and slots to the host: `layer.{i}.kv` `[2, blocks, block_size, num_kv_heads, head_dim]`,
-    /// `layer.{i}.conv` and `layer.{i}.state` `[slots, ..]`, in the order given. Of the block at `i` only the first
-    /// `rows[i]` tokens are kept, the others are zeros: they may be another sequence's.
+    /// `layer.{i}.conv` and `layer.{i}.state` `[slots, ..]`, in the order given. Each block comes with the number of
+    /// tokens that are kept of it; the others become zeros, because they may be another sequence's.
     ///
     /// # Errors
     ///
     /// A block or slot lies outside the cache.
-    pub fn export(&self, blocks: &[u32], rows: &[usize], slots: &[u32]) -> Result<HashMap<String, Tensor>> {
+    pub fn export(
+        &self,
+        blocks: &[(u32, usize)],
+        window_blocks: &[(u32, usize)],
+        slots: &[u32],
+    ) -> Result<HashMap<String, Tensor>> {
         let device = &self.config.device;
         let take = |tensor: &Tensor, ids: &[u32], dim| {
             tensor.index_select(&Tensor::new(ids, device)?, dim)?.to_device(&Device::Cpu)
         };
+        let take_blocks = |kv: &Tensor, blocks: &[(u32, usize)]| {
+            let ids: Vec<u32> = blocks.iter().map(|(id, _)| *id).collect();
+            let kv = take(kv, &ids, 1)?;
+            let block_size = self.config.block_size;
+            for (index, (_, rows)) in blocks.iter().enumerate().filter(|(_, (_, rows))| *rows < block_size) {
+                kv.narrow(1, index, 1)?.narrow(2, *rows, block_size - rows)?.zero_set()?;
+            }
+            Ok::<_, candle_core::Error>(kv)
+        };
         let mut tensors = HashMap::new();
         for (name, tensor, kind) in self.named() {
             let tensor = match kind {
-                Kind::Blocks if blocks.is_empty() => continue,
-                Kind::Slots if slots.is_empty() => continue,
-                Kind::Blocks => {
-                    let kv = take(tensor, blocks, 1)?;
-                    for (index, &rows) in rows.iter().enumerate().filter(|(_, rows)| **rows < self.config.block_size) {
-                        kv.narrow(1, index, 1)?.narrow(2, rows, self.config.block_size - rows)?.zero_set()?;
-                    }
-                    kv
-                }
-                Kind::Slots => take(tensor, slots, 0)?,
+                Kind::Blocks if !blocks.is_empty() => take_blocks(tensor, blocks)?,
+                Kind::WindowBlocks if !window_blocks.is_empty() => take_blocks(tensor, window_blocks)?,
+                Kind::Slots if !slots.is_empty() => take(tensor, slots, 0)?,
+                _ => continue,
             };
             tensors.insert(name, tensor);
         }
@@ -191,11 +218,13 @@ impl Cache {
         &mut self,
         tensors: &HashMap<String, Tensor>,
         blocks: &[(u32, u32)],
+        window_blocks: &[(u32, u32)],
         slots: &[(u32, u32)],
     ) -> Result<()> {
         for (name, target, kind) in self.named() {
             let (moves, dim) = match kind {
                 Kind::Blocks => (blocks, 1),
+                Kind::WindowBlocks => (window_blocks, 1),
                 Kind::Slots => (slots, 0),
             };
             if moves.is_empty() {
@@ -225,7 +254,8 @@ impl Cache {
         self.layers.iter().enumerate().flat_map(|(index, layer)| {
             let named = |part: &str| format!("layer.{index}.{part}");
             match layer {
-                LayerCache::KeyValue(kv) => vec![(named("kv"), kv, Kind::Blocks)],
+                LayerCache::KeyValue { kv, windowed: false } => vec![(named("kv"), kv, Kind::Blocks)],
+                LayerCache::KeyValue { kv, windowed: true } => vec![(named("kv"), kv, Kind::WindowBlocks)],
                 LayerCache::Recurrent { conv, state } => {
                     vec![(named("conv"), conv, Kind::Slots), (named("state"), state, Kind::Slots)]
                 }
@@ -245,7 +275,7 @@ impl Cache {
             let nan =
                 |tensor: &Tensor| Tensor::full(f32::NAN, tensor.shape(), tensor.device())?.to_dtype(tensor.dtype());
             match layer {
-                LayerCache::KeyValue(kv) => *kv = nan(kv)?,
+                LayerCache::KeyValue { kv, .. } => *kv = nan(kv)?,
                 LayerCache::Recurrent { conv, state } => (*conv, *state) = (nan(conv)?, nan(state)?),
                 LayerCache::None => {}
             }
@@ -254,16 +284,34 @@ impl Cache {
     }
 }
 
-/// Bytes of one block of `block_size` tokens, over all layers.
+/// Bytes of one block of `block_size` tokens, over all layers without a window.
 pub fn bytes_per_block(specs: &[CacheSpec], block_size: usize, dtype: DType) -> usize {
-    let per_token: usize = specs
-        .iter()
-        .map(|spec| match spec {
-            CacheSpec::KeyValue { num_kv_heads, head_dim } => 2 * num_kv_heads * head_dim,
-            _ => 0,
-        })
-        .sum();
-    per_token * block_size * dtype.size_in_bytes()
+    values_per_token(specs, false) * block_size * dtype.size_in_bytes()
+}
+
+/// Bytes of one block of `block_size` tokens, over all layers with a window.
+pub fn bytes_per_window_block(specs: &[CacheSpec], block_size: usize, dtype: DType) -> usize {
+    values_per_token(specs, true) * block_size * dtype.size_in_bytes()
+}
+
+/// Tokens of the widest window, `None` if no layer has one.
+pub fn window(specs: &[CacheSpec]) -> Option<usize> {
+    let windows = specs.iter().filter_map(|spec| match spec {
+        CacheSpec::KeyValue { window, .. } => *window,
+        _ => None,
+    });
+    windows.max()
+}
+
+/// Values of one token, over the layers with a window or those without.
+fn values_per_token(specs: &[CacheSpec], windowed: bool) -> usize {
+    let values = specs.iter().map(|spec| match spec {
+        CacheSpec::KeyValue { num_kv_heads, head_dim, window } if window.is_some() == windowed => {
+            2 * num_kv_heads * head_dim
+        }
+        _ => 0,
+    });
+    values.sum()
 }
 
 /// Bytes of one slot, over all layers: f32 windows and states.

@@ -78,6 +78,14 @@ pub(crate) enum HiddenAct {
     Silu,
 }
 
+/// A field that may be absent or null, nothing else.
+pub(crate) fn only_null<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<(), D::Error> {
+    match Option::<serde::de::IgnoredAny>::deserialize(deserializer)? {
+        Some(_) => Err(D::Error::custom("not supported")),
+        None => Ok(()),
+    }
+}
+
 /// How rotary frequencies are scaled for contexts beyond training. YaRN and its kin change every logit, so they
 /// are refused rather than ignored.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]

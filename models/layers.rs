@@ -145,6 +145,15 @@ impl RmsNorm {
         Ok(Self { weight: (weights.f32("weight", &[size])? + 1.0)?, eps })
     }
 
+    /// A norm without weight, over `size` channels.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory left.
+    pub fn unweighted(size: usize, eps: f64, device: &Device) -> Result<Self> {
+        Ok(Self { weight: Tensor::ones(size, DType::F32, device)?, eps })
+    }
+
     /// Normalises over the last dimension.
     ///
     /// # Errors
@@ -180,6 +189,19 @@ impl RotaryEmbedding {
         let half = rotary_dim / 2;
         let inv_freq: Vec<f32> = (0..half).map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64) as f32).collect();
         Ok(Self { inv_freq: Tensor::from_vec(inv_freq, (1, half), device)? })
+    }
+
+    /// Frequencies of the whole head, of which only the first `factor` turn: pair `i` of `head_dim / 2` has
+    /// `theta^(-2 i / head_dim)` for `i` below `factor * head_dim / 2`, and zero beyond.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory left.
+    pub fn proportional(theta: f64, head_dim: usize, factor: f64, device: &Device) -> Result<Self> {
+        let turning = (factor * head_dim as f64 / 2.0) as usize;
+        let whole = Self::new(theta, head_dim, device)?.inv_freq;
+        let still = whole.narrow(1, turning, head_dim / 2 - turning)?.zeros_like()?;
+        Ok(Self { inv_freq: Tensor::cat(&[whole.narrow(1, 0, turning)?, still], 1)? })
     }
 
     /// The rotations of the step's tokens, made once and shared by all layers.

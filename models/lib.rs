@@ -7,6 +7,7 @@
 pub mod cache;
 pub mod checkpoint;
 mod config;
+pub mod gemma4;
 pub mod layers;
 pub mod qwen3;
 pub mod qwen3_5;
@@ -47,6 +48,20 @@ pub trait CausalLm: Send {
         observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
     ) -> Result<Tensor>;
 
+    /// As [`CausalLm::forward`], for the last tokens of `sequences` alone, by index in the batch:
+    /// `[sequences.len(), H]`, `None` if there are none. A family that can leaves out what the others do not need.
+    ///
+    /// # Errors
+    ///
+    /// As [`CausalLm::forward`]; also a sequence beyond the batch.
+    fn forward_last(&self, batch: &Batch, cache: &mut Cache, sequences: &[u32]) -> Result<Option<Tensor>> {
+        let hidden = self.forward(batch, cache)?;
+        if sequences.is_empty() {
+            return Ok(None);
+        }
+        hidden.index_select(&batch.last_rows(sequences)?, 0).map(Some)
+    }
+
     /// `hidden` `[n, H]` to logits `[n, V]`.
     ///
     /// # Errors
@@ -60,6 +75,7 @@ pub trait CausalLm: Send {
 pub enum Config {
     Qwen3(qwen3::Config),
     Qwen35(qwen3_5::Config),
+    Gemma4(gemma4::Config),
 }
 
 /// What `config.json` says about a model without its weights.
@@ -79,7 +95,7 @@ pub struct Description {
 }
 
 /// The values of `model_type` that [`Config::read`] takes.
-pub const SUPPORTED: &[&str] = &["qwen3", "qwen3_5", "qwen3_5_text"];
+pub const SUPPORTED: &[&str] = &["qwen3", "qwen3_5", "qwen3_5_text", "gemma4", "gemma4_text"];
 
 impl Config {
     /// Reads `config.json` and picks the family by `model_type`.
@@ -100,6 +116,7 @@ impl Config {
         match value.get("model_type").and_then(Value::as_str) {
             Some("qwen3") => Ok(Self::Qwen3(config::parse(checkpoint, &value)?)),
             Some("qwen3_5" | "qwen3_5_text") => Ok(Self::Qwen35(qwen3_5::Config::parse(checkpoint, &value)?)),
+            Some("gemma4" | "gemma4_text") => Ok(Self::Gemma4(gemma4::Config::parse(checkpoint, &value)?)),
             Some(other) => {
                 bail!(
                     "{}: model_type {other:?} is not supported, expected one of {}",
@@ -116,6 +133,7 @@ impl Config {
         match self {
             Self::Qwen3(config) => config.describe(),
             Self::Qwen35(config) => config.describe(),
+            Self::Gemma4(config) => config.describe(),
         }
     }
 
@@ -130,6 +148,7 @@ impl Config {
         Ok(match self {
             Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights)?),
             Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights)?),
+            Self::Gemma4(config) => Box::new(gemma4::Gemma4::load(config, &weights)?),
         })
     }
 }

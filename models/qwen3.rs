@@ -64,7 +64,7 @@ impl Config {
     }
 
     fn cache_spec(&self) -> CacheSpec {
-        CacheSpec::KeyValue { num_kv_heads: self.num_kv_heads(), head_dim: self.head_dim() }
+        CacheSpec::KeyValue { num_kv_heads: self.num_kv_heads(), head_dim: self.head_dim(), window: None }
     }
 
     fn num_kv_heads(&self) -> usize {

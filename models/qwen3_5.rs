@@ -129,7 +129,7 @@ impl Config {
     fn cache_specs(&self) -> Vec<CacheSpec> {
         let spec = |layer_type| match layer_type {
             LayerType::FullAttention => {
-                CacheSpec::KeyValue { num_kv_heads: self.num_key_value_heads, head_dim: self.head_dim }
+                CacheSpec::KeyValue { num_kv_heads: self.num_key_value_heads, head_dim: self.head_dim, window: None }
             }
             LayerType::LinearAttention => CacheSpec::Recurrent {
                 conv_dim: self.conv_dim(),

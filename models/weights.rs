@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -94,13 +95,10 @@ impl Weights {
         }
         let parts: Vec<&[u8]> = entries.iter().map(|entry| entry.bytes).collect();
         let shape = (rows.iter().sum::<usize>(), columns);
-        let tensor = match stored {
-            Dtype::F32 => Tensor::from_vec(decode(&parts, f32::from_le_bytes), shape, &self.device)?,
-            Dtype::F16 => Tensor::from_vec(decode(&parts, f16::from_le_bytes), shape, &self.device)?,
-            Dtype::BF16 => Tensor::from_vec(decode(&parts, bf16::from_le_bytes), shape, &self.device)?,
-            _ => bail!("{}: {} is {stored:?}, expected f32, f16 or bf16", entries[0].path.display(), entries[0].name),
+        let Some(tensor) = decode_tensor(stored, &parts, shape, &self.device)? else {
+            bail!("{}: {} is {stored:?}, expected f32, f16 or bf16", entries[0].path.display(), entries[0].name)
         };
-        entries.iter().for_each(Entry::release);
+        entries.iter().for_each(|entry| entry.file.release(&entry.range));
         let keep = self.device.is_cpu() && tensor.dtype().size_in_bytes() <= self.dtype.size_in_bytes();
         if keep { Ok(tensor) } else { tensor.to_dtype(self.dtype) }
     }
@@ -120,6 +118,40 @@ impl Weights {
             other => bail!("{}: {} is {other:?}, expected f32, f16 or bf16", entry.path.display(), entry.name),
         };
         Tensor::from_vec(values, shape, &self.device)
+    }
+
+    /// A matrix that stays in its file, for a table of which a step reads a few rows.
+    ///
+    /// # Errors
+    ///
+    /// As [`Weights::matrix`].
+    pub fn mapped(&self, name: &str, shape: [usize; 2]) -> Result<MappedRows> {
+        let entry = self.entry(name, &shape)?;
+        let element_bytes = match entry.dtype {
+            Dtype::F32 => 4,
+            Dtype::F16 | Dtype::BF16 => 2,
+            other => bail!("{}: {} is {other:?}, expected f32, f16 or bf16", entry.path.display(), entry.name),
+        };
+        let Entry { name, dtype: stored, range, .. } = entry;
+        Ok(MappedRows {
+            file: self.tensors.entries[&name].0,
+            tensors: self.tensors.clone(),
+            name,
+            range,
+            stored,
+            row_bytes: shape[1] * element_bytes,
+            columns: shape[1],
+            dtype: self.dtype,
+            device: self.device.clone(),
+        })
+    }
+
+    /// Passes over tensors that some checkpoints hold and the model does without.
+    pub fn skip(&self, names: &[&str]) {
+        let mut unread = self.tensors.unread.lock().unwrap_or_else(PoisonError::into_inner);
+        names.iter().for_each(|name| {
+            unread.remove(&self.name(name));
+        });
     }
 
     /// Refuses a checkpoint that holds a tensor which was not read and whose name begins with none of `ignored`.
@@ -166,6 +198,48 @@ impl Weights {
     }
 }
 
+/// A matrix that stays in its file. Only what [`MappedRows::gather`] reads comes to memory, and leaves it again.
+pub struct MappedRows {
+    tensors: Arc<Tensors>,
+    file: usize,
+    name: String,
+    /// Bytes within the file.
+    range: Range<usize>,
+    stored: Dtype,
+    row_bytes: usize,
+    columns: usize,
+    dtype: DType,
+    device: Device,
+}
+
+impl MappedRows {
+    /// The given columns of each of `rows`, `[rows.len(), columns.len()]` in the activations' dtype.
+    ///
+    /// # Errors
+    ///
+    /// A row or column lies beyond the matrix, or the device has no memory left.
+    pub fn gather(&self, rows: &[u32], columns: Range<usize>) -> Result<Tensor> {
+        let count = self.range.len() / self.row_bytes;
+        if let Some(row) = rows.iter().find(|&&row| row as usize >= count) {
+            bail!("{}: row {row} of {count}", self.name)
+        }
+        if columns.start > columns.end || columns.end > self.columns {
+            bail!("{}: columns {columns:?} of {}", self.name, self.columns)
+        }
+        let file = &self.tensors.files[self.file];
+        let matrix = &file.bytes()[self.range.clone()];
+        let element_bytes = self.row_bytes / self.columns;
+        let bytes = columns.start * element_bytes..columns.end * element_bytes;
+        let parts: Vec<&[u8]> =
+            rows.iter().map(|&row| &matrix[row as usize * self.row_bytes..][bytes.clone()]).collect();
+        let shape = (rows.len(), columns.len());
+        let tensor =
+            decode_tensor(self.stored, &parts, shape, &self.device)?.expect("a float dtype, checked by mapped");
+        file.release(&self.range);
+        tensor.to_dtype(self.dtype)
+    }
+}
+
 /// Tensors that a family leaves in the checkpoint, and why.
 #[derive(Clone, Copy, Debug)]
 pub struct Ignored {
@@ -185,21 +259,18 @@ struct Entry<'a> {
     name: String,
     dtype: Dtype,
     bytes: &'a [u8],
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     file: &'a WeightFile,
 }
 
-impl Entry<'_> {
-    /// Drops the mapped pages from this process: the tensor has its own copy now, and resident memory would
-    /// otherwise grow to twice the weights.
-    fn release(&self) {
-        if let Bytes::Mapped(map) = &self.file.bytes {
-            // SAFETY: the mapping is read-only and backed by the file, so pages that are dropped are read again.
-            let advice =
-                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, self.range.start, self.range.len()) };
-            let _ = advice; // advice only: without it memory stays higher
-        }
-    }
+/// The elements of `parts`, one after the other, as they are stored; `None` if that is no float dtype.
+fn decode_tensor(stored: Dtype, parts: &[&[u8]], shape: (usize, usize), device: &Device) -> Result<Option<Tensor>> {
+    Ok(Some(match stored {
+        Dtype::F32 => Tensor::from_vec(decode(parts, f32::from_le_bytes), shape, device)?,
+        Dtype::F16 => Tensor::from_vec(decode(parts, f16::from_le_bytes), shape, device)?,
+        Dtype::BF16 => Tensor::from_vec(decode(parts, bf16::from_le_bytes), shape, device)?,
+        _ => return Ok(None),
+    }))
 }
 
 /// The elements of `parts`, one after the other, converted in parallel.
@@ -386,6 +457,16 @@ impl WeightFile {
         match &self.bytes {
             Bytes::Mapped(map) => map,
             Bytes::Static(bytes) => bytes,
+        }
+    }
+
+    /// Drops mapped pages from this process: what was read has its own copy now, and resident memory would otherwise
+    /// grow by as much again.
+    fn release(&self, range: &Range<usize>) {
+        if let Bytes::Mapped(map) = &self.bytes {
+            // SAFETY: the mapping is read-only and backed by the file, so pages that are dropped are read again.
+            let advice = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+            let _ = advice; // advice only: without it memory stays higher
         }
     }
 }

@@ -7,6 +7,15 @@ pub struct Pool {
     free: Vec<u32>,
 }
 
+/// All that sequences and cached prefixes hold.
+#[derive(Debug)]
+pub struct Pools {
+    pub blocks: BlockPool,
+    /// Of the layers with a window.
+    pub window_blocks: BlockPool,
+    pub slots: SlotPool,
+}
+
 /// Blocks of keys and values. A block may be shared: by sequences with a common prefix and by the prefix cache.
 pub type BlockPool = Pool;
 

@@ -7,13 +7,13 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
-use kernels::{Batch, Segment};
+use kernels::{Batch, NO_BLOCK, Segment};
 use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
 
 use crate::device::available_memory;
 use crate::prefix_cache::Prefix;
 use crate::sampler::{Logprobs, Sampler, SamplingParams};
-use crate::scheduler::{Copy, Limits, Plan, Scheduler};
+use crate::scheduler::{Copy, Limits, Plan, Scheduler, Window};
 use crate::sequence::{Reuse, Sequence, SequenceId};
 use crate::{Error, Result};
 
@@ -156,6 +156,7 @@ impl Engine {
         let scheduler = Scheduler::new(sizes.limits);
         let config = CacheConfig {
             num_blocks: sizes.limits.num_blocks,
+            num_window_blocks: sizes.limits.window.map_or(0, |window| window.num_blocks),
             block_size: options.block_size,
             num_slots: sizes.limits.num_slots,
             dtype,
@@ -214,18 +215,19 @@ impl Engine {
                 "the prompt has {len} tokens, and a context of {context} must hold it and a reply: shorten it"
             );
         }
-        let CacheConfig { num_blocks, block_size, num_slots, dtype, .. } = *self.cache.config();
+        let CacheConfig { num_blocks, num_window_blocks, block_size, num_slots, dtype, .. } = *self.cache.config();
         let specs = self.model.cache_specs();
-        let bytes = |blocks: usize, slots: usize| {
-            let bytes =
-                blocks * cache::bytes_per_block(&specs, block_size, dtype) + slots * cache::bytes_per_slot(&specs);
+        let fixed = num_slots * cache::bytes_per_slot(&specs)
+            + num_window_blocks * cache::bytes_per_window_block(&specs, block_size, dtype);
+        let mebibytes = |blocks: usize| {
+            let bytes = fixed + blocks * cache::bytes_per_block(&specs, block_size, dtype);
             format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
         };
         format!(
             "the prompt has {len} tokens, and the cache of {} holds {} for it and its reply: it takes {}, or a shorter prompt",
-            bytes(num_blocks, num_slots),
+            mebibytes(num_blocks),
             self.max_context,
-            bytes(len / block_size + 1, num_slots)
+            mebibytes(len / block_size + 1)
         )
     }
 
@@ -259,20 +261,17 @@ impl Engine {
     /// The copy failed.
     pub(crate) fn snapshot(&self, prefixes: &[Vec<u32>]) -> Result<Snapshot> {
         let block_size = self.cache.config().block_size;
-        let (mut blocks, mut rows, mut slots) = (vec![], vec![], vec![]);
+        let (mut blocks, mut window_blocks, mut slots) = (vec![], vec![], vec![]);
         let mut prefixes: Vec<Prefix> = prefixes.iter().map(|tokens| self.scheduler.resumable(tokens)).collect();
-        for Prefix { tokens, blocks: own, states } in &mut prefixes {
-            for (depth, block) in own.iter_mut().enumerate() {
-                let len = block_size.min(tokens.len() - depth * block_size);
-                let index = index_of(&mut blocks, *block);
-                rows.resize(blocks.len(), 0);
-                rows[index] = len.max(rows[index]);
-                *block = index as u32;
-            }
-            states.iter_mut().for_each(|(_, slot)| *slot = index_of(&mut slots, *slot) as u32);
+        for prefix in &mut prefixes {
+            let len = prefix.tokens.len();
+            pick_blocks(&mut prefix.blocks, len, block_size, &mut blocks);
+            pick_blocks(&mut prefix.window_blocks, len, block_size, &mut window_blocks);
+            prefix.states.iter_mut().for_each(|(_, slot)| *slot = index_of(&mut slots, *slot, |slot| *slot));
         }
-        let tensors = self.cache.export(&blocks, &rows, &slots)?;
-        Ok(Snapshot { block_size, num_blocks: blocks.len(), num_slots: slots.len(), prefixes, tensors })
+        let tensors = self.cache.export(&blocks, &window_blocks, &slots)?;
+        let (num_blocks, num_window_blocks, num_slots) = (blocks.len(), window_blocks.len(), slots.len());
+        Ok(Snapshot { block_size, num_blocks, num_window_blocks, num_slots, prefixes, tensors })
     }
 
     /// Puts a snapshot into the cache, as much of it as there is room for beside the sequences that run. Returns how
@@ -283,9 +282,10 @@ impl Engine {
     /// It does not fit this engine's model or block size, or contradicts itself.
     pub(crate) fn restore(&mut self, snapshot: &Snapshot) -> Result<Vec<usize>> {
         snapshot.check(self.cache.config().block_size, self.limits.vocab_size)?;
-        let held = self.scheduler.hold(snapshot.num_blocks, snapshot.num_slots);
+        let held = self.scheduler.hold(snapshot.num_blocks, snapshot.num_window_blocks, snapshot.num_slots);
         let indexed = |ids: &[u32]| (0..).zip(ids.iter().copied()).collect::<Vec<(u32, u32)>>();
-        match self.cache.import(&snapshot.tensors, &indexed(&held.blocks), &indexed(&held.slots)) {
+        let (blocks, window_blocks) = (indexed(&held.blocks), indexed(&held.window_blocks));
+        match self.cache.import(&snapshot.tensors, &blocks, &window_blocks, &indexed(&held.slots)) {
             Ok(()) => Ok(self.scheduler.adopt(&snapshot.prefixes, held)),
             Err(error) => {
                 self.scheduler.adopt(&[], held);
@@ -331,20 +331,21 @@ impl Engine {
             })
             .collect();
         let config = self.cache.config();
-        let batch = Batch::new(&segments, config.block_size, &config.device)?;
-        let hidden = self.model.forward(&batch, &mut self.cache)?;
+        let mut batch = Batch::new(&segments, config.block_size, &config.device)?;
+        if self.scheduler.has_window() {
+            let sequences = plan.work.iter().filter_map(|work| self.scheduler.running(work.id));
+            let tables: Vec<&[u32]> = sequences.map(|sequence| sequence.window_blocks.as_slice()).collect();
+            batch = batch.with_windows(&tables, config.block_size)?;
+        }
+        let (sampled, ids): (Vec<u32>, Vec<SequenceId>) =
+            (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(index, work)| (index, work.id)).unzip();
+        let hidden = self.model.forward_last(&batch, &mut self.cache, &sampled)?;
         let checkpoints = self.scheduler.complete(&plan.work);
         self.copy(&checkpoints)?;
 
-        let sampled: Vec<(u32, SequenceId)> =
-            (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(row, work)| (row, work.id)).collect();
-        if sampled.is_empty() {
-            return Ok(vec![]);
-        }
-        let rows: Vec<u32> = sampled.iter().map(|(row, _)| *row).collect();
-        let rows = batch.last.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-        let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        Ok(sampled.iter().zip(&logits).map(|((_, id), row)| self.sample(*id, row)).collect())
+        let Some(hidden) = hidden else { return Ok(vec![]) };
+        let logits = self.model.logits(&hidden)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        Ok(ids.into_iter().zip(&logits).map(|(id, row)| self.sample(id, row)).collect())
     }
 
     fn sample(&mut self, id: SequenceId, logits: &[f32]) -> Output {
@@ -378,8 +379,9 @@ impl Engine {
         for copy in copies {
             match *copy {
                 Copy::Block { from, to } if from != to => self.cache.copy_block(from, to)?,
+                Copy::WindowBlock { from, to } if from != to => self.cache.copy_window_block(from, to)?,
                 Copy::Slot { from, to } if from != to => self.cache.copy_slot(from, to)?,
-                Copy::Block { .. } | Copy::Slot { .. } => {}
+                Copy::Block { .. } | Copy::WindowBlock { .. } | Copy::Slot { .. } => {}
             }
         }
         Ok(())
@@ -393,6 +395,7 @@ pub(crate) struct Snapshot {
     /// Tokens per block.
     pub block_size: usize,
     pub num_blocks: usize,
+    pub num_window_blocks: usize,
     pub num_slots: usize,
     pub prefixes: Vec<Prefix>,
     pub tensors: HashMap<String, Tensor>,
@@ -407,8 +410,12 @@ impl Snapshot {
         }
         for prefix in &self.prefixes {
             let len = prefix.tokens.len();
-            let consistent = prefix.blocks.len() == len.div_ceil(block_size)
-                && prefix.blocks.iter().all(|&index| (index as usize) < self.num_blocks)
+            let Prefix { blocks, window_blocks, .. } = prefix;
+            let held = |index: u32| index == NO_BLOCK || (index as usize) < self.num_window_blocks;
+            let consistent = blocks.len() == len.div_ceil(block_size)
+                && blocks.iter().all(|&index| (index as usize) < self.num_blocks)
+                && (window_blocks.is_empty() || window_blocks.len() == blocks.len())
+                && window_blocks.iter().all(|&index| held(index))
                 && prefix
                     .states
                     .iter()
@@ -424,12 +431,23 @@ impl Snapshot {
     }
 }
 
-/// Where `id` stands in `ids`; it is added if it is new.
-fn index_of(ids: &mut Vec<u32>, id: u32) -> usize {
-    ids.iter().position(|known| *known == id).unwrap_or_else(|| {
-        ids.push(id);
-        ids.len() - 1
-    })
+/// Replaces the blocks of a prefix of `len` tokens by their indices in `picked`, where each stands with its tokens.
+fn pick_blocks(blocks: &mut [u32], len: usize, block_size: usize, picked: &mut Vec<(u32, usize)>) {
+    for (depth, block) in blocks.iter_mut().enumerate().filter(|(_, block)| **block != NO_BLOCK) {
+        let index = index_of(picked, (*block, 0), |(block, _)| *block);
+        let rows = &mut picked[index as usize].1;
+        *rows = block_size.min(len - depth * block_size).max(*rows);
+        *block = index;
+    }
+}
+
+/// Where something of this id stands in `known`; it is added if it is new.
+fn index_of<T>(known: &mut Vec<T>, new: T, id: impl Fn(&T) -> u32) -> u32 {
+    let index = known.iter().position(|it| id(it) == id(&new)).unwrap_or_else(|| {
+        known.push(new);
+        known.len() - 1
+    });
+    index as u32
 }
 
 /// How many blocks and slots an engine gets.
@@ -461,16 +479,28 @@ impl Sizes {
         } else {
             max_sequences
         };
+        let max_sequences = max_sequences.min(num_slots).min(max_tokens_per_step);
         let left = memory.saturating_sub(num_slots * slot_bytes);
+        let window_block_bytes = cache::bytes_per_window_block(specs, block_size, dtype);
+        let mut window_bytes = 0;
+        let window = cache::window(specs).map(|tokens| {
+            let least = |sequences| Window::blocks_for(sequences, tokens, block_size, max_tokens_per_step);
+            let cached = options.max_checkpoints * Window::blocks_per_sequence(tokens, block_size);
+            let num_blocks = (left / 2 / window_block_bytes).clamp(least(1), least(max_sequences) + cached);
+            window_bytes = num_blocks * window_block_bytes;
+            Window { tokens, num_blocks }
+        });
+        let left = left.saturating_sub(window_bytes);
         let useful = max_sequences.saturating_mul(max_context.div_ceil(block_size) + 1);
         let num_blocks = left.checked_div(block_bytes).unwrap_or(useful).min(useful);
-        if num_blocks == 0 || num_slots * slot_bytes > memory {
+        if num_blocks == 0 || num_slots * slot_bytes + window_bytes > memory {
             return Err(Error::Request(format!(
                 "{memory} bytes of memory for the cache, a sequence needs {} at least",
-                block_bytes + slot_bytes
+                block_bytes + slot_bytes + window_bytes
             )));
         }
-        let max_sequences = max_sequences.min(num_slots).min(max_tokens_per_step);
+        let windows = window.map_or(usize::MAX, |window| window.max_sequences(block_size, max_tokens_per_step));
+        let max_sequences = max_sequences.min(windows);
         let limits = Limits {
             block_size,
             num_blocks,
@@ -479,6 +509,7 @@ impl Sizes {
             max_sequences,
             checkpoint_interval,
             stateful,
+            window,
         };
         Ok(Self { limits, max_context })
     }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::{FinishReason, Token};
 use crate::message::{Tool, ToolCall};
-use crate::reply::{Channel, QWEN, Reply, ReplyParser, ReplyPiece};
+use crate::reply::{Channel, Reply, ReplyFormat, ReplyParser, ReplyPiece};
 use crate::sampler::Logprobs;
 use crate::sequence::Reuse;
 use crate::text::{Prompt, Text};
@@ -67,7 +67,8 @@ pub(crate) struct Generation {
 impl Generation {
     /// What follows `prompt`.
     pub fn new(text: &Text, prompt: &Prompt) -> Self {
-        let parser = |tools: &Vec<Tool>| ReplyParser::new(&QWEN, &text.tokenizer, tools.clone(), &prompt.tokens);
+        let format = ReplyFormat::of(&text.tokenizer);
+        let parser = |tools: &Vec<Tool>| ReplyParser::new(format, &text.tokenizer, tools.clone(), &prompt.tokens);
         Self {
             decode: DecodeStream::default(),
             parser: prompt.tools.as_ref().map(parser),

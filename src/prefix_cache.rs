@@ -5,12 +5,17 @@
 //! copy of the recurrent state there. A prompt walks the tree as far as its tokens agree and resumes at the last
 //! position that has all it needs: for models with recurrent layers the last checkpoint on the way, for others
 //! the end of the agreement. Both may lie inside a block, whose first rows are then copied.
+//!
+//! For layers with a window a node holds a second block, which sequences give up as their window passes: it is there
+//! for the last tokens of whatever was inserted. A position has what it needs only if the nodes of the window before it
+//! still hold theirs.
 
 use std::cmp::Reverse;
 
+use kernels::NO_BLOCK;
 use serde::{Deserialize, Serialize};
 
-use crate::blocks::{BlockPool, SlotPool};
+use crate::blocks::Pools;
 
 /// Blocks and checkpoints by the tokens before them.
 #[derive(Debug)]
@@ -18,6 +23,8 @@ pub struct PrefixCache {
     block_size: usize,
     /// Whether a prefix is of use only with a checkpoint of recurrent state.
     stateful: bool,
+    /// Tokens of the window, if there are layers with one.
+    window: Option<usize>,
     nodes: Vec<Option<Node>>,
     vacant: Vec<usize>,
     roots: Vec<usize>,
@@ -29,12 +36,20 @@ struct Node {
     /// At most `block_size`; fewer only in a leaf.
     tokens: Vec<u32>,
     block: u32,
+    window_block: Option<WindowBlock>,
     parent: Option<usize>,
     children: Vec<usize>,
     checkpoints: Vec<Checkpoint>,
     /// Whether a checkpoint here was given up.
     evicted: bool,
     used: u64,
+}
+
+/// A node's block in the layers with a window, of which the first `rows` rows hold the node's tokens.
+#[derive(Clone, Copy, Debug)]
+struct WindowBlock {
+    block: u32,
+    rows: usize,
 }
 
 /// A copy of the recurrent state after the node's first `len` tokens.
@@ -65,10 +80,24 @@ pub struct Resume {
     pub blocks: Vec<u32>,
     /// The block whose first `reused % block_size` rows must be copied to a fresh one.
     pub partial: Option<u32>,
+    /// As `blocks`, for layers with a window: `NO_BLOCK` before the window.
+    pub window_blocks: Vec<u32>,
+    /// As `partial`, for layers with a window.
+    pub window_partial: Option<u32>,
     /// The slot to copy the recurrent state from.
     pub slot: Option<u32>,
     /// Whether a later checkpoint inside the common prefix was given up.
     pub evicted: bool,
+    /// Whether a later position was passed over because its window is gone.
+    pub window_passed: bool,
+}
+
+/// The blocks of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Blocks<'a> {
+    pub blocks: &'a [u32],
+    /// Of layers with a window, `NO_BLOCK` where there is none; empty if there are no such layers.
+    pub window_blocks: &'a [u32],
 }
 
 /// A prefix and where it lies.
@@ -77,13 +106,15 @@ pub struct Prefix {
     pub tokens: Vec<u32>,
     /// The blocks that hold them, in order.
     pub blocks: Vec<u32>,
+    /// Those of layers with a window, `NO_BLOCK` where there is none; empty if there are no such layers.
+    pub window_blocks: Vec<u32>,
     /// Positions, the last one first, and the slots that hold the recurrent state there.
     pub states: Vec<(usize, u32)>,
 }
 
 impl PrefixCache {
-    pub fn new(block_size: usize, stateful: bool) -> Self {
-        Self { block_size, stateful, nodes: vec![], vacant: vec![], roots: vec![], clock: 0 }
+    pub fn new(block_size: usize, stateful: bool, window: Option<usize>) -> Self {
+        Self { block_size, stateful, window, nodes: vec![], vacant: vec![], roots: vec![], clock: 0 }
     }
 
     /// Where a prompt of `tokens` resumes. At least its last token always runs, because its logits are wanted.
@@ -93,56 +124,59 @@ impl PrefixCache {
         let limit = common.min(tokens.len().saturating_sub(1));
         let mut resume = Resume { common, ..Resume::default() };
         if self.stateful {
-            resume.evicted = path.iter().any(|&index| self.node(index).evicted);
-            let last = self.checkpoints(tokens).filter(|place| place.position <= limit).max_by_key(|it| it.position);
-            if let Some(Place { position, node, checkpoint }) = last {
-                let behind = position.div_ceil(self.block_size);
-                resume.evicted = path.iter().skip(behind).any(|&index| self.node(index).evicted);
-                resume.reused = position;
+            let mut places: Vec<Place> = self.checkpoints(tokens).filter(|place| place.position <= limit).collect();
+            places.sort_unstable_by_key(|place| place.position);
+            let held = places.iter().rposition(|place| self.held_before(&path, place.position) == place.position);
+            resume.window_passed = held.map_or(0, |index| index + 1) < places.len();
+            if let Some(Place { position, node, checkpoint }) = held.map(|index| places.swap_remove(index)) {
                 let clock = self.clock;
                 let node = self.node_mut(node);
-                node.used = clock;
-                node.checkpoints[checkpoint].used = clock;
-                resume.slot = Some(node.checkpoints[checkpoint].slot);
+                (node.used, node.checkpoints[checkpoint].used) = (clock, clock);
+                (resume.reused, resume.slot) = (position, Some(node.checkpoints[checkpoint].slot));
             }
+            let later = &path[resume.reused.div_ceil(self.block_size)..];
+            resume.evicted = later.iter().any(|&index| self.node(index).evicted);
         } else {
-            resume.reused = limit;
+            resume.reused = self.held_before(&path, limit);
+            resume.window_passed = resume.reused < limit;
         }
         let full = resume.reused / self.block_size;
+        let partial = (!resume.reused.is_multiple_of(self.block_size)).then(|| self.node(path[full]));
         resume.blocks = path[..full].iter().map(|&index| self.node(index).block).collect();
-        if !resume.reused.is_multiple_of(self.block_size) {
-            resume.partial = Some(self.node(path[full]).block);
+        resume.partial = partial.map(|node| node.block);
+        if self.window.is_some() {
+            let first = self.first_in_window(resume.reused);
+            let block = |node: &Node| node.window_block.map_or(NO_BLOCK, |window_block| window_block.block);
+            resume.window_blocks = vec![NO_BLOCK; first];
+            resume.window_blocks.extend(path[first..full].iter().map(|&index| block(self.node(index))));
+            resume.window_partial = partial.map(block);
         }
+        let clock = self.clock;
         for &index in &path[..resume.reused.div_ceil(self.block_size)] {
-            self.node_mut(index).used = self.clock;
+            self.node_mut(index).used = clock;
         }
         resume
     }
 
-    /// Remembers that `blocks` hold `tokens`, and that `slot`, if given, holds the recurrent state after them. The
-    /// cache becomes one more owner of each block that it did not know, and the owner of the slot.
-    pub fn insert(
-        &mut self,
-        tokens: &[u32],
-        blocks: &[u32],
-        slot: Option<u32>,
-        block_pool: &mut BlockPool,
-        slot_pool: &mut SlotPool,
-    ) {
+    /// Remembers that `held` holds `tokens`, and that `slot`, if given, holds the recurrent state after them. The cache
+    /// becomes one more owner of each block that it did not know, and the owner of the slot.
+    pub fn insert(&mut self, tokens: &[u32], held: Blocks, slot: Option<u32>, pools: &mut Pools) {
         self.clock += 1;
         let mut parent = None;
-        for (chunk, &block) in tokens.chunks(self.block_size).zip(blocks) {
-            parent = Some(self.insert_chunk(parent, chunk, block, block_pool));
+        let window_blocks = held.window_blocks.iter().map(|&block| Some(block).filter(|&block| block != NO_BLOCK));
+        let blocks = held.blocks.iter().zip(window_blocks.chain(std::iter::repeat(None)));
+        for (chunk, (&block, window_block)) in tokens.chunks(self.block_size).zip(blocks) {
+            parent = Some(self.insert_chunk(parent, chunk, block, window_block, pools));
         }
         let Some(slot) = slot else { return };
-        let Some(index) = parent else { return slot_pool.release(slot) };
+        let Some(index) = parent else { return pools.slots.release(slot) };
         let len = tokens.len() - (tokens.len() - 1) / self.block_size * self.block_size;
         let used = self.clock;
         let node = self.node_mut(index);
         match node.checkpoints.iter_mut().find(|checkpoint| checkpoint.len == len) {
             Some(checkpoint) => {
                 checkpoint.used = used;
-                slot_pool.release(slot);
+                pools.slots.release(slot);
             }
             None => node.checkpoints.push(Checkpoint { len, slot, used }),
         }
@@ -160,50 +194,70 @@ impl PrefixCache {
         let (path, common) = self.walk(tokens);
         let slot = |place: &Place| self.node(place.node).checkpoints[place.checkpoint].slot;
         let mut states: Vec<(usize, u32)> = self.checkpoints(tokens).map(|it| (it.position, slot(&it))).collect();
+        states.retain(|(position, _)| self.held_before(&path, *position) == *position);
         states.sort_unstable_by_key(|(position, _)| Reverse(*position));
         states.truncate(CHECKPOINTS);
         let end = match (self.stateful, states.first()) {
-            (false, _) => common,
+            (false, _) => self.held_before(&path, common),
             (true, Some((position, _))) => *position,
             (true, None) => 0,
         };
-        let blocks = path[..end.div_ceil(self.block_size)].iter().map(|&index| self.node(index).block).collect();
-        Prefix { tokens: tokens[..end].to_vec(), blocks, states }
+        let nodes = || path[..end.div_ceil(self.block_size)].iter().map(|&index| self.node(index));
+        let mut window_blocks = vec![];
+        if self.window.is_some() {
+            let starts = (0..).step_by(self.block_size);
+            let whole = |(start, node): (usize, &Node)| {
+                let window_block = node.window_block.filter(|it| it.rows >= (end - start).min(self.block_size));
+                window_block.map_or(NO_BLOCK, |it| it.block)
+            };
+            window_blocks = starts.zip(nodes()).map(whole).collect();
+        }
+        let blocks = nodes().map(|node| node.block).collect();
+        Prefix { tokens: tokens[..end].to_vec(), blocks, window_blocks, states }
     }
 
     /// Gives up the least recently used leaf whose block nobody else holds. Returns whether a block became free.
-    pub fn evict_block(&mut self, block_pool: &mut BlockPool, slot_pool: &mut SlotPool) -> bool {
-        let evictable = |node: &Node| node.children.is_empty() && block_pool.owners(node.block) == 1;
+    pub fn evict_block(&mut self, pools: &mut Pools) -> bool {
+        let evictable = |node: &Node| node.children.is_empty() && pools.blocks.owners(node.block) == 1;
         let Some(index) = self.least_recent(|node| evictable(node).then_some(node.used)) else { return false };
-        self.remove(index, block_pool, slot_pool);
+        self.remove(index, pools);
+        true
+    }
+
+    /// Gives up the least recently used window block that nobody else holds. Returns whether one became free.
+    pub fn evict_window_block(&mut self, pools: &mut Pools) -> bool {
+        let evictable = |node: &Node| pools.window_blocks.owners(node.window_block?.block).eq(&1).then_some(node.used);
+        let Some(index) = self.least_recent(evictable) else { return false };
+        let given_up = self.node_mut(index).window_block.take().expect("the node was chosen for it");
+        pools.window_blocks.release(given_up.block);
         true
     }
 
     /// Gives up the least recently used checkpoint, and with it the blocks that no prompt can resume behind.
     /// Returns whether a slot became free.
-    pub fn evict_checkpoint(&mut self, block_pool: &mut BlockPool, slot_pool: &mut SlotPool) -> bool {
+    pub fn evict_checkpoint(&mut self, pools: &mut Pools) -> bool {
         let oldest = |node: &Node| node.checkpoints.iter().map(|checkpoint| checkpoint.used).min();
         let Some(index) = self.least_recent(oldest) else { return false };
         let node = self.node_mut(index);
         let oldest = oldest(node).expect("the node was chosen for its checkpoint");
         let position = node.checkpoints.iter().position(|c| c.used == oldest).expect("just found");
-        slot_pool.release(node.checkpoints.swap_remove(position).slot);
+        pools.slots.release(node.checkpoints.swap_remove(position).slot);
         node.evicted = true;
         let mut next = Some(index);
         while let Some(index) = next {
             let node = self.node(index);
-            if !node.children.is_empty() || !node.checkpoints.is_empty() || block_pool.owners(node.block) > 1 {
+            if !node.children.is_empty() || !node.checkpoints.is_empty() || pools.blocks.owners(node.block) > 1 {
                 break;
             }
             next = node.parent;
-            self.remove(index, block_pool, slot_pool);
+            self.remove(index, pools);
         }
         true
     }
 
     /// Blocks that eviction could free, at most: a node that a sequence holds may pin ones before it.
-    pub fn evictable_blocks(&self, block_pool: &BlockPool) -> usize {
-        self.nodes.iter().flatten().filter(|node| block_pool.owners(node.block) == 1).count()
+    pub fn evictable_blocks(&self, pools: &Pools) -> usize {
+        self.nodes.iter().flatten().filter(|node| pools.blocks.owners(node.block) == 1).count()
     }
 
     /// Blocks and checkpoints held.
@@ -212,12 +266,35 @@ impl PrefixCache {
         nodes.fold((0, 0), |(blocks, checkpoints), node| (blocks + 1, checkpoints + node.checkpoints.len()))
     }
 
-    /// Every block and every slot held.
+    /// Every block, window block and slot held.
     #[cfg(test)]
-    pub fn holdings(&self) -> (Vec<u32>, Vec<u32>) {
+    pub fn holdings(&self) -> [Vec<u32>; 3] {
         let nodes = || self.nodes.iter().flatten();
+        let window_blocks = nodes().filter_map(|node| Some(node.window_block?.block));
         let checkpoints = nodes().flat_map(|node| &node.checkpoints);
-        (nodes().map(|node| node.block).collect(), checkpoints.map(|checkpoint| checkpoint.slot).collect())
+        [nodes().map(|node| node.block).collect(), window_blocks.collect(), checkpoints.map(|c| c.slot).collect()]
+    }
+
+    /// The last position up to `limit` before which the path holds a whole window.
+    fn held_before(&self, path: &[usize], limit: usize) -> usize {
+        let mut position = limit;
+        loop {
+            let lacking =
+                (self.first_in_window(position)..position.div_ceil(self.block_size)).rev().find_map(|depth| {
+                    let start = depth * self.block_size;
+                    let rows = self.node(path[depth]).window_block.map_or(0, |window_block| window_block.rows);
+                    (rows < (position - start).min(self.block_size)).then_some(start + rows)
+                });
+            match lacking {
+                Some(end) if self.window.is_some() => position = end,
+                _ => return position,
+            }
+        }
+    }
+
+    /// The block that the window of the token at `position` begins in.
+    fn first_in_window(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window) / self.block_size)
     }
 
     /// The nodes along `tokens`, the last perhaps in part, and how many tokens agree.
@@ -258,7 +335,14 @@ impl PrefixCache {
         self.node(node).tokens.iter().zip(rest).take_while(|(cached, token)| cached == token).count()
     }
 
-    fn insert_chunk(&mut self, parent: Option<usize>, chunk: &[u32], block: u32, blocks: &mut BlockPool) -> usize {
+    fn insert_chunk(
+        &mut self,
+        parent: Option<usize>,
+        chunk: &[u32],
+        block: u32,
+        window_block: Option<u32>,
+        pools: &mut Pools,
+    ) -> usize {
         let used = self.clock;
         let siblings = parent.map_or(&self.roots, |parent| &self.node(parent).children);
         let alike = |&&index: &&usize| {
@@ -272,15 +356,34 @@ impl PrefixCache {
             if node.tokens.len() < chunk.len() {
                 node.tokens = chunk.to_vec();
                 if node.block != block {
-                    blocks.share(block);
-                    blocks.release(std::mem::replace(&mut node.block, block));
+                    pools.blocks.share(block);
+                    pools.blocks.release(std::mem::replace(&mut node.block, block));
                 }
+            }
+            if let Some(block) = window_block
+                && node.window_block.is_none_or(|known| known.rows < chunk.len())
+            {
+                pools.window_blocks.share(block);
+                let known = node.window_block.replace(WindowBlock { block, rows: chunk.len() });
+                known.into_iter().for_each(|known| pools.window_blocks.release(known.block));
             }
             return index;
         }
-        blocks.share(block);
-        let node =
-            Node { tokens: chunk.to_vec(), block, parent, children: vec![], checkpoints: vec![], evicted: false, used };
+        pools.blocks.share(block);
+        let window_block = window_block.map(|block| {
+            pools.window_blocks.share(block);
+            WindowBlock { block, rows: chunk.len() }
+        });
+        let node = Node {
+            tokens: chunk.to_vec(),
+            block,
+            window_block,
+            parent,
+            children: vec![],
+            checkpoints: vec![],
+            evicted: false,
+            used,
+        };
         let index = match self.vacant.pop() {
             Some(index) => {
                 self.nodes[index] = Some(node);
@@ -295,11 +398,12 @@ impl PrefixCache {
         index
     }
 
-    fn remove(&mut self, index: usize, block_pool: &mut BlockPool, slot_pool: &mut SlotPool) {
+    fn remove(&mut self, index: usize, pools: &mut Pools) {
         let node = self.nodes[index].take().expect("only live nodes are linked");
         self.vacant.push(index);
-        block_pool.release(node.block);
-        node.checkpoints.iter().for_each(|checkpoint| slot_pool.release(checkpoint.slot));
+        pools.blocks.release(node.block);
+        node.window_block.into_iter().for_each(|window_block| pools.window_blocks.release(window_block.block));
+        node.checkpoints.iter().for_each(|checkpoint| pools.slots.release(checkpoint.slot));
         if let (Some(parent), true) = (node.parent, node.evicted || !node.checkpoints.is_empty()) {
             self.node_mut(parent).evicted = true;
         }

@@ -26,8 +26,12 @@ pub enum Channel {
 pub(crate) struct ReplyFormat {
     /// The tokens around thinking.
     pub think: [&'static str; 2],
+    /// What follows the first of them, before the thinking.
+    pub label: &'static str,
     /// The tokens around a tool call.
     pub tool_call: [&'static str; 2],
+    /// The token that stands for a quotation mark in a tool call.
+    pub quote: Option<&'static str>,
     /// The token that begins a turn of the conversation.
     pub turn: &'static str,
     /// Reads what stands between the tokens of a tool call.
@@ -37,10 +41,29 @@ pub(crate) struct ReplyFormat {
 /// Qwen3 and Qwen3.5. Their calls differ, JSON there and tags here, but cannot be mistaken for each other.
 pub(crate) const QWEN: ReplyFormat = ReplyFormat {
     think: ["<think>", "</think>"],
+    label: "",
     tool_call: ["<tool_call>", "</tool_call>"],
+    quote: None,
     turn: "<|im_start|>",
     parse: tool_call::parse_qwen,
 };
+
+/// Gemma 4.
+pub(crate) const GEMMA: ReplyFormat = ReplyFormat {
+    think: ["<|channel>", "<channel|>"],
+    label: "thought\n",
+    tool_call: ["<|tool_call>", "<tool_call|>"],
+    quote: Some(tool_call::GEMMA_QUOTE),
+    turn: "<|turn>",
+    parse: tool_call::parse_gemma,
+};
+
+impl ReplyFormat {
+    /// The format whose markers the tokenizer has.
+    pub fn of(tokenizer: &Tokenizer) -> &'static Self {
+        if tokenizer.token_id(GEMMA.turn).is_some() { &GEMMA } else { &QWEN }
+    }
+}
 
 /// What a [`ReplyParser`] makes of the tokens.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,7 +83,10 @@ pub(crate) struct ReplyParser {
     tools: Vec<Tool>,
     think: [Option<u32>; 2],
     tool_call: [Option<u32>; 2],
+    quote: Option<u32>,
     channel: Channel,
+    /// What may become the label of the thinking that has just begun.
+    label: Option<String>,
     /// Nothing but line breaks has come since a marker; they are dropped.
     at_start: bool,
     /// Line breaks that are text if more text follows in this channel.
@@ -86,6 +112,8 @@ impl ReplyParser {
             tools,
             think,
             tool_call,
+            quote: format.quote.and_then(|name| tokenizer.token_id(name)),
+            label: None,
             channel: if is_thinking { Channel::Reasoning } else { Channel::Content },
             at_start: is_thinking,
             held: String::new(),
@@ -100,8 +128,15 @@ impl ReplyParser {
         let ([think, end_think], [call, end_call]) = (self.think, self.tool_call);
         let id = Some(id);
         match self.channel {
-            Channel::Reasoning if id == end_think => self.switch(Channel::Content),
-            Channel::Content if id == think => self.switch(Channel::Reasoning),
+            Channel::Reasoning if id == end_think => {
+                let pieces = self.end_label();
+                self.switch(Channel::Content);
+                return pieces;
+            }
+            Channel::Content if id == think => {
+                self.switch(Channel::Reasoning);
+                self.label = Some(String::new()).filter(|_| !self.format.label.is_empty());
+            }
             // Neither `held` nor `at_start` changes before it is known whether this is a call.
             Channel::Content if id == call => self.channel = Channel::ToolCall,
             Channel::ToolCall if id == call => {
@@ -110,6 +145,11 @@ impl ReplyParser {
                 return pieces;
             }
             Channel::ToolCall if id == end_call => return self.end_call(),
+            // The text of a special token is empty.
+            Channel::ToolCall if self.quote.is_some() && id == self.quote && text.is_empty() => {
+                return self.text(self.format.quote.unwrap_or_default());
+            }
+            Channel::Reasoning if self.label.is_some() => return self.label(text),
             _ => return self.text(text),
         }
         Vec::new()
@@ -117,7 +157,8 @@ impl ReplyParser {
 
     /// Takes the text that is left when no more tokens come. A tool call without an end is content.
     pub fn finish(&mut self, text: &str) -> Vec<ReplyPiece> {
-        let mut pieces = self.text(text);
+        let mut pieces = if self.label.is_some() { self.label(text) } else { self.text(text) };
+        pieces.extend(self.end_label());
         if self.channel == Channel::ToolCall {
             pieces.extend(self.give_back(""));
         }
@@ -146,6 +187,22 @@ impl ReplyParser {
             self.held += &text[body.len()..];
         }
         if given.is_empty() { Vec::new() } else { vec![ReplyPiece::Text(self.channel, given)] }
+    }
+
+    /// Takes text of thinking whose label has not come yet, and leaves the label out.
+    fn label(&mut self, text: &str) -> Vec<ReplyPiece> {
+        let begun = self.label.take().unwrap_or_default() + text;
+        if begun.len() < self.format.label.len() && self.format.label.starts_with(&begun) {
+            self.label = Some(begun);
+            return Vec::new();
+        }
+        self.text(begun.strip_prefix(self.format.label).unwrap_or(&begun))
+    }
+
+    /// Gives what began like a label as text when the thinking ends. A label without its line break is still one.
+    fn end_label(&mut self) -> Vec<ReplyPiece> {
+        let begun = self.label.take().filter(|begun| begun != self.format.label.trim_end());
+        begun.map_or_else(Vec::new, |begun| self.text(&begun))
     }
 
     fn switch(&mut self, channel: Channel) {

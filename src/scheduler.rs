@@ -5,6 +5,15 @@
 //! token; what is left of the step's budget goes to prompts in equal shares, so that a short prompt never waits for
 //! more than one chunk of a long one. When blocks run out, cached prefixes go first, the least recently used one
 //! before others; then the youngest sequence is preempted and computed again later, with the same tokens.
+//!
+//! # Layers with a window
+//!
+//! Layers that look back `window` tokens have blocks, a pool and a table for each sequence of their own, beside those of
+//! the other attention layers. When a step has run, the blocks that the window of a sequence's next token does not reach
+//! go back to the pool, and [`NO_BLOCK`] takes their place in the table. The pool is large enough for the windows of all
+//! sequences that run and the tokens of a step ([`Window::blocks_for`]), so these blocks never make a sequence wait; what
+//! is left over holds the windows of cached prefixes, until a sequence needs it. A prefix can be reused up to where
+//! the cache holds a whole window: where a sequence ended, and at the checkpoints that prompts leave behind.
 
 #[cfg(test)]
 mod tests;
@@ -12,8 +21,10 @@ mod tests;
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use crate::blocks::{BlockPool, SlotPool};
-use crate::prefix_cache::{Prefix, PrefixCache};
+use kernels::NO_BLOCK;
+
+use crate::blocks::{BlockPool, Pools, SlotPool};
+use crate::prefix_cache::{Blocks, Prefix, PrefixCache};
 use crate::sequence::{Reuse, Sequence, SequenceId, Shortfall};
 
 /// Sizes that the scheduler keeps to.
@@ -31,13 +42,40 @@ pub(crate) struct Limits {
     pub checkpoint_interval: usize,
     /// Whether the model has recurrent layers.
     pub stateful: bool,
+    /// For a model that has layers with a window.
+    pub window: Option<Window>,
+}
+
+/// What layers with a window need.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window {
+    /// Tokens that a query sees, its own included.
+    pub tokens: usize,
+    /// Blocks of these layers, [`Window::blocks_for`] the sequences that may run or more.
+    pub num_blocks: usize,
+}
+
+impl Window {
+    /// Blocks that one sequence can hold at a time beside those of the tokens that it runs.
+    pub fn blocks_per_sequence(tokens: usize, block_size: usize) -> usize {
+        (tokens - 1).div_ceil(block_size) + 2
+    }
+
+    /// Blocks that `sequences` can hold at a time, when a step runs `max_tokens_per_step` tokens of them.
+    pub fn blocks_for(sequences: usize, tokens: usize, block_size: usize, max_tokens_per_step: usize) -> usize {
+        sequences * Self::blocks_per_sequence(tokens, block_size) + max_tokens_per_step / block_size
+    }
+
+    /// Sequences that the blocks are enough for.
+    pub fn max_sequences(&self, block_size: usize, max_tokens_per_step: usize) -> usize {
+        (self.num_blocks - max_tokens_per_step / block_size) / Self::blocks_per_sequence(self.tokens, block_size)
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     limits: Limits,
-    blocks: BlockPool,
-    slots: SlotPool,
+    pools: Pools,
     prefixes: PrefixCache,
     waiting: VecDeque<Sequence>,
     /// In order of arrival.
@@ -55,6 +93,7 @@ pub(crate) struct Plan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Copy {
     Block { from: u32, to: u32 },
+    WindowBlock { from: u32, to: u32 },
     Slot { from: u32, to: u32 },
 }
 
@@ -62,6 +101,7 @@ pub(crate) enum Copy {
 #[derive(Debug)]
 pub(crate) struct Held {
     pub blocks: Vec<u32>,
+    pub window_blocks: Vec<u32>,
     pub slots: Vec<u32>,
 }
 
@@ -81,9 +121,12 @@ impl Scheduler {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            blocks: BlockPool::new(limits.num_blocks),
-            slots: SlotPool::new(limits.num_slots),
-            prefixes: PrefixCache::new(limits.block_size, limits.stateful),
+            pools: Pools {
+                blocks: BlockPool::new(limits.num_blocks),
+                window_blocks: BlockPool::new(limits.window.map_or(0, |window| window.num_blocks)),
+                slots: SlotPool::new(limits.num_slots),
+            },
+            prefixes: PrefixCache::new(limits.block_size, limits.stateful, limits.window.map(|window| window.tokens)),
             waiting: VecDeque::new(),
             running: vec![],
         }
@@ -92,6 +135,11 @@ impl Scheduler {
     /// Tokens of the longest sequence that the blocks can hold.
     pub fn capacity(&self) -> usize {
         self.limits.num_blocks * self.limits.block_size
+    }
+
+    /// Whether sequences have `window_blocks`.
+    pub fn has_window(&self) -> bool {
+        self.limits.window.is_some()
     }
 
     /// Queues a sequence, which must fit [`Scheduler::capacity`].
@@ -120,7 +168,7 @@ impl Scheduler {
     /// Blocks: free, held by cached prefixes, in all. Checkpoints last.
     pub fn usage(&self) -> (usize, usize, usize, usize) {
         let (cached, checkpoints) = self.prefixes.held();
-        (self.blocks.available(), cached, self.blocks.len(), checkpoints)
+        (self.pools.blocks.available(), cached, self.pools.blocks.len(), checkpoints)
     }
 
     pub fn running(&self, id: SequenceId) -> Option<&Sequence> {
@@ -161,20 +209,24 @@ impl Scheduler {
         for work in work {
             let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == work.id) else { continue };
             sequence.computed = work.tokens.end;
+            if let Some(window) = self.limits.window {
+                leave_behind(sequence, window.tokens, self.limits.block_size, &mut self.pools.window_blocks);
+            }
             if !work.checkpoint {
                 continue;
             }
-            let (tokens, blocks) = (&sequence.tokens[..work.tokens.end], &sequence.blocks);
+            let tokens = &sequence.tokens[..work.tokens.end];
             let mut slot = None;
             if self.limits.stateful {
                 if self.prefixes.has_checkpoint(tokens) {
                     continue;
                 }
-                let Some(to) = take_slot(&mut self.slots, &mut self.prefixes, &mut self.blocks) else { continue };
+                let Some(to) = take_slot(&mut self.pools, &mut self.prefixes) else { continue };
                 copies.push(Copy::Slot { from: sequence.slot.expect("a running sequence has a slot"), to });
                 slot = Some(to);
             }
-            self.prefixes.insert(tokens, blocks, slot, &mut self.blocks, &mut self.slots);
+            let held = Blocks { blocks: &sequence.blocks, window_blocks: &sequence.window_blocks };
+            self.prefixes.insert(tokens, held, slot, &mut self.pools);
         }
         copies
     }
@@ -201,33 +253,37 @@ impl Scheduler {
 
     /// Takes blocks and slots for prefixes that come from outside: as many as can be had without preempting a
     /// sequence.
-    pub fn hold(&mut self, blocks: usize, slots: usize) -> Held {
-        let blocks = (0..blocks).map_while(|_| self.take_block()).collect();
-        let slots =
-            (0..slots).map_while(|_| take_slot(&mut self.slots, &mut self.prefixes, &mut self.blocks)).collect();
-        Held { blocks, slots }
+    pub fn hold(&mut self, blocks: usize, window_blocks: usize, slots: usize) -> Held {
+        let Self { pools, prefixes, .. } = self;
+        let blocks = (0..blocks).map_while(|_| take_block(pools, prefixes)).collect();
+        let window_blocks = (0..window_blocks).map_while(|_| take_window_block(pools, prefixes)).collect();
+        let slots = (0..slots).map_while(|_| take_slot(pools, prefixes)).collect();
+        Held { blocks, window_blocks, slots }
     }
 
     /// Makes prefixes reusable whose blocks and slots are indices of what is held, and have been written there. What
     /// nobody needs is free again. Returns how many tokens of each prefix are in the cache now.
     pub fn adopt(&mut self, prefixes: &[Prefix], held: Held) -> Vec<usize> {
-        let Held { blocks, mut slots } = held;
-        let mut adopted = vec![];
-        let mut slots: Vec<Option<u32>> = slots.drain(..).map(Some).collect();
+        let Self { pools, prefixes: cache, limits, .. } = self;
+        let mut slots: Vec<Option<u32>> = held.slots.into_iter().map(Some).collect();
+        let of = |ids: &[u32], index: u32| ids.get(index as usize).copied();
         for prefix in prefixes {
-            let own: Vec<u32> = prefix.blocks.iter().map_while(|&index| blocks.get(index as usize).copied()).collect();
-            let tokens = &prefix.tokens[..prefix.tokens.len().min(own.len() * self.limits.block_size)];
-            self.prefixes.insert(tokens, &own, None, &mut self.blocks, &mut self.slots);
+            let blocks: Vec<u32> = prefix.blocks.iter().map_while(|&index| of(&held.blocks, index)).collect();
+            let window_block = |&index: &u32| of(&held.window_blocks, index).unwrap_or(NO_BLOCK);
+            let window_blocks: Vec<u32> = prefix.window_blocks.iter().map(window_block).collect();
+            let own = Blocks { blocks: &blocks, window_blocks: &window_blocks };
+            let tokens = &prefix.tokens[..prefix.tokens.len().min(blocks.len() * limits.block_size)];
+            cache.insert(tokens, own, None, pools);
             for &(position, index) in prefix.states.iter().filter(|(position, _)| *position <= tokens.len()) {
                 if let Some(slot) = slots.get_mut(index as usize).and_then(Option::take) {
-                    self.prefixes.insert(&tokens[..position], &own, Some(slot), &mut self.blocks, &mut self.slots);
+                    cache.insert(&tokens[..position], own, Some(slot), pools);
                 }
             }
-            adopted.push(self.prefixes.resumable(tokens).tokens.len());
         }
-        blocks.into_iter().for_each(|block| self.blocks.release(block));
-        slots.into_iter().flatten().for_each(|slot| self.slots.release(slot));
-        adopted
+        held.blocks.into_iter().for_each(|block| pools.blocks.release(block));
+        held.window_blocks.into_iter().for_each(|block| pools.window_blocks.release(block));
+        slots.into_iter().flatten().for_each(|slot| pools.slots.release(slot));
+        prefixes.iter().map(|prefix| cache.resumable(&prefix.tokens).tokens.len()).collect()
     }
 
     /// Starts waiting sequences while there is room, from what the cache holds of them.
@@ -236,9 +292,9 @@ impl Scheduler {
         while self.running.len() < self.limits.max_sequences {
             let Some(mut sequence) = self.waiting.pop_front() else { return };
             let resume = self.prefixes.find(&sequence.tokens);
-            for &block in &resume.blocks {
-                self.blocks.share(block);
-            }
+            resume.blocks.iter().for_each(|&block| self.pools.blocks.share(block));
+            let windows = resume.window_blocks.iter().copied().filter(|&block| block != NO_BLOCK);
+            windows.clone().for_each(|block| self.pools.window_blocks.share(block));
             // A block for the next token of each running sequence is part of what must remain.
             let outstanding: usize = self
                 .running
@@ -246,14 +302,15 @@ impl Scheduler {
                 .map(|s| (s.tokens.len() + 1).div_ceil(block_size).saturating_sub(s.blocks.len()))
                 .sum();
             let needed = (sequence.tokens.len() + 1).div_ceil(block_size) - resume.blocks.len();
-            let available = self.blocks.available() + self.prefixes.evictable_blocks(&self.blocks);
+            let available = self.pools.blocks.available() + self.prefixes.evictable_blocks(&self.pools);
             let fits = self.running.is_empty() || needed + outstanding <= available;
-            let slot = fits.then(|| take_slot(&mut self.slots, &mut self.prefixes, &mut self.blocks)).flatten();
+            let slot = fits.then(|| take_slot(&mut self.pools, &mut self.prefixes)).flatten();
             let partial = slot.is_some().then_some(resume.partial).flatten();
-            let copied = partial.and_then(|from| Some((from, self.take_block()?)));
+            let copied = partial.and_then(|from| Some((from, take_block(&mut self.pools, &mut self.prefixes)?)));
             let (Some(slot), true) = (slot, partial.is_some() == copied.is_some()) else {
-                resume.blocks.iter().for_each(|&block| self.blocks.release(block));
-                slot.into_iter().for_each(|slot| self.slots.release(slot));
+                resume.blocks.iter().for_each(|&block| self.pools.blocks.release(block));
+                windows.for_each(|block| self.pools.window_blocks.release(block));
+                slot.into_iter().for_each(|slot| self.pools.slots.release(slot));
                 self.waiting.push_front(sequence);
                 return;
             };
@@ -262,13 +319,24 @@ impl Scheduler {
                 copies.push(Copy::Block { from, to });
                 sequence.blocks.push(to);
             }
+            sequence.window_blocks = resume.window_blocks;
+            if let Some(from) = resume.window_partial {
+                let to = self.window_block();
+                copies.push(Copy::WindowBlock { from, to });
+                sequence.window_blocks.push(to);
+            }
             if let Some(from) = resume.slot {
                 copies.push(Copy::Slot { from, to: slot });
             }
             sequence.slot = Some(slot);
             sequence.computed = resume.reused;
-            let shortfall = (resume.reused < resume.common.min(sequence.tokens.len() - 1))
-                .then_some(if resume.evicted { Shortfall::Evicted } else { Shortfall::NoCheckpoint });
+            let shortfall = (resume.reused < resume.common.min(sequence.tokens.len() - 1)).then_some(
+                match (resume.window_passed, resume.evicted) {
+                    (true, _) => Shortfall::WindowPassed,
+                    (false, true) => Shortfall::Evicted,
+                    (false, false) => Shortfall::NoCheckpoint,
+                },
+            );
             sequence.reuse.get_or_insert(Reuse {
                 prompt: sequence.prompt_len,
                 common: resume.common,
@@ -312,7 +380,7 @@ impl Scheduler {
     /// the end it itself: then the answer is false.
     fn reserve(&mut self, index: usize, end: usize) -> bool {
         while self.running[index].blocks.len() * self.limits.block_size < end {
-            if let Some(block) = self.take_block() {
+            if let Some(block) = take_block(&mut self.pools, &mut self.prefixes) {
                 self.running[index].blocks.push(block);
                 continue;
             }
@@ -323,34 +391,63 @@ impl Scheduler {
                 return false;
             }
         }
+        if self.limits.window.is_some() {
+            while self.running[index].window_blocks.len() * self.limits.block_size < end {
+                let block = self.window_block();
+                self.running[index].window_blocks.push(block);
+            }
+        }
         true
+    }
+
+    fn window_block(&mut self) -> u32 {
+        let taken = take_window_block(&mut self.pools, &mut self.prefixes);
+        taken.expect("the pool holds the windows of all sequences that run")
     }
 
     /// Hands everything that a sequence holds to the prefix cache.
     fn retire(&mut self, sequence: &mut Sequence) {
-        let blocks = std::mem::take(&mut sequence.blocks);
+        let (blocks, window_blocks) =
+            (std::mem::take(&mut sequence.blocks), std::mem::take(&mut sequence.window_blocks));
         let slot = sequence.slot.take().expect("a running sequence has a slot");
         let computed = &sequence.tokens[..sequence.computed];
         let checkpoint = (self.limits.stateful && sequence.computed > 0).then_some(slot);
-        self.prefixes.insert(computed, &blocks, checkpoint, &mut self.blocks, &mut self.slots);
+        let held = Blocks { blocks: &blocks, window_blocks: &window_blocks };
+        self.prefixes.insert(computed, held, checkpoint, &mut self.pools);
         if checkpoint.is_none() {
-            self.slots.release(slot);
+            self.pools.slots.release(slot);
         }
-        blocks.iter().for_each(|&block| self.blocks.release(block));
+        blocks.iter().for_each(|&block| self.pools.blocks.release(block));
+        let windows = window_blocks.iter().filter(|&&block| block != NO_BLOCK);
+        windows.for_each(|&block| self.pools.window_blocks.release(block));
         sequence.computed = 0;
-    }
-
-    fn take_block(&mut self) -> Option<u32> {
-        self.blocks.take().or_else(|| {
-            self.prefixes.evict_block(&mut self.blocks, &mut self.slots);
-            self.blocks.take()
-        })
     }
 }
 
-fn take_slot(slots: &mut SlotPool, prefixes: &mut PrefixCache, blocks: &mut BlockPool) -> Option<u32> {
-    slots.take().or_else(|| {
-        prefixes.evict_checkpoint(blocks, slots);
-        slots.take()
+fn take_block(pools: &mut Pools, prefixes: &mut PrefixCache) -> Option<u32> {
+    pools.blocks.take().or_else(|| {
+        prefixes.evict_block(pools);
+        pools.blocks.take()
     })
+}
+
+fn take_window_block(pools: &mut Pools, prefixes: &mut PrefixCache) -> Option<u32> {
+    pools.window_blocks.take().or_else(|| {
+        prefixes.evict_window_block(pools);
+        pools.window_blocks.take()
+    })
+}
+
+fn take_slot(pools: &mut Pools, prefixes: &mut PrefixCache) -> Option<u32> {
+    pools.slots.take().or_else(|| {
+        prefixes.evict_checkpoint(pools);
+        pools.slots.take()
+    })
+}
+
+/// Gives back the blocks that no window of the sequence's tokens to come reaches.
+fn leave_behind(sequence: &mut Sequence, window: usize, block_size: usize, window_blocks: &mut BlockPool) {
+    let passed = (sequence.computed + 1).saturating_sub(window) / block_size;
+    let held = sequence.window_blocks[..passed].iter_mut().rev().take_while(|block| **block != NO_BLOCK);
+    held.for_each(|block| window_blocks.release(std::mem::replace(block, NO_BLOCK)));
 }

@@ -16,6 +16,8 @@ pub(crate) struct Sequence {
     /// Leading tokens whose keys, values and state are in the cache.
     pub computed: usize,
     pub blocks: Vec<u32>,
+    /// As `blocks`, for layers with a window: `NO_BLOCK` where the window has passed. Empty if there are none.
+    pub window_blocks: Vec<u32>,
     /// `None` while the sequence waits.
     pub slot: Option<u32>,
     /// Set when the sequence first runs.
@@ -25,7 +27,17 @@ pub(crate) struct Sequence {
 impl Sequence {
     pub fn new(id: SequenceId, prompt: Vec<u32>, stable_len: usize) -> Self {
         let prompt_len = prompt.len();
-        Self { id, tokens: prompt, prompt_len, stable_len, computed: 0, blocks: vec![], slot: None, reuse: None }
+        Self {
+            id,
+            tokens: prompt,
+            prompt_len,
+            stable_len,
+            computed: 0,
+            blocks: vec![],
+            window_blocks: vec![],
+            slot: None,
+            reuse: None,
+        }
     }
 
     /// Tokens that must run before the next one can be sampled.
@@ -59,6 +71,9 @@ pub enum Shortfall {
     NoCheckpoint,
     /// There was one, and it was given up for lack of memory.
     Evicted,
+    /// Layers with a window no longer hold the tokens before a later point: a sequence gives them up as it goes on, but
+    /// for those before its checkpoints.
+    WindowPassed,
 }
 
 impl std::fmt::Display for Shortfall {
@@ -66,6 +81,7 @@ impl std::fmt::Display for Shortfall {
         f.write_str(match self {
             Self::NoCheckpoint => "no checkpoint of the recurrent state further on",
             Self::Evicted => "a later checkpoint was given up for lack of memory",
+            Self::WindowPassed => "the sliding layers no longer hold the tokens before a later point",
         })
     }
 }

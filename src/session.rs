@@ -94,6 +94,7 @@ pub(crate) fn save(path: &Path, session: &Session, snapshot: &Snapshot) -> Resul
     let layout = Layout {
         block_size: snapshot.block_size,
         num_blocks: snapshot.num_blocks,
+        num_window_blocks: snapshot.num_window_blocks,
         num_slots: snapshot.num_slots,
         prefixes: snapshot.prefixes.clone(),
     };
@@ -137,9 +138,9 @@ pub(crate) fn load(path: &Path) -> Result<(Session, Snapshot)> {
         return Err(fail(DAMAGED));
     }
     let Content { session, cache } = serde_json::from_str(json).map_err(|error| fail(&error.to_string()))?;
-    let Layout { block_size, num_blocks, num_slots, prefixes } = cache;
+    let Layout { block_size, num_blocks, num_window_blocks, num_slots, prefixes } = cache;
     let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
-    Ok((session, Snapshot { block_size, num_blocks, num_slots, prefixes, tensors }))
+    Ok((session, Snapshot { block_size, num_blocks, num_window_blocks, num_slots, prefixes, tensors }))
 }
 
 const FORMAT: &str = "taper session 1";
@@ -157,6 +158,7 @@ struct Content {
 struct Layout {
     block_size: usize,
     num_blocks: usize,
+    num_window_blocks: usize,
     num_slots: usize,
     prefixes: Vec<Prefix>,
 }

@@ -242,6 +242,7 @@ fn run(model: &mut dyn CausalLm, prompts: &[&[u32]], dtype: DType, device: &Devi
     let blocks: Vec<u32> = (0..(blocks_each * prompts.len()) as u32).rev().collect();
     let config = CacheConfig {
         num_blocks: blocks.len(),
+        num_window_blocks: blocks.len(),
         block_size: BLOCK_SIZE,
         num_slots: prompts.len(),
         dtype,

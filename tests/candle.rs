@@ -22,8 +22,14 @@ fn qwen3_gives_candles_logits() {
         let model = Config::read(&checkpoint)
             .and_then(|config| config.load(&checkpoint, DType::F32, &Device::Cpu))
             .expect("a fixture");
-        let config =
-            CacheConfig { num_blocks: 5, block_size: 16, num_slots: 1, dtype: DType::F32, device: Device::Cpu };
+        let config = CacheConfig {
+            num_blocks: 5,
+            num_window_blocks: 0,
+            block_size: 16,
+            num_slots: 1,
+            dtype: DType::F32,
+            device: Device::Cpu,
+        };
         let mut cache = Cache::new(&model.cache_specs(), config).expect("memory");
         let segment = Segment { tokens: &tokens, past: 0, blocks: &[3, 0, 4, 1, 2], slot: 0 };
         let batch = Batch::new(&[segment], 16, &Device::Cpu).expect("a batch");

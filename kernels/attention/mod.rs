@@ -15,6 +15,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::Batch;
+use crate::batch::Sequence;
 use crate::cpu::{as_rows, dtype_of};
 use crate::simd::Stored;
 
@@ -134,7 +135,7 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
     if k.dtype() != kv.dtype() || v.dtype() != kv.dtype() {
         bail!("write_kv: k is {:?} and v {:?}, expected {:?} like kv", k.dtype(), v.dtype(), kv.dtype())
     }
-    batch.check_blocks("write_kv", blocks, block_size)?;
+    batch.check_blocks("write_kv", blocks, block_size, |sequence| sequence.past())?;
     kv.inplace_op3(&as_rows(k)?, &as_rows(v)?, &WriteKv { batch })
 }
 
@@ -151,8 +152,8 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 ///
 /// # Errors
 ///
-/// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, a page of the batch lies outside `kv`, or `params` is
-/// refused as by [`attention`].
+/// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, a page that a query sees lies outside `kv`, or `params`
+/// is refused as by [`attention`].
 ///
 /// Devices: CPU.
 ///
@@ -177,8 +178,9 @@ pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attention
             batch.num_tokens()
         )
     }
-    batch.check_blocks("paged_attention", blocks, block_size)?;
     params.check("paged_attention")?;
+    let first_seen = |sequence: &Sequence| params.visible(sequence.past(), sequence.context_len).start;
+    batch.check_blocks("paged_attention", blocks, block_size, first_seen)?;
     as_rows(q)?.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
 }
 

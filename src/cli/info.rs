@@ -35,9 +35,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let specs = &description.cache_specs;
     let per_token = cache::bytes_per_block(specs, 1, dtype);
     let per_sequence = cache::bytes_per_slot(specs);
+    let window = cache::window(specs).unwrap_or(0);
+    let per_window = window * cache::bytes_per_window_block(specs, 1, dtype);
     let free = taper::available_memory();
     let context = free
-        .saturating_sub(parts.bytes as usize + per_sequence)
+        .saturating_sub(parts.resident as usize + per_sequence + per_window)
         .checked_div(per_token)
         .unwrap_or(usize::MAX)
         .min(description.max_positions);
@@ -55,6 +57,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "bytes_by_part": parts.by_part,
             "cache_dtype": dtype.as_str(),
             "key_value_bytes_per_token": per_token,
+            "window_tokens": cache::window(specs),
+            "window_bytes_per_sequence": per_window,
             "state_bytes_per_sequence": per_sequence,
             "free_memory_bytes": free,
             "context_that_fits": context,
@@ -74,11 +78,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         row(&format!("  {part}"), bytes_of(*bytes));
     }
     row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
+    if per_window > 0 {
+        row("  in the window", format!("{} per sequence for the last {window} tokens", bytes_of(per_window as u64)));
+    }
     if per_sequence > 0 {
         row("recurrent state", format!("{} per sequence in f32", bytes_of(per_sequence as u64)));
     }
     row("free memory", bytes_of(free as u64));
-    let fits = match parts.bytes as usize + per_sequence < free {
+    let fits = match parts.resident as usize + per_sequence + per_window < free {
         true => format!("yes, with a context of up to {context} tokens"),
         false => "no: the weights alone need more memory than is free".into(),
     };
@@ -89,6 +96,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// The size of the weights, and of their parts where headers are at hand.
 struct Parts {
     bytes: u64,
+    /// Without what is not used or stays in its file.
+    resident: u64,
     parameters: Option<u64>,
     by_part: BTreeMap<&'static str, u64>,
 }
@@ -105,22 +114,34 @@ impl Parts {
         };
         let Some(tensors) = tensors else {
             let bytes = metadata.weights.iter().map(|file| file.bytes).sum();
-            return Ok(Self { bytes, parameters: None, by_part: BTreeMap::new() });
+            return Ok(Self { bytes, resident: bytes, parameters: None, by_part: BTreeMap::new() });
         };
         let mut by_part = BTreeMap::new();
         for tensor in &tensors {
             *by_part.entry(part(&tensor.name)).or_default() += tensor.bytes as u64;
         }
         let elements = |tensor: &weights::TensorSize| tensor.shape.iter().product::<usize>() as u64;
-        Ok(Self { bytes: by_part.values().sum(), parameters: Some(tensors.iter().map(elements).sum()), by_part })
+        let bytes = by_part.values().sum();
+        let elsewhere: u64 = [UNUSED, ON_DISK].iter().filter_map(|part| by_part.get(part)).sum();
+        let parameters = Some(tensors.iter().map(elements).sum());
+        Ok(Self { bytes, resident: bytes - elsewhere, parameters, by_part })
     }
 }
 
+const UNUSED: &str = "not used";
+const ON_DISK: &str = "read from the file";
+
 /// The part of the model that a tensor belongs to.
 fn part(name: &str) -> &'static str {
-    const PARTS: [(&str, &str); 7] = [
-        ("mtp.", "not used"),
-        ("visual.", "not used"),
+    const PARTS: [(&str, &str); 13] = [
+        ("mtp.", UNUSED),
+        ("visual.", UNUSED),
+        ("vision_tower.", UNUSED),
+        ("audio_tower.", UNUSED),
+        ("embed_vision.", UNUSED),
+        ("embed_audio.", UNUSED),
+        ("embed_tokens_per_layer", ON_DISK),
+        ("per_layer_", "per-layer input"),
         ("embed_tokens", "embedding"),
         ("lm_head", "head"),
         ("self_attn", "attention"),
@@ -155,6 +176,8 @@ mod tests {
     fn tensors_belong_to_parts() {
         assert_eq!(part("model.language_model.layers.0.linear_attn.norm.weight"), "delta net");
         assert_eq!(part("model.layers.0.post_attention_layernorm.weight"), "norms");
+        assert_eq!(part("model.language_model.embed_tokens_per_layer.weight"), ON_DISK);
+        assert_eq!(part("model.language_model.layers.0.post_per_layer_input_norm.weight"), "per-layer input");
         assert_eq!(part("mtp.layers.0.mlp.down_proj.weight"), "not used");
     }
 

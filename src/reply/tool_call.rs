@@ -19,6 +19,72 @@ pub(super) fn parse_qwen(text: &str, tools: &[Tool]) -> Option<ToolCall> {
     call.filter(|call| !call.name.is_empty())
 }
 
+/// The token around strings in a call of Gemma 4.
+pub(super) const GEMMA_QUOTE: &str = "<|\"|>";
+
+/// A call of Gemma 4, `call:NAME{key:value,..}`. Values are `<|"|>text<|"|>`, `{key:value,..}`, `[value,..]`, numbers,
+/// `true`, `false` and `null`; anything else without quotation marks is text too.
+pub(super) fn parse_gemma(text: &str, _tools: &[Tool]) -> Option<ToolCall> {
+    let (name, rest) = text.trim().strip_prefix("call:")?.split_once('{')?;
+    let (arguments, rest) = gemma_map(rest, 0)?;
+    let name = name.trim();
+    (rest.trim().is_empty() && !name.is_empty()).then(|| ToolCall::new(name, arguments))
+}
+
+/// A map behind its opening brace, and what follows it.
+fn gemma_map(text: &str, depth: usize) -> Option<(Map<String, Value>, &str)> {
+    let mut map = Map::new();
+    let mut rest = text.trim_start();
+    while !rest.starts_with('}') {
+        let (key, after_key) = match rest.strip_prefix(GEMMA_QUOTE) {
+            Some(quoted) => quoted.split_once(GEMMA_QUOTE).map(|(key, rest)| (key, rest.trim_start()))?,
+            None => rest.split_at(rest.find(':')?),
+        };
+        let (value, after_value) = gemma_value(after_key.strip_prefix(':')?, depth + 1)?;
+        map.insert(key.trim().to_string(), value);
+        rest = gemma_next(after_value, '}')?;
+    }
+    Some((map, &rest[1..]))
+}
+
+fn gemma_value(text: &str, depth: usize) -> Option<(Value, &str)> {
+    const MAX_DEPTH: usize = 64;
+    let text = text.trim_start();
+    if depth > MAX_DEPTH {
+        return None;
+    }
+    if let Some(quoted) = text.strip_prefix(GEMMA_QUOTE) {
+        return quoted.split_once(GEMMA_QUOTE).map(|(text, rest)| (text.into(), rest));
+    }
+    if let Some(map) = text.strip_prefix('{') {
+        return gemma_map(map, depth).map(|(map, rest)| (map.into(), rest));
+    }
+    if let Some(list) = text.strip_prefix('[') {
+        let (mut values, mut rest) = (vec![], list.trim_start());
+        while !rest.starts_with(']') {
+            let (value, after_value) = gemma_value(rest, depth + 1)?;
+            values.push(value);
+            rest = gemma_next(after_value, ']')?;
+        }
+        return Some((values.into(), &rest[1..]));
+    }
+    let (bare, rest) = text.split_at(text.find([',', '}', ']'])?);
+    let bare = bare.trim_end();
+    if bare.is_empty() {
+        return None;
+    }
+    Some((serde_json::from_str(bare).unwrap_or_else(|_| bare.into()), rest))
+}
+
+/// What follows a value: the text behind a comma, or the end of the list or map that it stands in.
+fn gemma_next(text: &str, end: char) -> Option<&str> {
+    let text = text.trim_start();
+    match text.strip_prefix(',') {
+        Some(rest) => Some(rest.trim_start()),
+        None => text.starts_with(end).then_some(text),
+    }
+}
+
 fn parse_tags(text: &str, tools: &[Tool]) -> Option<ToolCall> {
     const END: &str = "</parameter>";
     let (name, mut rest) = text.strip_prefix("<function=")?.strip_suffix("</function>")?.split_once('>')?;

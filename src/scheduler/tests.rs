@@ -9,72 +9,107 @@ use super::*;
 
 struct Memory {
     rows: Vec<u64>,
+    /// Of the layers with a window.
+    window_rows: Vec<u64>,
     slots: Vec<u64>,
     block_size: usize,
     stateful: bool,
+    window: Option<usize>,
 }
 
 impl Memory {
     fn new(limits: &Limits) -> Self {
-        let rows = vec![0; limits.num_blocks * limits.block_size];
-        Self { rows, slots: vec![0; limits.num_slots], block_size: limits.block_size, stateful: limits.stateful }
+        let rows = |blocks| vec![0; blocks * limits.block_size];
+        Self {
+            rows: rows(limits.num_blocks),
+            window_rows: rows(limits.window.map_or(0, |window| window.num_blocks)),
+            slots: vec![0; limits.num_slots],
+            block_size: limits.block_size,
+            stateful: limits.stateful,
+            window: limits.window.map(|window| window.tokens),
+        }
     }
 
     fn copy(&mut self, copies: &[Copy]) {
         for copy in copies {
             match *copy {
-                Copy::Block { from, to } => {
-                    let start = from as usize * self.block_size;
-                    self.rows.copy_within(start..start + self.block_size, to as usize * self.block_size);
-                }
+                Copy::Block { from, to } => copy_block(&mut self.rows, from, to, self.block_size),
+                Copy::WindowBlock { from, to } => copy_block(&mut self.window_rows, from, to, self.block_size),
                 Copy::Slot { from, to } => self.slots[to as usize] = self.slots[from as usize],
             }
         }
     }
 
-    /// What a forward pass does: reads every earlier row and the state, writes the new ones.
+    /// What a forward pass does: reads every earlier row, those of the window and the state, writes the new ones.
     fn run(&mut self, sequence: &Sequence, tokens: Range<usize>) {
-        let row = |position: usize| {
-            sequence.blocks[position / self.block_size] as usize * self.block_size + position % self.block_size
+        let row = |blocks: &[u32], position: usize| {
+            blocks[position / self.block_size] as usize * self.block_size + position % self.block_size
         };
         for position in 0..tokens.start {
-            assert_eq!(self.rows[row(position)], fingerprint(&sequence.tokens[..=position]), "stale row {position}");
+            let got = self.rows[row(&sequence.blocks, position)];
+            assert_eq!(got, fingerprint(&sequence.tokens[..=position]), "stale row {position}");
+        }
+        if let Some(window) = self.window {
+            for position in (tokens.start + 1).saturating_sub(window)..tokens.start {
+                assert_ne!(sequence.window_blocks[position / self.block_size], NO_BLOCK, "no row {position}");
+                let got = self.window_rows[row(&sequence.window_blocks, position)];
+                assert_eq!(got, fingerprint(&sequence.tokens[..=position]), "stale row {position} in the window");
+            }
+            for position in tokens.clone() {
+                self.window_rows[row(&sequence.window_blocks, position)] = fingerprint(&sequence.tokens[..=position]);
+            }
         }
         let slot = sequence.slot.expect("running") as usize;
         if self.stateful && tokens.start > 0 {
             assert_eq!(self.slots[slot], fingerprint(&sequence.tokens[..tokens.start]), "wrong state");
         }
         for position in tokens.clone() {
-            self.rows[row(position)] = fingerprint(&sequence.tokens[..=position]);
+            self.rows[row(&sequence.blocks, position)] = fingerprint(&sequence.tokens[..=position]);
         }
         self.slots[slot] = fingerprint(&sequence.tokens[..tokens.end]);
     }
 }
 
+fn copy_block(rows: &mut [u64], from: u32, to: u32, block_size: usize) {
+    let start = from as usize * block_size;
+    rows.copy_within(start..start + block_size, to as usize * block_size);
+}
+
 /// A prefix that left the cache, with what its rows and slots held.
 struct Saved {
     prefix: Prefix,
-    rows: Vec<u64>,
+    blocks: Vec<Vec<u64>>,
+    window_blocks: Vec<Vec<u64>>,
     states: Vec<u64>,
 }
 
 fn save(scheduler: &Scheduler, memory: &Memory, tokens: &[u32]) -> Saved {
     let mut prefix = scheduler.resumable(tokens);
-    let row = |block: u32| (0..memory.block_size).map(move |offset| block as usize * memory.block_size + offset);
-    let rows = prefix.blocks.iter().flat_map(|&block| row(block)).map(|row| memory.rows[row]).collect();
+    let take = |rows: &[u64], ids: &mut Vec<u32>| {
+        let held = ids.iter_mut().filter(|id| **id != NO_BLOCK);
+        let block = |(id, index): (&mut u32, u32)| {
+            let block = std::mem::replace(id, index) as usize;
+            rows[block * memory.block_size..][..memory.block_size].to_vec()
+        };
+        held.zip(0..).map(block).collect()
+    };
+    let blocks = take(&memory.rows, &mut prefix.blocks);
+    let window_blocks = take(&memory.window_rows, &mut prefix.window_blocks);
     let states = prefix.states.iter().map(|&(_, slot)| memory.slots[slot as usize]).collect();
-    prefix.blocks = (0..prefix.blocks.len() as u32).collect();
     prefix.states.iter_mut().zip(0..).for_each(|((_, slot), index)| *slot = index);
-    Saved { prefix, rows, states }
+    Saved { prefix, blocks, window_blocks, states }
 }
 
 /// Brings a saved prefix back; returns how many of its tokens can be reused.
 fn restore(scheduler: &mut Scheduler, memory: &mut Memory, saved: &Saved) -> usize {
-    let held = scheduler.hold(saved.prefix.blocks.len(), saved.prefix.states.len());
-    for (index, &block) in held.blocks.iter().enumerate() {
-        let rows = &saved.rows[index * memory.block_size..][..memory.block_size];
-        memory.rows[block as usize * memory.block_size..][..memory.block_size].copy_from_slice(rows);
-    }
+    let held = scheduler.hold(saved.blocks.len(), saved.window_blocks.len(), saved.states.len());
+    let put = |rows: &mut [u64], ids: &[u32], blocks: &[Vec<u64>]| {
+        for (&id, block) in ids.iter().zip(blocks) {
+            rows[id as usize * block.len()..][..block.len()].copy_from_slice(block);
+        }
+    };
+    put(&mut memory.rows, &held.blocks, &saved.blocks);
+    put(&mut memory.window_rows, &held.window_blocks, &saved.window_blocks);
     for (&state, &slot) in saved.states.iter().zip(&held.slots) {
         memory.slots[slot as usize] = state;
     }
@@ -93,23 +128,38 @@ fn next_token(tokens: &[u32]) -> u32 {
 }
 
 fn check(scheduler: &Scheduler) {
-    let (blocks, slots) = scheduler.prefixes.holdings();
-    let mut owners: HashMap<u32, u32> = HashMap::new();
-    let running = scheduler.running.iter().flat_map(|sequence| &sequence.blocks);
-    for &block in blocks.iter().chain(running) {
-        *owners.entry(block).or_default() += 1;
-    }
-    for block in 0..scheduler.limits.num_blocks as u32 {
-        assert_eq!(scheduler.blocks.owners(block), owners.get(&block).copied().unwrap_or(0), "owners of block {block}");
-    }
-    let mut taken: Vec<u32> = scheduler.running.iter().filter_map(|sequence| sequence.slot).chain(slots).collect();
+    let [blocks, window_blocks, slots] = scheduler.prefixes.holdings();
+    let running = || scheduler.running.iter();
+    let blocks = blocks.iter().chain(running().flat_map(|sequence| &sequence.blocks));
+    check_owners(&scheduler.pools.blocks, blocks);
+    let window_blocks = window_blocks.iter().chain(running().flat_map(|sequence| &sequence.window_blocks));
+    check_owners(&scheduler.pools.window_blocks, window_blocks.filter(|&&block| block != NO_BLOCK));
+    let mut taken: Vec<u32> = running().filter_map(|sequence| sequence.slot).chain(slots).collect();
     taken.sort_unstable();
     let count = taken.len();
     taken.dedup();
     assert_eq!(taken.len(), count, "a slot with two owners");
-    assert_eq!(scheduler.slots.available() + count, scheduler.limits.num_slots, "a lost slot");
+    assert_eq!(scheduler.pools.slots.available() + count, scheduler.limits.num_slots, "a lost slot");
     for sequence in &scheduler.running {
         assert!(sequence.blocks.len() * scheduler.limits.block_size >= sequence.computed);
+    }
+}
+
+fn check_owners<'a>(pool: &BlockPool, held: impl Iterator<Item = &'a u32>) {
+    let mut owners: HashMap<u32, u32> = HashMap::new();
+    held.for_each(|&block| *owners.entry(block).or_default() += 1);
+    for block in 0..pool.len() as u32 {
+        assert_eq!(pool.owners(block), owners.get(&block).copied().unwrap_or(0), "owners of block {block}");
+    }
+}
+
+/// What is left when a step has run: the blocks that the next token's window reaches, no others.
+fn check_windows(scheduler: &Scheduler) {
+    let Some(window) = scheduler.limits.window else { return };
+    for sequence in &scheduler.running {
+        let reached = (sequence.computed + 1).saturating_sub(window.tokens) / scheduler.limits.block_size;
+        let held = sequence.window_blocks.iter().map(|&block| block != NO_BLOCK);
+        assert!(held.enumerate().all(|(index, held)| held == (index >= reached)), "{:?}", sequence.window_blocks);
     }
 }
 
@@ -147,6 +197,7 @@ impl Run {
         }
         let copies = self.scheduler.complete(&plan.work);
         self.memory.copy(&copies);
+        check_windows(&self.scheduler);
         let mut finished = vec![];
         for work in plan.work.iter().filter(|work| work.sample) {
             let token = next_token(&self.scheduler.running(work.id).expect("planned").tokens);
@@ -163,14 +214,21 @@ impl Run {
 fn limits(random: &mut Random) -> Limits {
     let block_size = 1 + random.below(6);
     let max_sequences = 1 + random.below(4);
+    let max_tokens_per_step = max_sequences + random.below(20);
+    let window = (random.below(2) > 0).then(|| {
+        let tokens = 1 + random.below(14);
+        let least = Window::blocks_for(max_sequences, tokens, block_size, max_tokens_per_step);
+        Window { tokens, num_blocks: least + random.below(12) }
+    });
     Limits {
         block_size,
         num_blocks: 40 / block_size + 1 + random.below(20),
         num_slots: max_sequences + random.below(5),
-        max_tokens_per_step: max_sequences + random.below(20),
+        max_tokens_per_step,
         max_sequences,
         checkpoint_interval: 1 + random.below(12),
         stateful: random.below(3) > 0,
+        window,
     }
 }
 
@@ -225,6 +283,7 @@ fn roomy(stateful: bool) -> Limits {
         max_sequences: 4,
         checkpoint_interval: 1000,
         stateful,
+        window: None,
     }
 }
 
@@ -295,19 +354,20 @@ fn cancelling_frees_everything_but_the_prefix() {
 
 #[test]
 fn a_prefix_comes_back_from_outside() {
-    for stateful in [true, false] {
-        let mut run = Run::new(roomy(stateful));
+    for (stateful, limits) in [(true, roomy(true)), (false, roomy(false)), (false, sliding(false))] {
+        let mut run = Run::new(limits);
         let first = run_alone(&mut run, 0, (0..30).collect(), 26);
         let saved = save(&run.scheduler, &run.memory, &first.tokens);
         assert_eq!((saved.prefix.tokens.len(), saved.prefix.states.len()), (32, if stateful { 2 } else { 0 }));
-        let mut run = Run::new(roomy(stateful));
+        let mut run = Run::new(limits);
         assert_eq!(restore(&mut run.scheduler, &mut run.memory, &saved), 32);
         let mut prompt = first.tokens;
         prompt.extend([7, 7]);
         let reuse = run_alone(&mut run, 1, prompt, 0).reuse.expect("ran");
         assert_eq!((reuse.common, reuse.reused), (32, 32), "stateful {stateful}");
-        let mut small = Run::new(Limits { num_blocks: 3, ..roomy(stateful) });
-        assert_eq!(restore(&mut small.scheduler, &mut small.memory, &saved), if stateful { 0 } else { 12 });
+        let mut small = Run::new(Limits { num_blocks: 3, ..limits });
+        let fits = if stateful || limits.window.is_some() { 0 } else { 12 };
+        assert_eq!(restore(&mut small.scheduler, &mut small.memory, &saved), fits);
     }
 }
 
@@ -332,4 +392,45 @@ fn every_turn_of_a_conversation_can_be_come_back_to() {
             assert_eq!(reuse.reused, turns[turn - 1], "turn {turn} in blocks of {block_size}: {reuse:?}");
         }
     }
+}
+
+/// Blocks of 4 and a window of 6 tokens.
+fn sliding(stateful: bool) -> Limits {
+    Limits { window: Some(Window { tokens: 6, num_blocks: 40 }), ..roomy(stateful) }
+}
+
+#[test]
+fn a_prompt_does_not_resume_where_its_window_has_passed() {
+    let prompt: Vec<u32> = (0..40).collect();
+    for stateful in [true, false] {
+        let mut run = Run::new(sliding(stateful));
+        let first = run_alone(&mut run, 0, prompt.clone(), 22).tokens;
+        // Up to the checkpoint, whose window the cache has kept.
+        let mut next = prompt[..30].to_vec();
+        next.extend([70, 71]);
+        let reuse = run_alone(&mut run, 1, next, 0).reuse.expect("ran");
+        let shortfall = if stateful { Shortfall::NoCheckpoint } else { Shortfall::WindowPassed };
+        assert_eq!((reuse.common, reuse.reused, reuse.shortfall), (30, 22, Some(shortfall)), "stateful {stateful}");
+        // Before it there is nothing.
+        let mut next = prompt[..20].to_vec();
+        next.extend([80, 81]);
+        let reuse = run_alone(&mut run, 2, next, 0).reuse.expect("ran");
+        assert_eq!((reuse.common, reuse.reused), (20, 0), "stateful {stateful}");
+        // Where a sequence ended its window is whole.
+        let reuse = run_alone(&mut run, 3, first, 0).reuse.expect("ran");
+        assert_eq!((reuse.reused, reuse.shortfall), (42, None), "stateful {stateful}");
+    }
+}
+
+#[test]
+fn a_window_whose_block_is_needed_elsewhere_is_given_up() {
+    let least = Window::blocks_for(1, 6, 4, 16);
+    let limits = Limits { window: Some(Window { tokens: 6, num_blocks: least }), max_sequences: 1, ..roomy(false) };
+    let mut run = Run::new(limits);
+    let first = run_alone(&mut run, 0, (0..40).collect(), 0).tokens;
+    let reuse = run_alone(&mut run, 1, first.clone(), 0).reuse.expect("ran");
+    assert_eq!(reuse.reused, 42);
+    run_alone(&mut run, 2, (100..190).collect(), 0);
+    let reuse = run_alone(&mut run, 3, first, 0).reuse.expect("ran");
+    assert_eq!((reuse.common, reuse.reused, reuse.shortfall), (43, 0, Some(Shortfall::WindowPassed)));
 }

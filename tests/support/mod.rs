@@ -71,6 +71,18 @@ fn set_dtype(config: &mut Value) {
     }
 }
 
+/// The checkpoint in `folder` with its tensors and configuration changed.
+pub fn derive(folder: &Path, change: impl FnOnce(&mut HashMap<String, Tensor>, &mut Value)) -> TempDir {
+    let derived = copy_but_weights(folder);
+    let mut tensors = tensors(&folder.join("model.safetensors"));
+    let path = derived.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("copied")).expect("a fixture is valid");
+    change(&mut tensors, &mut config);
+    write(&tensors, &derived.path().join("model.safetensors"));
+    fs::write(&path, config.to_string()).expect("a temporary folder is writable");
+    derived
+}
+
 /// The checkpoint in `folder` with its weights dealt out by name to `shards` files.
 pub fn derive_sharded(folder: &Path, shards: usize) -> TempDir {
     let derived = copy_but_weights(folder);

@@ -1,0 +1,622 @@
+//! Gemma 4, text part of the small dense models (E2B, E4B): sliding and full attention, the last layers without keys
+//! and values of their own, and an embedding of each token for each layer.
+//!
+//! Follows transformers 5.23.0 `models/gemma4/modeling_gemma4.py`. Checked against it on random checkpoints of every
+//! layout that `tests/fixtures` describes: nested and flat, with and without sharing layers, which may store keys and
+//! values that nothing uses.
+//!
+//! The layers that share keys and values write no cache, so for a token whose logits nobody wants they need not run at
+//! all: [`CausalLm::forward_last`] stops there for all tokens of a prompt but its last.
+
+use std::ops::Range;
+
+use candle_core::{IndexOp, Result, Tensor, bail};
+use kernels::Batch;
+use kernels::activation::{Activation, gated_activation};
+use kernels::attention::{AttentionParams, paged_attention, write_kv};
+use kernels::linear::linear;
+use kernels::softcap::softcap;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::cache::{Cache, CacheSpec};
+use crate::checkpoint::Checkpoint;
+use crate::config::{self, RopeParameters};
+use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
+use crate::weights::{Ignored, MappedRows, Weights};
+use crate::{CausalLm, Description};
+
+/// The text part of `config.json`, with its names.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Config {
+    #[serde(deserialize_with = "config::size")]
+    vocab_size: usize,
+    #[serde(default, deserialize_with = "config::optional_size")]
+    vocab_size_per_layer_input: Option<usize>,
+    #[serde(deserialize_with = "config::size")]
+    hidden_size: usize,
+    /// 0 or null: no embeddings for each layer.
+    hidden_size_per_layer_input: Option<usize>,
+    #[serde(deserialize_with = "config::size")]
+    intermediate_size: usize,
+    #[serde(deserialize_with = "config::size")]
+    num_hidden_layers: usize,
+    #[serde(deserialize_with = "config::size")]
+    num_attention_heads: usize,
+    #[serde(deserialize_with = "config::size")]
+    num_key_value_heads: usize,
+    #[serde(default = "default_head_dim", deserialize_with = "config::size")]
+    head_dim: usize,
+    #[serde(default = "default_global_head_dim", deserialize_with = "config::size")]
+    global_head_dim: usize,
+    layer_types: Option<Vec<LayerType>>,
+    #[serde(default = "default_sliding_window", deserialize_with = "config::size")]
+    sliding_window: usize,
+    #[serde(default)]
+    rope_parameters: LayerRopeParameters,
+    #[serde(default)]
+    num_kv_shared_layers: usize,
+    #[serde(default)]
+    use_double_wide_mlp: bool,
+    final_logit_softcapping: Option<f32>,
+    #[serde(deserialize_with = "config::size")]
+    max_position_embeddings: usize,
+    #[serde(default = "config::default_eps", deserialize_with = "config::positive")]
+    rms_norm_eps: f64,
+    tie_word_embeddings: Option<bool>,
+    #[serde(default, rename = "attention_bias", deserialize_with = "config::only_false")]
+    _attention_bias: (),
+    #[serde(default, rename = "attention_k_eq_v", deserialize_with = "config::only_false")]
+    _attention_k_eq_v: (),
+    #[serde(default, rename = "enable_moe_block", deserialize_with = "config::only_false")]
+    _enable_moe_block: (),
+    /// How transformers writes `global_head_dim` when it saves a model again.
+    #[serde(default, rename = "per_layer_config", deserialize_with = "config::only_null")]
+    _per_layer_config: (),
+    #[serde(default, rename = "use_bidirectional_attention")]
+    _use_bidirectional_attention: Option<Bidirectional>,
+    #[serde(default, rename = "hidden_activation")]
+    _hidden_activation: HiddenActivation,
+    #[serde(default, deserialize_with = "config::token_ids")]
+    eos_token_id: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum LayerType {
+    SlidingAttention,
+    FullAttention,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum HiddenActivation {
+    #[default]
+    GeluPytorchTanh,
+}
+
+/// Which tokens see later ones: those of an image, which a text does not have.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Bidirectional {
+    Vision,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct LayerRopeParameters {
+    #[serde(default)]
+    sliding_attention: RopeParameters,
+    #[serde(default)]
+    full_attention: ProportionalRopeParameters,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct ProportionalRopeParameters {
+    #[serde(default, rename = "rope_type")]
+    _rope_type: ProportionalRopeType,
+    rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ProportionalRopeType {
+    #[default]
+    Proportional,
+}
+
+fn default_head_dim() -> usize {
+    256
+}
+
+fn default_global_head_dim() -> usize {
+    512
+}
+
+fn default_sliding_window() -> usize {
+    512
+}
+
+impl Config {
+    /// Reads the nested layout of the published checkpoints or the flat one of text-only exports.
+    pub(crate) fn parse(checkpoint: &Checkpoint, value: &Value) -> Result<Self> {
+        let mut config: Self = config::parse(checkpoint, value.get("text_config").unwrap_or(value))?;
+        if config.tie_word_embeddings.is_none() {
+            config.tie_word_embeddings = value.get("tie_word_embeddings").and_then(Value::as_bool);
+        }
+        if let Some(ids) = value.get("text_config").and(value.get("eos_token_id")) {
+            config.eos_token_id.extend(config::token_ids(ids).map_err(candle_core::Error::wrap)?);
+        }
+        if let Err(error) = config.check() {
+            bail!("{}: {error}", checkpoint.path("config.json").display())
+        }
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        let Config { num_attention_heads: nh, num_key_value_heads: kv, num_hidden_layers: layers, .. } = *self;
+        if !nh.is_multiple_of(kv) {
+            bail!("{nh} attention heads over {kv}, expected a multiple")
+        }
+        if !self.head_dim.is_multiple_of(2) || !self.global_head_dim.is_multiple_of(2) {
+            bail!("head sizes {} and {}, expected even ones", self.head_dim, self.global_head_dim)
+        }
+        let types = self.layer_types();
+        if types.len() != layers {
+            bail!("{} layer_types for {layers} layers", types.len())
+        }
+        let Some(owning) = layers.checked_sub(self.num_kv_shared_layers).map(|owning| &types[..owning]) else {
+            bail!("{} num_kv_shared_layers of {layers} layers", self.num_kv_shared_layers)
+        };
+        if let Some(orphan) = types.iter().find(|layer_type| !owning.contains(layer_type)) {
+            bail!("layers of {orphan:?} share keys and values, and none has its own")
+        }
+        let (sliding, full) = (self.sliding_theta(), self.full_theta());
+        if sliding <= 0.0 || full <= 0.0 {
+            bail!("rope_theta is {sliding} and {full}, expected positive numbers")
+        }
+        if !(0.0..=1.0).contains(&self.partial_rotary_factor()) {
+            bail!("partial_rotary_factor is {}, expected 0 to 1", self.partial_rotary_factor())
+        }
+        if self.rope_parameters.sliding_attention.partial_rotary_factor.is_some_and(|factor| factor != 1.0) {
+            bail!("rope_parameters.sliding_attention.partial_rotary_factor is not supported")
+        }
+        if self.vocab_size_per_layer_input() < self.vocab_size {
+            bail!(
+                "vocab_size_per_layer_input is {}, expected vocab_size, {}, or more",
+                self.vocab_size_per_layer_input(),
+                self.vocab_size
+            )
+        }
+        if self.final_logit_softcapping.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
+            bail!("final_logit_softcapping is {:?}, expected a positive number", self.final_logit_softcapping)
+        }
+        Ok(())
+    }
+
+    pub(crate) fn describe(&self) -> Description {
+        Description {
+            family: "Gemma 4",
+            hidden_size: self.hidden_size,
+            vocab_size: self.vocab_size,
+            max_positions: self.max_position_embeddings,
+            eos_token_ids: self.eos_token_id.clone(),
+            cache_specs: self.cache_specs(),
+        }
+    }
+
+    fn cache_specs(&self) -> Vec<CacheSpec> {
+        let own = |layer_type| CacheSpec::KeyValue {
+            num_kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim_of(layer_type),
+            window: self.window_of(layer_type),
+        };
+        let mut specs: Vec<CacheSpec> = self.layer_types().into_iter().map(own).collect();
+        specs[self.first_shared()..].fill(CacheSpec::None);
+        specs
+    }
+
+    fn layer_types(&self) -> Vec<LayerType> {
+        let derived = |layer: usize| match (layer + 1) % 6 {
+            0 => LayerType::FullAttention,
+            _ => LayerType::SlidingAttention,
+        };
+        let mut types = self.layer_types.clone().unwrap_or_else(|| (0..self.num_hidden_layers).map(derived).collect());
+        if let Some(last) = types.last_mut() {
+            *last = LayerType::FullAttention;
+        }
+        types
+    }
+
+    /// The first of the layers without keys and values of their own.
+    fn first_shared(&self) -> usize {
+        self.num_hidden_layers - self.num_kv_shared_layers
+    }
+
+    /// The layer whose keys and values `layer` reads: itself, or the last one of its type that has its own.
+    fn kv_source(&self, layer: usize) -> usize {
+        let (types, first_shared) = (self.layer_types(), self.first_shared());
+        if layer < first_shared {
+            return layer;
+        }
+        (0..first_shared).rfind(|&source| types[source] == types[layer]).expect("checked by Config::parse")
+    }
+
+    fn head_dim_of(&self, layer_type: LayerType) -> usize {
+        match layer_type {
+            LayerType::SlidingAttention => self.head_dim,
+            LayerType::FullAttention => self.global_head_dim,
+        }
+    }
+
+    fn window_of(&self, layer_type: LayerType) -> Option<usize> {
+        match layer_type {
+            LayerType::SlidingAttention => Some(self.sliding_window),
+            LayerType::FullAttention => None,
+        }
+    }
+
+    /// Width of a layer's MLP, doubled in sharing layers where the configuration says so.
+    fn intermediate_size_of(&self, layer: usize) -> usize {
+        let is_double = self.use_double_wide_mlp && layer >= self.first_shared();
+        self.intermediate_size * if is_double { 2 } else { 1 }
+    }
+
+    fn vocab_size_per_layer_input(&self) -> usize {
+        self.vocab_size_per_layer_input.unwrap_or(self.vocab_size)
+    }
+
+    fn sliding_theta(&self) -> f64 {
+        self.rope_parameters.sliding_attention.rope_theta.unwrap_or(1e4)
+    }
+
+    fn full_theta(&self) -> f64 {
+        self.rope_parameters.full_attention.rope_theta.unwrap_or(1e6)
+    }
+
+    fn partial_rotary_factor(&self) -> f64 {
+        self.rope_parameters.full_attention.partial_rotary_factor.unwrap_or(0.25)
+    }
+}
+
+/// Tensors of the published checkpoints that text generation does without.
+const IGNORED: [Ignored; 4] = [
+    Ignored { prefix: "model.vision_tower.", reason: "vision tower, text only here" },
+    Ignored { prefix: "model.embed_vision.", reason: "projection of the vision tower's output" },
+    Ignored { prefix: "model.audio_tower.", reason: "audio tower, text only here" },
+    Ignored { prefix: "model.embed_audio.", reason: "projection of the audio tower's output" },
+];
+
+/// Gemma 4 with its language modelling head.
+pub struct Gemma4 {
+    embed_tokens: Embedding,
+    embed_scale: f64,
+    per_layer: Option<PerLayerEmbedding>,
+    layers: Vec<DecoderLayer>,
+    /// Where the layers without keys and values of their own begin.
+    first_shared: usize,
+    norm: RmsNorm,
+    lm_head: Linear,
+    final_logit_softcapping: Option<f32>,
+    sliding_rotary: RotaryEmbedding,
+    full_rotary: RotaryEmbedding,
+    cache_specs: Vec<CacheSpec>,
+}
+
+impl Gemma4 {
+    /// Reads the weights that `config` describes.
+    ///
+    /// # Errors
+    ///
+    /// A tensor is missing, of another shape, or not used by the model.
+    pub fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
+        let nested = weights.contains("model.language_model.embed_tokens.weight");
+        let model = weights.pp(if nested { "model.language_model" } else { "model" });
+        let embed_tokens = Embedding::load(&model.pp("embed_tokens"), config.vocab_size, hidden)?;
+        let tied = config.tie_word_embeddings.unwrap_or(true);
+        let lm_head = if tied {
+            embed_tokens.tied_head()
+        } else {
+            Linear::load(&weights.pp("lm_head"), hidden, config.vocab_size, Bias::Absent)?
+        };
+        let per_layer = match config.hidden_size_per_layer_input {
+            None | Some(0) => None,
+            Some(size) => Some(PerLayerEmbedding::load(config, size, &model)?),
+        };
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| DecoderLayer::load(config, layer, &model.pp("layers").pp(layer)))
+            .collect::<Result<_>>()?;
+        let norm = RmsNorm::load(&model.pp("norm"), hidden, eps)?;
+        let mut ignored = IGNORED.to_vec();
+        if tied {
+            ignored.push(Ignored::TIED_HEAD);
+        }
+        weights.finish(&ignored)?;
+        let device = weights.device();
+        Ok(Self {
+            embed_tokens,
+            embed_scale: (hidden as f64).sqrt(),
+            per_layer,
+            layers,
+            first_shared: config.first_shared(),
+            norm,
+            lm_head,
+            final_logit_softcapping: config.final_logit_softcapping,
+            sliding_rotary: RotaryEmbedding::new(config.sliding_theta(), config.head_dim, device)?,
+            full_rotary: RotaryEmbedding::proportional(
+                config.full_theta(),
+                config.global_head_dim,
+                config.partial_rotary_factor(),
+                device,
+            )?,
+            cache_specs: config.cache_specs(),
+        })
+    }
+
+    /// The scaled embeddings of the step's tokens. The factor is rounded to their dtype, as in transformers.
+    fn embed(&self, batch: &Batch) -> Result<Tensor> {
+        self.embed_tokens.forward(&batch.tokens)? * self.embed_scale
+    }
+
+    /// Runs the residual stream `x` of the batch's tokens through some layers; `embedded` is what it began as.
+    fn run(
+        &self,
+        layers: Range<usize>,
+        embedded: &Tensor,
+        x: Tensor,
+        batch: &Batch,
+        cache: &Cache,
+        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        if layers.is_empty() {
+            return Ok(x);
+        }
+        let rotations =
+            StepRotations { sliding: self.sliding_rotary.rotations(batch)?, full: self.full_rotary.rotations(batch)? };
+        let inputs =
+            self.per_layer.as_ref().map(|per_layer| per_layer.forward(embedded, batch, layers.clone())).transpose()?;
+        let mut x = x;
+        for (position, layer) in layers.enumerate() {
+            observe(layer, &x)?;
+            let input = inputs.as_ref().map(|inputs| inputs.i((.., position))).transpose()?;
+            x = self.layers[layer].forward(&x, input.as_ref(), &rotations, batch, cache)?;
+        }
+        Ok(x)
+    }
+}
+
+impl CausalLm for Gemma4 {
+    fn cache_specs(&self) -> Vec<CacheSpec> {
+        self.cache_specs.clone()
+    }
+
+    fn forward_observed(
+        &self,
+        batch: &Batch,
+        cache: &mut Cache,
+        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        let embedded = self.embed(batch)?;
+        let x = self.run(0..self.layers.len(), &embedded, embedded.clone(), batch, cache, observe)?;
+        let x = self.norm.forward(&x)?;
+        observe(self.layers.len(), &x)?;
+        Ok(x)
+    }
+
+    fn forward_last(&self, batch: &Batch, cache: &mut Cache, sequences: &[u32]) -> Result<Option<Tensor>> {
+        let embedded = self.embed(batch)?;
+        let unobserved = &mut |_: usize, _: &Tensor| Ok(());
+        let x = self.run(0..self.first_shared, &embedded, embedded.clone(), batch, cache, unobserved)?;
+        if sequences.is_empty() {
+            return Ok(None);
+        }
+        let rows = batch.last_rows(sequences)?;
+        let (embedded, x) = (embedded.index_select(&rows, 0)?, x.index_select(&rows, 0)?);
+        let last = batch.last_tokens(sequences)?;
+        let x = self.run(self.first_shared..self.layers.len(), &embedded, x, &last, cache, unobserved)?;
+        self.norm.forward(&x).map(Some)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = self.lm_head.forward(hidden)?;
+        match self.final_logit_softcapping {
+            Some(cap) => softcap(&logits, cap),
+            None => Ok(logits),
+        }
+    }
+}
+
+/// What each layer is told about its token: a row of a table too large for memory, and a projection of the embedding.
+struct PerLayerEmbedding {
+    /// `[V, L * P]`, which stays in its file.
+    embed_tokens_per_layer: MappedRows,
+    /// `[L * P, H]`
+    per_layer_model_projection: Tensor,
+    per_layer_projection_norm: RmsNorm,
+    /// `P`
+    size: usize,
+}
+
+impl PerLayerEmbedding {
+    fn load(config: &Config, size: usize, model: &Weights) -> Result<Self> {
+        let (width, hidden) = (config.num_hidden_layers * size, config.hidden_size);
+        let table = [config.vocab_size_per_layer_input(), width];
+        Ok(Self {
+            embed_tokens_per_layer: model.pp("embed_tokens_per_layer").mapped("weight", table)?,
+            per_layer_model_projection: model.pp("per_layer_model_projection").matrix("weight", [width, hidden])?,
+            per_layer_projection_norm: RmsNorm::load(
+                &model.pp("per_layer_projection_norm"),
+                size,
+                config.rms_norm_eps,
+            )?,
+            size,
+        })
+    }
+
+    /// The inputs `[N, layers, P]` of some layers.
+    fn forward(&self, embedded: &Tensor, batch: &Batch, layers: Range<usize>) -> Result<Tensor> {
+        let (_, hidden) = embedded.dims2()?;
+        let columns = layers.start * self.size..layers.end * self.size;
+        let projection = self.per_layer_model_projection.narrow(0, columns.start, columns.len())?;
+        let projected = (linear(embedded, &projection)? * (hidden as f64).powf(-0.5))?;
+        let shape = ((), layers.len(), self.size);
+        let projected = self.per_layer_projection_norm.forward(&projected.reshape(shape)?)?;
+        let looked_up = self.embed_tokens_per_layer.gather(batch.token_ids(), columns)?.reshape(shape)?;
+        (projected + (looked_up * (self.size as f64).sqrt())?)? * 0.5f64.sqrt()
+    }
+}
+
+/// A step's rotations, by attention type.
+struct StepRotations {
+    sliding: Rotations,
+    full: Rotations,
+}
+
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    pre_feedforward_layernorm: RmsNorm,
+    mlp: GatedMlp,
+    post_feedforward_layernorm: RmsNorm,
+    per_layer: Option<PerLayerInput>,
+    layer_scalar: f64,
+}
+
+impl DecoderLayer {
+    fn load(config: &Config, layer: usize, weights: &Weights) -> Result<Self> {
+        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
+        let norm = |name: &str| RmsNorm::load(&weights.pp(name), hidden, eps);
+        let intermediate = config.intermediate_size_of(layer);
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::load(config, layer, &weights.pp("self_attn"))?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            pre_feedforward_layernorm: norm("pre_feedforward_layernorm")?,
+            mlp: GatedMlp::load(&weights.pp("mlp"), hidden, intermediate, Activation::GeluTanh)?,
+            post_feedforward_layernorm: norm("post_feedforward_layernorm")?,
+            per_layer: match config.hidden_size_per_layer_input {
+                None | Some(0) => None,
+                Some(size) => Some(PerLayerInput::load(config, size, weights)?),
+            },
+            layer_scalar: f64::from(weights.f32("layer_scalar", &[1])?.squeeze(0)?.to_scalar::<f32>()?),
+        })
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        input: Option<&Tensor>,
+        rotations: &StepRotations,
+        batch: &Batch,
+        cache: &Cache,
+    ) -> Result<Tensor> {
+        let mixed = self.self_attn.forward(&self.input_layernorm.forward(x)?, rotations, batch, cache)?;
+        let x = (x + self.post_attention_layernorm.forward(&mixed)?)?;
+        let y = self.mlp.forward(&self.pre_feedforward_layernorm.forward(&x)?)?;
+        let mut x = (x + self.post_feedforward_layernorm.forward(&y)?)?;
+        if let (Some(per_layer), Some(input)) = (&self.per_layer, input) {
+            x = (&x + per_layer.forward(&x, input)?)?;
+        }
+        x * self.layer_scalar
+    }
+}
+
+/// Adds what the layer is told about the token.
+struct PerLayerInput {
+    per_layer_input_gate: Linear,
+    per_layer_projection: Linear,
+    post_per_layer_input_norm: RmsNorm,
+}
+
+impl PerLayerInput {
+    fn load(config: &Config, size: usize, weights: &Weights) -> Result<Self> {
+        let hidden = config.hidden_size;
+        Ok(Self {
+            per_layer_input_gate: Linear::load(&weights.pp("per_layer_input_gate"), hidden, size, Bias::Absent)?,
+            per_layer_projection: Linear::load(&weights.pp("per_layer_projection"), size, hidden, Bias::Absent)?,
+            post_per_layer_input_norm: RmsNorm::load(
+                &weights.pp("post_per_layer_input_norm"),
+                hidden,
+                config.rms_norm_eps,
+            )?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, input: &Tensor) -> Result<Tensor> {
+        let gate = self.per_layer_input_gate.forward(x)?;
+        let gated = gated_activation(&Tensor::cat(&[&gate, input], 1)?, Activation::GeluTanh)?;
+        self.post_per_layer_input_norm.forward(&self.per_layer_projection.forward(&gated)?)
+    }
+}
+
+/// Attention without a scale on its scores, over this layer's keys and values or those of an earlier one.
+struct Attention {
+    /// `q_proj` alone in a sharing layer.
+    qkv_proj: Linear,
+    o_proj: Linear,
+    q_norm: RmsNorm,
+    /// The norms of keys and values, the latter without weight; `None` in a sharing layer.
+    kv_norms: Option<[RmsNorm; 2]>,
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    /// `None`: full attention.
+    window: Option<usize>,
+    /// The layer whose pages are read.
+    kv_source: usize,
+}
+
+impl Attention {
+    fn load(config: &Config, layer: usize, weights: &Weights) -> Result<Self> {
+        let layer_type = config.layer_types()[layer];
+        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
+        let (num_heads, num_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let head_dim = config.head_dim_of(layer_type);
+        let (query, key) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let norm = |name: &str| RmsNorm::load(&weights.pp(name), head_dim, eps);
+        let (qkv_proj, kv_norms) = if layer < config.first_shared() {
+            let names = ["q_proj", "k_proj", "v_proj"];
+            (
+                Linear::side_by_side(weights, &names, &[query, key, key], hidden, Bias::Absent)?,
+                Some([norm("k_norm")?, RmsNorm::unweighted(head_dim, eps, weights.device())?]),
+            )
+        } else {
+            // Left over from training in some checkpoints.
+            weights.skip(&["k_proj.weight", "v_proj.weight", "k_norm.weight"]);
+            (Linear::load(&weights.pp("q_proj"), hidden, query, Bias::Absent)?, None)
+        };
+        Ok(Self {
+            qkv_proj,
+            o_proj: Linear::load(&weights.pp("o_proj"), query, hidden, Bias::Absent)?,
+            q_norm: norm("q_norm")?,
+            kv_norms,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            window: config.window_of(layer_type),
+            kv_source: config.kv_source(layer),
+        })
+    }
+
+    fn forward(&self, x: &Tensor, rotations: &StepRotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+        let (rotations, batch) = match self.window {
+            Some(_) => (&rotations.sliding, batch.windowed()),
+            None => (&rotations.full, batch),
+        };
+        let qkv = self.qkv_proj.forward(x)?;
+        let heads = |start: usize, count: usize| {
+            qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))
+        };
+        let q = rotations.apply(&self.q_norm.forward(&heads(0, self.num_heads)?)?)?;
+        let kv = cache.kv(self.kv_source)?;
+        if let Some([k_norm, v_norm]) = &self.kv_norms {
+            let k = heads(self.num_heads, self.num_kv_heads)?;
+            let v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
+            write_kv(kv, &rotations.apply(&k_norm.forward(&k)?)?, &v_norm.forward(&v)?, batch)?;
+        }
+        let params = AttentionParams { window: self.window, ..AttentionParams::causal(1.0) };
+        self.o_proj.forward(&paged_attention(&q, kv, batch, params)?.flatten_from(1)?)
+    }
+}
