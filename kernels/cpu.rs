@@ -150,13 +150,11 @@ impl<'a> RowStarts<'a> {
     }
 }
 
-/// `x` as a kernel takes it that reads [`RowStarts`] on the CPU, rows of two strides on CUDA, and contiguous operands
-/// on Metal.
+/// `x` as a kernel takes it that reads [`RowStarts`] on the CPU, and rows of two strides on CUDA and Metal.
 pub(crate) fn as_rows(x: &Tensor) -> Result<Tensor> {
     let takes_strides = match x.device() {
         Device::Cpu => true,
-        Device::Cuda(_) => x.rank() <= 3,
-        Device::Metal(_) => false,
+        Device::Cuda(_) | Device::Metal(_) => x.rank() <= 3,
     };
     if takes_strides && x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() }
 }

@@ -46,6 +46,8 @@ mod batch;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[doc(hidden)]
 pub mod probe;
 mod simd;

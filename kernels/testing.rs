@@ -49,8 +49,9 @@ pub fn devices() -> Vec<Device> {
         Err(error) => eprintln!("cuda: no kernel was tested: {error}"),
     }
     #[cfg(feature = "metal")]
-    if let Ok(device) = Device::new_metal(0) {
-        devices.push(device);
+    match Device::new_metal(0) {
+        Ok(device) => devices.push(device),
+        Err(error) => eprintln!("metal: no kernel was tested on a gpu: {error}"),
     }
     devices
 }

@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -12,6 +14,10 @@ use std::ops::Range;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
+#[cfg(feature = "metal")]
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::Batch;
@@ -118,7 +124,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: Atte
 ///
 /// Shapes or dtypes disagree, or a page of the batch lies outside `kv`.
 ///
-/// Devices: CPU, CUDA.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
 pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()> {
@@ -246,6 +252,10 @@ impl InplaceOp3 for WriteKv<'_> {
         v: &CpuStorage,
         vl: &Layout,
     ) -> Result<()> {
+        #[cfg(test)]
+        if let Some(emulator) = crate::metal::emulator::emulator() {
+            return metal::write_kv(&emulator, kv, layout, (k, kl), (v, vl), self.batch);
+        }
         match kv {
             CpuStorage::F32(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
             CpuStorage::F16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
@@ -265,6 +275,19 @@ impl InplaceOp3 for WriteKv<'_> {
         vl: &Layout,
     ) -> Result<()> {
         cuda::write_kv(kv, layout, (k, kl), (v, vl), self.batch)
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        kv: &mut MetalStorage,
+        layout: &Layout,
+        k: &MetalStorage,
+        kl: &Layout,
+        v: &MetalStorage,
+        vl: &Layout,
+    ) -> Result<()> {
+        metal::write_kv(&kv.device().clone(), kv, layout, (k, kl), (v, vl), self.batch)
     }
 }
 

@@ -5,6 +5,7 @@ use candle_core::{DType, Device};
 
 use super::*;
 use crate::Segment;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
@@ -114,15 +115,18 @@ fn write_kv_honours_any_start() -> Result<()> {
     for device in devices() {
         for dtype in DTYPES {
             let batch = Batch::new(&[Segment { tokens: &[0, 0], past: 3, blocks: &[1, 0], slot: 0 }], 4, &device)?;
-            let rows = Random::new(1).tensor(&[2, 6, 65], 1.0, dtype, &device)?;
-            let part = |head, start| rows.narrow(1, head, 3)?.narrow(2, start, 64);
-            let size = 2 * 2 * 4 * 3 * 64;
-            let kv = poisoned(&[1 + size], dtype, &device)?.narrow(0, 1, size)?.reshape((2, 2, 4, 3, 64))?;
-            let aligned = poisoned(&[2, 2, 4, 3, 64], dtype, &device)?;
+            // More heads than a block of threads takes at once; k and v in different strides.
+            let mut random = Random::new(1);
+            let (k, v) =
+                (random.tensor(&[2, 7, 65], 1.0, dtype, &device)?, random.tensor(&[2, 9, 97], 1.0, dtype, &device)?);
+            let part = |rows: &Tensor, start| rows.narrow(1, 1, 6)?.narrow(2, start, 64);
+            let size = 2 * 2 * 4 * 6 * 64;
+            let kv = poisoned(&[1 + size], dtype, &device)?.narrow(0, 1, size)?.reshape((2, 2, 4, 6, 64))?;
+            let aligned = poisoned(&[2, 2, 4, 6, 64], dtype, &device)?;
             for (kv, start) in [(kv, 1), (aligned, 0)] {
-                let (k, v) = (part(0, start)?, part(3, start)?);
+                let (k, v) = (part(&k, start)?, part(&v, start)?);
                 write_kv(&kv, &k, &v, &batch)?;
-                let pages = kv.reshape((2, 8, 3 * 64))?;
+                let pages = kv.reshape((2, 8, 6 * 64))?;
                 for (plane, rows) in [(0, &k), (1, &v)] {
                     // Position 3 ends block 1, position 4 begins block 0.
                     let written = pages.get(plane)?.index_select(&Tensor::new(&[7u32, 0], &device)?, 0)?;
@@ -132,6 +136,42 @@ fn write_kv_honours_any_start() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn write_kv_on_metal_writes_its_rows_and_nothing_else() -> Result<()> {
+    emulated(|| {
+        write_kv_writes_its_rows_and_nothing_else()?;
+        write_kv_honours_any_start()
+    })
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn write_kv_smoke() -> Result<()> {
+    let params = AttentionParams::causal(1.0);
+    let case = Case { dtype: DType::F32, hq: 3, hk: 3, d: 65, block_size: 16, sequences: &[(15, 1), (0, 18)], params };
+    run_write_kv(case, &Device::Cpu)?;
+    run_write_kv(Case { d: 8, dtype: DType::F16, ..case }, &Device::Cpu)?;
+    write_kv_honours_any_start()
+}
+
+#[test]
+fn mutants_of_write_kv_on_metal_are_noticed() {
+    let mutants = [
+        ("ulong(plane) * sizes.slots", "ulong(plane)"),
+        ("slot_mapping[token]", "token"),
+        ("row_start(sizes.k, token, head)", "row_start(sizes.k, 0, head)"),
+        ("row_start(sizes.v, token, head)", "row_start(sizes.v, token, 0)"),
+        ("head += threads.y", "head += threads.y + 1"),
+        ("i < d; i += threads.x", "i + 1 < d; i += threads.x"),
+        ("to[head * d + i]", "to[head + i]"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, write_kv_smoke);
+}
+
+#[test]
+fn wrong_launches_of_write_kv_on_metal_are_noticed() {
+    assert_wrong_launches_fail(write_kv_smoke);
 }
 
 /// Pages hold NaN wherever no query of the step looks.

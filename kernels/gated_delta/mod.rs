@@ -4,6 +4,8 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod gates;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -13,6 +15,10 @@ use std::cell::OnceCell;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
+#[cfg(feature = "metal")]
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
@@ -41,7 +47,7 @@ pub use gates::gates;
 /// Shapes or dtypes disagree, or a slot of the batch lies outside `state`.
 ///
 /// Devices: CPU, by the recurrence: the chunked form takes as many operations there, and the recurrence gives every
-/// token one result however the prompt was cut. CUDA likewise, `K` up to 256. `q`, `k` and `v` may be column ranges of
+/// token one result however the prompt was cut. CUDA and Metal likewise, `K` up to 256. `q`, `k` and `v` may be column ranges of
 /// one matrix.
 ///
 /// Source: Yang et al., "Gated Delta Networks", <https://arxiv.org/abs/2412.06464>.
@@ -114,6 +120,12 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
     }
 
     fn cpu_fwd(&self, state: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        #[cfg(test)]
+        if let Some(emulator) = crate::metal::emulator::emulator() {
+            let out = self.run_metal(&emulator, state, layout)?;
+            self.out.set(Storage::Cpu(out)).expect("run once");
+            return Ok(());
+        }
         let out = match self.v.dtype() {
             DType::F16 => CpuStorage::F16(self.run_cpu::<f16>(state, layout)?),
             DType::BF16 => CpuStorage::BF16(self.run_cpu::<bf16>(state, layout)?),
@@ -126,6 +138,13 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, state: &mut CudaStorage, layout: &Layout) -> Result<()> {
         self.run_cuda(state, layout)
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(&self, state: &mut MetalStorage, layout: &Layout) -> Result<()> {
+        let out = self.run_metal(&state.device().clone(), state, layout)?;
+        self.out.set(Storage::Metal(out)).expect("run once");
+        Ok(())
     }
 }
 

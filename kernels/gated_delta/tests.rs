@@ -2,6 +2,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::Segment;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
@@ -220,6 +221,50 @@ fn agrees_with_the_reference() -> Result<()> {
 }
 
 #[test]
+fn metal_kernels_agree_with_the_reference() -> Result<()> {
+    emulated(|| {
+        agrees_with_the_reference()?;
+        agrees_with_numbers_by_hand()?;
+        reads_rows_that_lie_apart()?;
+        honours_any_start()
+    })
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> Result<()> {
+    for sizes in [(64, 20), (33, 7)] {
+        let sequences = &[Continued(2), Fresh(3), Continued(1)];
+        run(&Case { sizes, sequences, offset: 1, ..BASE }, &Device::Cpu)?;
+    }
+    reads_rows_that_lie_apart()?;
+    honours_any_start()
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("head * sizes.hk / hv", "head * sizes.hk / hv * 0"),
+        ("row < vd;", "row <= vd;"),
+        ("context_lens[sequence] != end - begin", "context_lens[sequence] == end - begin"),
+        ("state_slots[sequence]", "sequence"),
+        ("row_start(sizes.q, token, shared_head)", "ulong(token * sizes.hk + shared_head) * kd"),
+        ("row_start(sizes.k, token, shared_head)", "row_start(sizes.q, token, shared_head)"),
+        ("row_start(sizes.v, token, head)", "(token * hv + head) * vd"),
+        ("step = PARTS / 2", "step = PARTS / 4"),
+        ("decay * (sums[2] * k_scale)", "sums[2] * k_scale"),
+        ("EXACT || column + j < kd", "true"),
+        ("inside && part == 0", "part == 0"),
+        ("cu_seqlens[sequence + 1]", "cu_seqlens[sequence + 1] - 1"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
+}
+
+#[test]
 fn portable_lanes_agree_with_the_reference() -> Result<()> {
     // Lanes are chosen for a thread: with one, no task runs on another.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
@@ -366,9 +411,10 @@ fn honours_any_start() -> Result<()> {
         let (n, d) = (9, 32);
         let batch = pack(&[(1, Fresh(n))], &device)?;
         let mut random = Random::new(8);
-        let all = random.tensor(&[n, 6, d + 1], 1.0, DType::F32, &device)?;
         let gate = |value: f32| Tensor::full(value, 2 * n + 1, &device)?.narrow(0, 1, 2 * n)?.reshape((n, 2));
-        let part = |i: usize| all.narrow(1, 2 * i, 2)?.narrow(2, 1, d);
+        let mut part = |i: usize| {
+            random.tensor(&[n, 6 + i, d + 1 + 2 * i], 1.0, DType::F32, &device)?.narrow(1, 2, 2)?.narrow(2, 1, d)
+        };
         let operands = Operands { q: part(0)?, k: part(1)?, v: part(2)?, g: gate(-0.1)?, beta: gate(0.5)? };
         let state = poisoned(&[1 + 4 * d * d], DType::F32, &device)?.narrow(0, 1, 4 * d * d)?.reshape((2, 2, d, d))?;
         let out = operands.run(&state, &batch)?;

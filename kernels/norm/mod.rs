@@ -6,6 +6,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -13,6 +15,10 @@ mod tests;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
+#[cfg(feature = "metal")]
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use half::{bf16, f16};
@@ -31,7 +37,7 @@ use crate::cpu::as_rows;
 ///
 /// `weight` is not f32 or not as long as the last dimension of `x`.
 ///
-/// Devices: CPU, CUDA.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -51,7 +57,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 ///
 /// `gate` differs from `x` in shape or dtype, or `weight` is not f32 `[D]`.
 ///
-/// Devices: CPU.
+/// Devices: CPU, Metal.
 ///
 /// Source: the output norm of Gated DeltaNet, <https://arxiv.org/abs/2412.06464>.
 pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -92,6 +98,12 @@ impl CustomOp2 for RmsNorm {
     fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout, w: &CudaStorage, wl: &Layout) -> Result<(CudaStorage, Shape)> {
         Ok((cuda::rms_norm(x, xl, w, wl, self.eps)?, xl.shape().clone()))
     }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(&self, x: &MetalStorage, xl: &Layout, w: &MetalStorage, wl: &Layout) -> Result<(MetalStorage, Shape)> {
+        let out = metal::rms_norm(x.device(), (x, xl), None, (w, wl), self.eps)?;
+        Ok((out, xl.shape().clone()))
+    }
 }
 
 struct RmsNormGated {
@@ -114,11 +126,29 @@ impl CustomOp3 for RmsNormGated {
     ) -> Result<(CpuStorage, Shape)> {
         Ok((run("rms_norm_gated", (x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
     }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        x: &MetalStorage,
+        xl: &Layout,
+        gate: &MetalStorage,
+        gl: &Layout,
+        w: &MetalStorage,
+        wl: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        let out = metal::rms_norm(x.device(), (x, xl), Some((gate, gl)), (w, wl), self.eps)?;
+        Ok((out, xl.shape().clone()))
+    }
 }
 
 type Operand<'a> = (&'a CpuStorage, &'a Layout);
 
 fn run(op: &str, x: Operand, gate: Option<Operand>, weight: Operand, eps: f32) -> Result<CpuStorage> {
+    #[cfg(test)]
+    if let Some(emulator) = crate::metal::emulator::emulator() {
+        return metal::rms_norm(&emulator, x, gate, weight, eps);
+    }
     match x.0 {
         CpuStorage::F32(_) => cpu::rms_norm::<f32>(x, gate, weight, eps),
         CpuStorage::F16(_) => cpu::rms_norm::<f16>(x, gate, weight, eps),

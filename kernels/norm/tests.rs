@@ -3,6 +3,7 @@
 use candle_core::Device;
 
 use super::*;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
@@ -133,11 +134,52 @@ fn rms_norm_reads_rows_that_lie_apart() -> Result<()> {
 
 #[test]
 fn rms_norm_gated_is_the_reference() -> Result<()> {
-    // Has a kernel on the CPU alone so far.
-    for case in cases() {
+    // Has no kernel on CUDA so far.
+    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+        for case in cases() {
+            run_rms_norm_gated(case, &device)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn metal_kernels_are_the_reference() -> Result<()> {
+    emulated(|| {
+        rms_norm_is_the_reference()?;
+        rms_norm_reads_rows_that_lie_apart()?;
+        rms_norm_gated_is_the_reference()
+    })
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> Result<()> {
+    for (rows, d, view) in [(9, 100, View::Columns), (2, 1000, View::Rows)] {
+        let case = Case { dtype: DType::F32, rows, d, deviation: 1.0, view };
+        run_rms_norm(case, &Device::Cpu)?;
         run_rms_norm_gated(case, &Device::Cpu)?;
     }
     Ok(())
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("    threadgroup_barrier(mem_flags::mem_threadgroup);\n", ""),
+        ("i < threads.x / LANES", "i + 1 < threads.x / LANES"),
+        ("row < sizes.rows", "row <= sizes.rows"),
+        ("x + row_start(sizes.x, inside ? row : 0)", "x + (inside ? row : 0) * d"),
+        ("row_start(sizes.gate, row)", "row_start(sizes.x, 0)"),
+        ("exp(-gate_value)", "exp(gate_value)"),
+        ("        if (IS_GATED) {", "        if (!IS_GATED) {"),
+        ("squares / d", "squares"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
 }
 
 #[test]

@@ -1,0 +1,433 @@
+//! Runs launches of Metal kernels on the CPU, so that every op's tests run them on Linux: the same table of cases,
+//! through the same public function, over the same launch description as on a Mac.
+//!
+//! A `.metal` source is translated to C++ (`translate.rs`), compiled by clang 19 with sanitizers against a stand-in for
+//! Metal's standard library (`msl.h`), and linked with a runtime (`runtime.cpp`) that runs the threads of a threadgroup
+//! as fibers. Every module is a process of its own that takes launches on stdin: a kernel that breaks takes no test
+//! with it. What the emulator refuses and Metal may not: a part of a simdgroup at a simdgroup operation, an
+//! argument that is not bound as the kernel declares it, a read of threadgroup memory before a write.
+//!
+//! What it cannot show: Apple's compiler, registers and occupancy, fast math, caches, speed.
+
+mod translate;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Mutex;
+
+use candle_core::{CpuStorage, DType, Error, Result, Storage, bail};
+use half::{bf16, f16};
+
+use super::{Argument, Backend, Launch, Source};
+
+const CLANG: &str = "clang++-19";
+/// Orders of threads that the runtime knows; the last two are random.
+const SCHEDULES: u32 = 6;
+
+/// Runs `test` with every op that has a Metal kernel on the emulator, in what runs on this thread. Says so and does
+/// nothing where clang 19 is not installed. With `TAPER_EMULATOR=thorough` in the environment every launch runs in all
+/// schedules, whose results must agree to the bit, and again under TSan; otherwise the schedules take turns.
+pub(crate) fn emulated(test: impl Fn() -> Result<()>) -> Result<()> {
+    if !is_available() {
+        return Ok(());
+    }
+    Session::default().run(&test)?;
+    if is_thorough() {
+        Session { sanitizer: Sanitizer::Thread, ..Default::default() }.run(&test)?;
+    }
+    Ok(())
+}
+
+/// Asserts that `test` fails for each of `mutants`, an exchange of one text in `source` for another.
+pub(crate) fn assert_mutants_fail(source: &'static Source, mutants: &[(&str, &str)], test: impl Fn() -> Result<()>) {
+    if !is_available() {
+        return;
+    }
+    for (from, to) in mutants {
+        assert_eq!(source.text.matches(from).count(), 1, "{}: {from:?} must be there once", source.name);
+        let text = source.text.replace(from, to);
+        build(source.name, &text, Sanitizer::Address).unwrap_or_else(|error| panic!("{from:?} -> {to:?}: {error}"));
+        let session = Session { mutant: Some((source.name, text)), ..Default::default() };
+        assert!(session.fails(&test), "{}: {from:?} -> {to:?} is not noticed", source.name);
+    }
+}
+
+/// Asserts that `test` fails when its launches are wrong in any way that applies to one of them: a threadgroup is
+/// missing, an offset is forgotten, two arguments of a kind are exchanged. Each way must apply somewhere.
+pub(crate) fn assert_wrong_launches_fail(test: impl Fn() -> Result<()>) {
+    if !is_available() {
+        return;
+    }
+    SESSION.set(Some(Session::default()));
+    test().expect("passes as it is");
+    let wrongs = SESSION.take().expect("set above").applicable;
+    assert!(wrongs.iter().any(|wrong| matches!(wrong, Wrong::Fewer(_))), "no launch of several threadgroups");
+    assert!(wrongs.iter().any(|wrong| matches!(wrong, Wrong::FromStart(_))), "no argument at an offset");
+    assert!(wrongs.iter().any(|wrong| matches!(wrong, Wrong::Exchanged(..))), "no two arguments of a kind");
+    for wrong in wrongs {
+        let session = Session { wrong: Some(wrong), ..Default::default() };
+        assert!(session.fails(&test), "{wrong:?} is not noticed");
+    }
+}
+
+/// What runs launches while [`emulated`] runs its test on this thread.
+pub(crate) fn emulator() -> Option<Emulator> {
+    SESSION.with_borrow(|session| session.as_ref().map(|_| Emulator))
+}
+
+/// The emulator as a device whose storage is the CPU's.
+pub(crate) struct Emulator;
+
+impl Backend for Emulator {
+    type Storage = CpuStorage;
+
+    fn storage(storage: &Storage) -> Result<&CpuStorage> {
+        match storage {
+            Storage::Cpu(storage) => Ok(storage),
+            _ => bail!("operand is not on the cpu"),
+        }
+    }
+
+    fn allocate(&self, elements: usize, dtype: DType) -> Result<CpuStorage> {
+        Ok(match dtype {
+            DType::F32 => CpuStorage::F32(vec![f32::NAN; elements]),
+            DType::F16 => CpuStorage::F16(vec![f16::NAN; elements]),
+            DType::BF16 => CpuStorage::BF16(vec![bf16::NAN; elements]),
+            other => bail!("an output of {other:?}"),
+        })
+    }
+
+    fn launch(&self, launch: Launch<CpuStorage>) -> Result<()> {
+        SESSION.with_borrow_mut(|session| session.as_mut().expect("emulated is running").launch(launch))
+    }
+}
+
+thread_local! {
+    static SESSION: RefCell<Option<Session>> = const { RefCell::new(None) };
+}
+
+#[derive(Default)]
+struct Session {
+    processes: HashMap<&'static str, Process>,
+    launches: u32,
+    sanitizer: Sanitizer,
+    /// Name of a source and the text that stands in for it.
+    mutant: Option<(&'static str, String)>,
+    wrong: Option<Wrong>,
+    /// What could be made wrong in the launches so far.
+    applicable: Vec<Wrong>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Hash)]
+enum Sanitizer {
+    #[default]
+    Address,
+    Thread,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Wrong {
+    /// One threadgroup fewer along an axis.
+    Fewer(usize),
+    /// An argument without its offset.
+    FromStart(usize),
+    /// Two arguments that are both read or both written; of different kinds the runtime refuses them.
+    Exchanged(usize, usize),
+}
+
+impl Session {
+    fn run(self, test: impl Fn() -> Result<()>) -> Result<()> {
+        SESSION.set(Some(self));
+        let result = test();
+        SESSION.set(None);
+        result
+    }
+
+    fn fails(self, test: impl Fn() -> Result<()>) -> bool {
+        SESSION.set(Some(self));
+        let result = catch_unwind(AssertUnwindSafe(test));
+        SESSION.set(None);
+        !matches!(result, Ok(Ok(())))
+    }
+
+    fn launch(&mut self, launch: Launch<CpuStorage>) -> Result<()> {
+        let Launch { source, kernel, variant, constants, threadgroups, threads, arguments } = launch;
+        let kernel = format!("{kernel}_{variant}");
+        let mut outputs = Vec::new();
+        let mut request = Request { kernel: &kernel, constants, threadgroups, threads, arguments: Vec::new() };
+        for argument in arguments {
+            request.arguments.push(match argument {
+                Argument::Read(storage, start) => Bound { access: 0, start, bytes: bytes(storage)? },
+                Argument::Write(storage, start) => {
+                    let bytes = bytes(storage)?;
+                    outputs.push(storage);
+                    Bound { access: 1, start, bytes }
+                }
+                Argument::Words(words) => {
+                    Bound { access: 2, start: 0, bytes: words.iter().flat_map(|word| word.to_le_bytes()).collect() }
+                }
+            });
+        }
+        for wrong in request.applicable() {
+            if !self.applicable.contains(&wrong) {
+                self.applicable.push(wrong);
+            }
+            if self.wrong == Some(wrong) {
+                request.spoil(wrong);
+            }
+        }
+        self.launches += 1;
+        let schedules =
+            if is_thorough() { 0..SCHEDULES } else { self.launches % SCHEDULES..self.launches % SCHEDULES + 1 };
+        let mut results: Option<Vec<Vec<u8>>> = None;
+        for schedule in schedules {
+            let got = self.process(source)?.run(&request, schedule);
+            let got = got.map_err(|error| Error::Msg(format!("{kernel}, schedule {schedule}: {error}")).bt())?;
+            if results.as_ref().is_some_and(|results| *results != got) {
+                bail!("{kernel}: schedule {schedule} gives another result than the one before")
+            }
+            results = Some(got);
+        }
+        for (storage, bytes) in outputs.into_iter().zip(results.unwrap_or_default()) {
+            set_bytes(storage, &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn process(&mut self, source: &'static Source) -> Result<&mut Process> {
+        if !self.processes.contains_key(source.name) {
+            let text = match &self.mutant {
+                Some((name, text)) if *name == source.name => text,
+                _ => source.text,
+            };
+            let program = build(source.name, text, self.sanitizer).map_err(|error| Error::Msg(error).bt())?;
+            self.processes.insert(source.name, Process::start(&program)?);
+        }
+        Ok(self.processes.get_mut(source.name).expect("just inserted"))
+    }
+}
+
+struct Request<'a> {
+    kernel: &'a str,
+    constants: Vec<bool>,
+    threadgroups: [usize; 3],
+    threads: [usize; 3],
+    arguments: Vec<Bound>,
+}
+
+struct Bound {
+    access: u32,
+    start: usize,
+    bytes: Vec<u8>,
+}
+
+impl Request<'_> {
+    fn applicable(&self) -> Vec<Wrong> {
+        let fewer = (0..3).filter(|&axis| self.threadgroups[axis] > 1).map(Wrong::Fewer);
+        let starts = self.arguments.iter().enumerate().filter(|(_, argument)| argument.start > 0);
+        let alike = |i: usize, j: usize| self.arguments[i].access == self.arguments[j].access;
+        let exchanges = (0..self.arguments.len())
+            .flat_map(|j| (0..j).map(move |i| (i, j)))
+            .filter(|&(i, j)| alike(i, j))
+            .map(|(i, j)| Wrong::Exchanged(i, j));
+        fewer.chain(starts.map(|(index, _)| Wrong::FromStart(index))).chain(exchanges).collect()
+    }
+
+    fn spoil(&mut self, wrong: Wrong) {
+        match wrong {
+            Wrong::Fewer(axis) => self.threadgroups[axis] -= 1,
+            Wrong::FromStart(index) => self.arguments[index].start = 0,
+            Wrong::Exchanged(i, j) => self.arguments.swap(i, j),
+        }
+    }
+
+    fn encode(&self, schedule: u32) -> Vec<u8> {
+        let mut encoded = Vec::new();
+        let words = |encoded: &mut Vec<u8>, words: &[usize]| {
+            encoded.extend(words.iter().flat_map(|word| (*word as u32).to_le_bytes()));
+        };
+        words(&mut encoded, &[self.kernel.len()]);
+        encoded.extend(self.kernel.as_bytes());
+        words(&mut encoded, &[self.constants.len()]);
+        self.constants.iter().for_each(|constant| words(&mut encoded, &[usize::from(*constant)]));
+        words(&mut encoded, &self.threadgroups);
+        words(&mut encoded, &self.threads);
+        words(&mut encoded, &[schedule as usize, self.arguments.len()]);
+        for Bound { access, start, bytes } in &self.arguments {
+            words(&mut encoded, &[*access as usize, *start, bytes.len()]);
+            encoded.extend(bytes);
+        }
+        encoded
+    }
+}
+
+/// A module that waits for launches.
+struct Process {
+    child: Child,
+    requests: BufWriter<ChildStdin>,
+    replies: BufReader<ChildStdout>,
+}
+
+impl Process {
+    fn start(program: &Path) -> Result<Self> {
+        let mut child = Command::new(program)
+            // Fibers bring their own stacks.
+            .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:detect_leaks=0")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let requests = BufWriter::new(child.stdin.take().expect("piped"));
+        let replies = BufReader::new(child.stdout.take().expect("piped"));
+        Ok(Self { child, requests, replies })
+    }
+
+    /// The contents of all written buffers after the launch.
+    fn run(&mut self, request: &Request, schedule: u32) -> std::result::Result<Vec<Vec<u8>>, String> {
+        let reply = self.exchange(request, schedule);
+        reply.unwrap_or_else(|_| {
+            let mut report = String::new();
+            let _ = self.child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut report));
+            Err(report)
+        })
+    }
+
+    fn exchange(
+        &mut self,
+        request: &Request,
+        schedule: u32,
+    ) -> std::io::Result<std::result::Result<Vec<Vec<u8>>, String>> {
+        self.requests.write_all(&request.encode(schedule))?;
+        self.requests.flush()?;
+        let mut length = [0; 4];
+        self.replies.read_exact(&mut length)?;
+        let mut error = vec![0; u32::from_le_bytes(length) as usize];
+        self.replies.read_exact(&mut error)?;
+        if !error.is_empty() {
+            return Ok(Err(String::from_utf8_lossy(&error).into_owned()));
+        }
+        let mut outputs = Vec::new();
+        for written in request.arguments.iter().filter(|argument| argument.access == 1) {
+            let mut bytes = vec![0; written.bytes.len()];
+            self.replies.read_exact(&mut bytes)?;
+            outputs.push(bytes);
+        }
+        Ok(Ok(outputs))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn bytes(storage: &CpuStorage) -> Result<Vec<u8>> {
+    Ok(match storage {
+        CpuStorage::F32(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        CpuStorage::F16(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        CpuStorage::BF16(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        CpuStorage::U32(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        _ => bail!("operand is not f32, f16, bf16 or u32"),
+    })
+}
+
+fn set_bytes(storage: &mut CpuStorage, bytes: &[u8]) -> Result<()> {
+    fn set<T, const N: usize>(values: &mut [T], bytes: &[u8], of: fn([u8; N]) -> T) {
+        let (chunks, _) = bytes.as_chunks::<N>();
+        values.iter_mut().zip(chunks).for_each(|(value, bytes)| *value = of(*bytes));
+    }
+    match storage {
+        CpuStorage::F32(values) => set(values, bytes, f32::from_le_bytes),
+        CpuStorage::F16(values) => set(values, bytes, f16::from_le_bytes),
+        CpuStorage::BF16(values) => set(values, bytes, bf16::from_le_bytes),
+        _ => bail!("output is not f32, f16 or bf16"),
+    }
+    Ok(())
+}
+
+fn is_thorough() -> bool {
+    std::env::var("TAPER_EMULATOR").is_ok_and(|value| value == "thorough")
+}
+
+fn is_available() -> bool {
+    let has_clang = || Command::new(CLANG).arg("--version").output().is_ok_and(|output| output.status.success());
+    let is_available = cfg!(all(target_arch = "x86_64", target_os = "linux")) && has_clang();
+    if !is_available {
+        eprintln!("metal: no kernel was emulated: that takes {CLANG} on x86-64 Linux");
+    }
+    is_available
+}
+
+/// The program of a source; built once for a text.
+fn build(name: &str, text: &str, sanitizer: Sanitizer) -> std::result::Result<PathBuf, String> {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let mut hasher = DefaultHasher::new();
+    (text, sanitizer, FILES, include_str!("translate.rs")).hash(&mut hasher);
+    let folder = PathBuf::from(env!("OUT_DIR")).join(format!("emulator/{name}-{:016x}", hasher.finish()));
+    let _building = BUILDING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let program = folder.join("program");
+    if program.exists() {
+        return Ok(program);
+    }
+    let io = |error: std::io::Error| format!("{}: {error}", folder.display());
+    std::fs::create_dir_all(&folder).map_err(io)?;
+    for (name, text) in FILES {
+        std::fs::write(folder.join(name), text).map_err(io)?;
+    }
+    // Metal's headers are clang's builtin files; msl.h stands in for them.
+    let text = text.lines().map(|line| if line.starts_with("#include <metal") { "" } else { line });
+    let text = format!("#line 1 \"metal.h\"\n{}\n", text.collect::<Vec<_>>().join("\n"));
+    std::fs::write(folder.join("kernels.metal"), text).map_err(io)?;
+
+    let mut preprocess = clang(&folder);
+    preprocess.args(["-E", "-x", "c++", "-D__METAL_VERSION__=310", "-D__HAVE_BFLOAT__", "kernels.metal"]);
+    let preprocessed = output(&mut preprocess)?;
+    std::fs::write(folder.join("kernels.cpp"), translate::translate(&preprocessed)?).map_err(io)?;
+
+    let kernels = ["-x", "c++", "-std=c++17", "-Xclang", "-cl-single-precision-constant", "-include", "msl.h"];
+    let mut spaces = clang(&folder);
+    spaces.args(kernels).args(["-fsyntax-only", "-Xclang", "-ast-dump", "-fno-color-diagnostics", "kernels.cpp"]);
+    if output(&mut spaces)?.contains("AddressSpaceConversion") {
+        return Err(format!("{name}: a cast between address spaces"));
+    }
+    let (sanitize, runtime) = match sanitizer {
+        Sanitizer::Address => ("-fsanitize=address,undefined", "-fsanitize=address,undefined"),
+        Sanitizer::Thread => ("-fsanitize=thread", "-DEMULATOR_TSAN"),
+    };
+    let common = ["-O1", "-g1", "-fno-sanitize-recover=all", "-Wno-unknown-attributes", "-Wno-psabi"];
+    let mut runtime_object = clang(&folder);
+    output(runtime_object.args(common).args(["-std=c++17", runtime, "-c", "runtime.cpp"]))?;
+    let mut kernels_object = clang(&folder);
+    output(kernels_object.args(kernels).args(common).args(["-DEMULATOR_FLAT", sanitize, "-c", "kernels.cpp"]))?;
+    output(clang(&folder).args([sanitize, "kernels.o", "runtime.o", "-o", "linked"]))?;
+    std::fs::rename(folder.join("linked"), &program).map_err(io)?;
+    Ok(program)
+}
+
+const FILES: [(&str, &str); 3] = [
+    ("msl.h", include_str!("msl.h")),
+    ("runtime.h", include_str!("runtime.h")),
+    ("runtime.cpp", include_str!("runtime.cpp")),
+];
+
+fn clang(folder: &Path) -> Command {
+    let mut command = Command::new(CLANG);
+    command.current_dir(folder);
+    command
+}
+
+fn output(command: &mut Command) -> std::result::Result<String, String> {
+    let output = command.output().map_err(|error| format!("cannot run {CLANG}: {error}"))?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+}
