@@ -30,7 +30,8 @@ pub struct EngineOptions {
     pub memory: Option<usize>,
     /// Longest sequence in tokens, if shorter than what the model allows.
     pub max_context: Option<usize>,
-    /// Checkpoints of recurrent state that are kept for later prompts, memory permitting. Default 24.
+    /// Checkpoints of recurrent state, or windows of sliding layers, that are kept for later prompts, memory permitting.
+    /// Default 24.
     pub max_checkpoints: usize,
     /// Tokens of prompt between two checkpoints. Default 2048.
     pub checkpoint_interval: usize,
@@ -121,7 +122,7 @@ pub struct Stats {
 /// What a sequence computed stays in the cache until its memory is needed. A new prompt shares the blocks of the
 /// longest prefix that the cache knows. A recurrent state cannot be cut back, so models with recurrent layers resume
 /// at checkpoints of it: where an earlier sequence ended, every `checkpoint_interval` tokens of a prompt, and at a
-/// request's `stable_len`. On the CPU a reply is the same to the bit whether its prefix came from the cache or not.
+/// request's `stable_len`. Sliding layers forget what their window has passed, and resume at the same places. On the CPU a reply is the same to the bit whether its prefix came from the cache or not.
 pub struct Engine {
     model: Box<dyn CausalLm>,
     cache: Cache,
@@ -483,8 +484,9 @@ impl Sizes {
         let left = memory.saturating_sub(num_slots * slot_bytes);
         let window_block_bytes = cache::bytes_per_window_block(specs, block_size, dtype);
         let mut window_bytes = 0;
+        let step = max_tokens_per_step.min(max_sequences.saturating_mul(max_context));
         let window = cache::window(specs).map(|tokens| {
-            let least = |sequences| Window::blocks_for(sequences, tokens, block_size, max_tokens_per_step);
+            let least = |sequences| Window::blocks_for(sequences, tokens, block_size, step);
             let cached = options.max_checkpoints * Window::blocks_per_sequence(tokens, block_size);
             let num_blocks = (left / 2 / window_block_bytes).clamp(least(1), least(max_sequences) + cached);
             window_bytes = num_blocks * window_block_bytes;
@@ -499,7 +501,7 @@ impl Sizes {
                 block_bytes + slot_bytes + window_bytes
             )));
         }
-        let windows = window.map_or(usize::MAX, |window| window.max_sequences(block_size, max_tokens_per_step));
+        let windows = window.map_or(usize::MAX, |window| window.max_sequences(block_size, step));
         let max_sequences = max_sequences.min(windows);
         let limits = Limits {
             block_size,

@@ -226,7 +226,7 @@ impl PrefixCache {
 
     /// Gives up the least recently used window block that nobody else holds. Returns whether one became free.
     pub fn evict_window_block(&mut self, pools: &mut Pools) -> bool {
-        let evictable = |node: &Node| pools.window_blocks.owners(node.window_block?.block).eq(&1).then_some(node.used);
+        let evictable = |node: &Node| (pools.window_blocks.owners(node.window_block?.block) == 1).then_some(node.used);
         let Some(index) = self.least_recent(evictable) else { return false };
         let given_up = self.node_mut(index).window_block.take().expect("the node was chosen for it");
         pools.window_blocks.release(given_up.block);
@@ -344,6 +344,9 @@ impl PrefixCache {
         pools: &mut Pools,
     ) -> usize {
         let used = self.clock;
+        if let Some(block) = window_block {
+            self.forget_window_block(parent, chunk, block, pools);
+        }
         let siblings = parent.map_or(&self.roots, |parent| &self.node(parent).children);
         let alike = |&&index: &&usize| {
             let tokens = &self.node(index).tokens;
@@ -396,6 +399,18 @@ impl PrefixCache {
         };
         self.siblings_mut(parent).push(index);
         index
+    }
+
+    /// Takes a window block from a sibling that knows it as its own: a sequence has gone on in it otherwise than the
+    /// sibling. In two nodes it could not be given up.
+    fn forget_window_block(&mut self, parent: Option<usize>, chunk: &[u32], block: u32, pools: &mut Pools) {
+        for index in self.siblings_mut(parent).clone() {
+            let node = self.node_mut(index);
+            let is_other = !node.tokens.starts_with(chunk) && !chunk.starts_with(&node.tokens);
+            if is_other && node.window_block.take_if(|known| known.block == block).is_some() {
+                pools.window_blocks.release(block);
+            }
+        }
     }
 
     fn remove(&mut self, index: usize, pools: &mut Pools) {

@@ -4,10 +4,10 @@
 use candle_core::{DType, Device};
 
 use super::*;
-use crate::Segment;
 use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
+use crate::{NO_BLOCK, Segment};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -450,6 +450,39 @@ fn uncached_is_paged() -> Result<()> {
     let batch = Batch::uncached(&[&[0; 200], &[0; 33]], &Device::Cpu)?;
     let got = attention(&rows(|s| &s.q)?, &rows(|s| &s.k)?, &rows(|s| &s.v)?, &batch, params)?;
     assert!(values(&got)? == run_in_steps(&[&sequences[0], &sequences[1]], 200, 16, 1)?.concat());
+    Ok(())
+}
+
+/// A table of its own, without the blocks that the window has passed, gives the same; one block fewer is refused.
+#[test]
+fn a_window_needs_no_block_behind_it() -> Result<()> {
+    const BLOCK_SIZE: usize = 4;
+    let (past, new, window) = (30, 5, 9);
+    let params = AttentionParams { window: Some(window), ..AttentionParams::causal(0.3) };
+    let mut random = Random::new(5);
+    let mut tensor = |shape: &[usize]| random.tensor(shape, 1.0, DType::F32, &Device::Cpu);
+    let (q, kv) = (tensor(&[new, 4, 16])?, tensor(&[2, 12, BLOCK_SIZE, 2, 16])?);
+    let full: Vec<u32> = (0..9).rev().collect();
+    let mut windowed = full.clone();
+    let tokens = vec![0; new];
+    let batch = |blocks| Batch::new(&[Segment { tokens: &tokens, past, blocks, slot: 0 }], BLOCK_SIZE, &Device::Cpu);
+    let step = |table: &[u32]| batch(&[11; 9])?.with_windows(&[table], BLOCK_SIZE);
+    let want = paged_attention(&q, &kv, &batch(&full)?, params)?;
+    let first = (past + 1 - window) / BLOCK_SIZE;
+    windowed[..first].fill(NO_BLOCK);
+    let sliding = step(&windowed)?;
+    assert!(values(&paged_attention(&q, &kv, sliding.windowed(), params)?)? == values(&want)?);
+    assert_eq!(sliding.windowed().block_tables.flatten_all()?.to_vec1::<u32>()?[..first], vec![0; first]);
+    // Likewise for the last token alone.
+    let last = sliding.last_tokens(&[0])?;
+    let got = paged_attention(&q.narrow(0, new - 1, 1)?, &kv, last.windowed(), params)?;
+    assert!(values(&got)? == values(&want.narrow(0, new - 1, 1)?)?);
+
+    windowed[first] = NO_BLOCK;
+    assert!(paged_attention(&q, &kv, step(&windowed)?.windowed(), params).is_err());
+    windowed[8] = NO_BLOCK;
+    assert!(step(&windowed).is_err());
+    assert!(step(&windowed[..8]).is_err());
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Random schedules against a model of the memory: a block's row holds a fingerprint of all tokens up to it, a slot
 //! one of all tokens that went through it. A step that reads a stale row, a wrong checkpoint or a reused slot shows.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use kernels::testing::Random;
 
@@ -129,6 +129,8 @@ fn next_token(tokens: &[u32]) -> u32 {
 
 fn check(scheduler: &Scheduler) {
     let [blocks, window_blocks, slots] = scheduler.prefixes.holdings();
+    let distinct: HashSet<u32> = window_blocks.iter().copied().collect();
+    assert_eq!(distinct.len(), window_blocks.len(), "a window block that two prefixes hold is never given up");
     let running = || scheduler.running.iter();
     let blocks = blocks.iter().chain(running().flat_map(|sequence| &sequence.blocks));
     check_owners(&scheduler.pools.blocks, blocks);
