@@ -9,6 +9,7 @@ mod write;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -48,6 +49,9 @@ pub struct Args {
     /// Begin anew even if the output or parts of it are there
     #[arg(long, help_heading = "Output")]
     overwrite: bool,
+    /// Seconds of work that an interruption may cost: how often what is done is brought to the disk
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, help_heading = "Output")]
+    save_every: f64,
     /// Keep the texts beside their vectors, in .jsonl and .parquet
     #[arg(long, help_heading = "Output")]
     keep_text: bool,
@@ -159,11 +163,10 @@ struct Run<'a> {
     progress: Progress,
 }
 
-/// Rows that are read, embedded and written at once: at most so many, and not many more bytes of text.
+/// Rows that are read, embedded and written at once: at most so many, and not many more bytes of text. Windows depend
+/// on the input alone, so that a file's row groups do, wherever runs began and ended.
 const WINDOW_ROWS: usize = 4096;
-const WINDOW_BYTES: usize = 256 << 10;
-/// Windows of a part.
-const PART_WINDOWS: usize = 16;
+const WINDOW_BYTES: usize = 128 << 10;
 
 impl Run<'_> {
     fn finish(mut self) -> Result<()> {
@@ -174,16 +177,16 @@ impl Run<'_> {
             }
             self.bar.resume(&self.progress);
         }
-        let mut windows = 0;
+        let mut saved = Instant::now();
         loop {
             let window = self.window()?;
             let is_last = window.is_empty();
             self.embed(window)?;
-            windows += 1;
             if let Some(parts) = &mut self.parts
-                && (is_last || windows % PART_WINDOWS == 0)
+                && (is_last || saved.elapsed().as_secs_f64() >= self.args.save_every)
             {
                 parts.close_part(&self.progress)?;
+                saved = Instant::now();
             }
             if is_last {
                 break;

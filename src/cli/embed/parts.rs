@@ -2,7 +2,8 @@
 //!
 //! Beside `output` lies the folder `output.parts` with closed parts and `manifest.json`, which names them and how much
 //! input they took. A part counts once the manifest names it; the manifest is replaced in one step, after the part is
-//! on the disk. Where parts begin depends on the input alone, so a run in pieces writes the bytes of a whole one.
+//! on the disk. What stands in the joined file does not depend on where parts begin, so a run in pieces writes the bytes
+//! of a whole one.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -71,7 +72,10 @@ impl Parts {
                 if output.exists() && !overwrite {
                     return Err(Error::Usage(format!("{} exists: --overwrite replaces it", output.display())));
                 }
-                fs::create_dir_all(&folder).map_err(at(&folder))?;
+                // Not with its parents: a folder that is not there is a slip of the pen.
+                if !folder.exists() {
+                    fs::create_dir(&folder).map_err(at(&folder))?;
+                }
                 Manifest { command, progress: Progress::default(), parts: vec![] }
             }
             Err(error) => return Err(at(&path)(error)),
