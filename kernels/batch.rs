@@ -179,6 +179,15 @@ impl Batch {
         self.host_slot_mapping.len()
     }
 
+    /// `[B]` index of each sequence's first token.
+    ///
+    /// # Errors
+    ///
+    /// None in practice: the batch holds them.
+    pub fn first(&self) -> Result<Tensor> {
+        self.cu_seqlens.narrow(0, 0, self.num_sequences())
+    }
+
     /// Sequences in the step, `B`.
     pub fn num_sequences(&self) -> usize {
         self.host.len()

@@ -38,6 +38,14 @@ impl Checkpoint {
         }
     }
 
+    /// Whether there is such a file.
+    pub fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Folder(folder) => folder.join(name).is_file(),
+            Self::Memory(..) => self.in_memory(name).is_some(),
+        }
+    }
+
     pub(crate) fn in_memory(&self, name: &str) -> Option<&'static [u8]> {
         match self {
             Self::Folder(_) => None,

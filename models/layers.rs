@@ -81,10 +81,9 @@ impl Linear {
     ///
     /// `x` has another width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = linear::linear(x, &self.weight)?;
         match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
+            Some(bias) => linear::linear_with_bias(x, &self.weight, bias),
+            None => linear::linear(x, &self.weight),
         }
     }
 }

@@ -4,13 +4,16 @@
 //! keeps between steps ([`CacheSpec`]), and maps a packed [`Batch`] and a [`Cache`] to hidden states. It does not
 //! know the device, the phase (prompt or decode) or how many sequences there are.
 
+pub mod bge_m3;
 pub mod cache;
 pub mod checkpoint;
 mod config;
 pub mod gemma4;
 pub mod layers;
+mod pooling;
 pub mod qwen3;
 pub mod qwen3_5;
+mod torch_zip;
 pub mod weights;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -70,12 +73,81 @@ pub trait CausalLm: Send {
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
 }
 
+/// An encoder: packed texts in, what they are compared by out.
+pub trait Encoder: Send + Sync {
+    /// What it gives and takes.
+    fn traits(&self) -> EncoderTraits;
+
+    /// Runs a step over whole texts and gives the outputs that `heads` asks for.
+    ///
+    /// # Errors
+    ///
+    /// A head that [`EncoderTraits::heads`] lacks, a text longer than the model's positions, a token beyond the
+    /// vocabulary, or no memory left on the device.
+    fn encode(&self, batch: &Batch, heads: Heads) -> Result<Encoded>;
+}
+
+/// Which outputs of an encoder: wanted, or there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// One vector a text.
+    pub dense: bool,
+    /// A weight for each token of a text.
+    pub sparse: bool,
+    /// A vector for each token of a text.
+    pub colbert: bool,
+}
+
+impl Heads {
+    /// The dense vector alone.
+    pub const DENSE: Self = Self { dense: true, sparse: false, colbert: false };
+
+    /// Whether each head of `self` is one of `other`.
+    pub fn within(self, other: Self) -> bool {
+        (!self.dense || other.dense) && (!self.sparse || other.sparse) && (!self.colbert || other.colbert)
+    }
+}
+
+/// What an encoder gives and takes.
+#[derive(Clone, Debug)]
+pub struct EncoderTraits {
+    /// The family's name as people write it.
+    pub family: &'static str,
+    /// The heads that the checkpoint has weights for.
+    pub heads: Heads,
+    /// Size of a dense vector.
+    pub dense_size: usize,
+    /// Rows of the embedding; a tokenizer may have fewer entries.
+    pub vocab_size: usize,
+    /// Longest text in tokens, special ones included.
+    pub max_tokens: usize,
+    /// Whether the leading dimensions of a dense vector are a vector by themselves, which the model must have been
+    /// trained for (Matryoshka representation learning, <https://arxiv.org/abs/2205.13147>).
+    pub has_nested_sizes: bool,
+    /// Token ids that carry no sparse weight.
+    pub special_ids: Vec<u32>,
+    /// The token that must end a text, if the tokenizer might not append it.
+    pub end_token: Option<&'static str>,
+}
+
+/// What an encoder made of a step. Vectors are not normalised yet.
+#[derive(Clone, Debug, Default)]
+pub struct Encoded {
+    /// `[B, H]`
+    pub dense: Option<Tensor>,
+    /// `[N]`, none negative.
+    pub sparse: Option<Tensor>,
+    /// `[N, C]`; the first token of a text has a row like the others, though it takes no part in a comparison.
+    pub colbert: Option<Tensor>,
+}
+
 /// A checkpoint's configuration, of any supported family.
 #[derive(Clone, Debug)]
 pub enum Config {
     Qwen3(qwen3::Config),
     Qwen35(qwen3_5::Config),
     Gemma4(gemma4::Config),
+    BgeM3(bge_m3::Config),
 }
 
 /// What `config.json` says about a model without its weights.
@@ -95,7 +167,7 @@ pub struct Description {
 }
 
 /// The values of `model_type` that [`Config::read`] takes.
-pub const SUPPORTED: &[&str] = &["qwen3", "qwen3_5", "qwen3_5_text", "gemma4", "gemma4_text"];
+pub const SUPPORTED: &[&str] = &["qwen3", "qwen3_5", "qwen3_5_text", "gemma4", "gemma4_text", "xlm-roberta"];
 
 impl Config {
     /// Reads `config.json` and picks the family by `model_type`.
@@ -117,6 +189,7 @@ impl Config {
             Some("qwen3") => Ok(Self::Qwen3(config::parse(checkpoint, &value)?)),
             Some("qwen3_5" | "qwen3_5_text") => Ok(Self::Qwen35(qwen3_5::Config::parse(checkpoint, &value)?)),
             Some("gemma4" | "gemma4_text") => Ok(Self::Gemma4(gemma4::Config::parse(checkpoint, &value)?)),
+            Some("xlm-roberta") => Ok(Self::BgeM3(config::parse(checkpoint, &value)?)),
             Some(other) => {
                 bail!(
                     "{}: model_type {other:?} is not supported, expected one of {}",
@@ -134,21 +207,39 @@ impl Config {
             Self::Qwen3(config) => config.describe(),
             Self::Qwen35(config) => config.describe(),
             Self::Gemma4(config) => config.describe(),
+            Self::BgeM3(config) => config.describe(),
         }
     }
 
-    /// Reads the weights. `dtype` is that of activations and of keys and values.
+    /// Reads the weights of a language model. `dtype` is that of activations and of keys and values.
     ///
     /// # Errors
     ///
-    /// A tensor is missing, of another shape than the configuration says, or not used by the model; or the device
-    /// has no memory left. Messages name tensor, shape and file.
+    /// The model is an encoder; a tensor is missing, of another shape than the configuration says, or not used by the
+    /// model; or the device has no memory left. Messages name tensor, shape and file.
     pub fn load(&self, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Box<dyn CausalLm>> {
-        let weights = Weights::open(checkpoint, dtype, device)?;
+        let weights = || Weights::open(checkpoint, dtype, device);
         Ok(match self {
-            Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights)?),
-            Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights)?),
-            Self::Gemma4(config) => Box::new(gemma4::Gemma4::load(config, &weights)?),
+            Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights()?)?),
+            Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights()?)?),
+            Self::Gemma4(config) => Box::new(gemma4::Gemma4::load(config, &weights()?)?),
+            Self::BgeM3(_) => bail!("{}: an encoder, not a language model", checkpoint.path("config.json").display()),
+        })
+    }
+
+    /// Reads the weights of an encoder. `dtype` is that of activations.
+    ///
+    /// # Errors
+    ///
+    /// As [`Config::load`], and if the model is not an encoder.
+    pub fn load_encoder(&self, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Box<dyn Encoder>> {
+        Ok(match self {
+            Self::Qwen3(config) => Box::new(qwen3::Qwen3Embedding::load(config, checkpoint, dtype, device)?),
+            Self::BgeM3(config) => Box::new(bge_m3::BgeM3::load(config, checkpoint, dtype, device)?),
+            Self::Qwen35(_) | Self::Gemma4(_) => bail!(
+                "{}: a language model, expected an encoder such as BAAI/bge-m3 or Qwen/Qwen3-Embedding-0.6B",
+                checkpoint.path("config.json").display()
+            ),
         })
     }
 }

@@ -1,19 +1,21 @@
-//! Qwen3, dense: grouped-query attention with a norm on queries and keys, gated SiLU MLP.
+//! Qwen3, dense, and Qwen3-Embedding: grouped-query attention with a norm on queries and keys, gated SiLU MLP.
 //!
 //! Follows transformers 5.23.0 `models/qwen3/modeling_qwen3.py`. Checked against it on random checkpoints of every
 //! layout that `tests/fixtures` describes: tied and untied, biased, multi-query, with a redundant head.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::Activation;
-use kernels::attention::{AttentionParams, paged_attention, write_kv};
+use kernels::attention::{AttentionParams, attention, paged_attention, write_kv};
 use serde::Deserialize;
 
 use crate::cache::{Cache, CacheSpec};
+use crate::checkpoint::Checkpoint;
 use crate::config::{self, HiddenAct, RopeParameters};
 use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
+use crate::pooling::Pooling;
 use crate::weights::{Ignored, Weights};
-use crate::{CausalLm, Description};
+use crate::{CausalLm, Description, Encoded, Encoder, EncoderTraits, Heads};
 
 /// `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -87,11 +89,8 @@ impl Config {
 
 /// Qwen3 with its language modelling head.
 pub struct Qwen3 {
-    embed_tokens: Embedding,
-    layers: Vec<DecoderLayer>,
-    norm: RmsNorm,
+    model: Model,
     lm_head: Linear,
-    rotary: RotaryEmbedding,
     cache_spec: CacheSpec,
 }
 
@@ -102,6 +101,103 @@ impl Qwen3 {
     ///
     /// A tensor is missing, of another shape, or not used by the model.
     pub fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        let model = Model::load(config, &weights.pp("model"))?;
+        let lm_head = if config.tie_word_embeddings {
+            model.embed_tokens.tied_head()
+        } else {
+            Linear::load(&weights.pp("lm_head"), config.hidden_size, config.vocab_size, Bias::Absent)?
+        };
+        weights.finish(if config.tie_word_embeddings { &[Ignored::TIED_HEAD] } else { &[] })?;
+        Ok(Self { model, lm_head, cache_spec: config.cache_spec() })
+    }
+}
+
+impl CausalLm for Qwen3 {
+    fn cache_specs(&self) -> Vec<CacheSpec> {
+        vec![self.cache_spec; self.model.layers.len()]
+    }
+
+    fn forward_observed(
+        &self,
+        batch: &Batch,
+        cache: &mut Cache,
+        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        self.model.forward(batch, Some(cache), observe)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(hidden)
+    }
+}
+
+/// Qwen3-Embedding: the same stack without a head, whose last hidden state stands for the text.
+///
+/// Follows the usage that <https://huggingface.co/Qwen/Qwen3-Embedding-0.6B> describes.
+pub struct Qwen3Embedding {
+    model: Model,
+    traits: EncoderTraits,
+}
+
+impl Qwen3Embedding {
+    /// Reads the weights that `config` describes. An embedding model is known by its tensors, whose names have no
+    /// prefix, or by `modules.json`.
+    ///
+    /// # Errors
+    ///
+    /// The checkpoint is a language model, pools otherwise than by its last token, or a tensor is missing, of another
+    /// shape, or not used by the model.
+    pub fn load(config: &Config, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
+        let weights = Weights::open(checkpoint, dtype, device)?;
+        let has_prefix = !weights.contains("embed_tokens.weight");
+        if has_prefix && !checkpoint.has("modules.json") {
+            bail!(
+                "{}: a language model, expected an embedding model such as Qwen/Qwen3-Embedding-0.6B",
+                checkpoint.path("config.json").display()
+            )
+        }
+        Pooling::LastToken.check(checkpoint)?;
+        let model = Model::load(config, &if has_prefix { weights.pp("model") } else { weights.clone() })?;
+        weights.finish(&[Ignored { prefix: "lm_head.weight", reason: "embeddings are hidden states" }])?;
+        let traits = EncoderTraits {
+            family: "Qwen3-Embedding",
+            heads: Heads::DENSE,
+            dense_size: config.hidden_size,
+            vocab_size: config.vocab_size,
+            max_tokens: config.max_position_embeddings,
+            has_nested_sizes: true,
+            special_ids: vec![],
+            end_token: Some("<|endoftext|>"),
+        };
+        Ok(Self { model, traits })
+    }
+}
+
+impl Encoder for Qwen3Embedding {
+    fn traits(&self) -> EncoderTraits {
+        self.traits.clone()
+    }
+
+    fn encode(&self, batch: &Batch, heads: Heads) -> Result<Encoded> {
+        if !heads.within(Heads::DENSE) {
+            bail!("qwen3: {heads:?} asked for, the model has a dense head alone")
+        }
+        let x = self.model.forward(batch, None, &mut |_, _| Ok(()))?;
+        let dense = heads.dense.then(|| x.index_select(&batch.last, 0)).transpose()?;
+        Ok(Encoded { dense, ..Encoded::default() })
+    }
+}
+
+/// The stack between token ids and normed hidden states.
+struct Model {
+    embed_tokens: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    rotary: RotaryEmbedding,
+}
+
+impl Model {
+    fn load(config: &Config, weights: &Weights) -> Result<Self> {
         if !config.num_attention_heads.is_multiple_of(config.num_kv_heads()) || !config.head_dim().is_multiple_of(2) {
             bail!(
                 "qwen3: {} attention heads, {} key and value heads, head_dim {}: expected a multiple, and an even size",
@@ -110,32 +206,22 @@ impl Qwen3 {
                 config.head_dim()
             )
         }
-        let model = weights.pp("model");
-        let embed_tokens = Embedding::load(&model.pp("embed_tokens"), config.vocab_size, config.hidden_size)?;
-        let lm_head = if config.tie_word_embeddings {
-            embed_tokens.tied_head()
-        } else {
-            Linear::load(&weights.pp("lm_head"), config.hidden_size, config.vocab_size, Bias::Absent)?
-        };
         let layers = (0..config.num_hidden_layers)
-            .map(|layer| DecoderLayer::load(config, layer, &model.pp("layers").pp(layer)))
+            .map(|layer| DecoderLayer::load(config, layer, &weights.pp("layers").pp(layer)))
             .collect::<Result<_>>()?;
-        let norm = RmsNorm::load(&model.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
-        weights.finish(if config.tie_word_embeddings { &[Ignored::TIED_HEAD] } else { &[] })?;
-        let rotary = RotaryEmbedding::new(config.rope_theta()?, config.head_dim(), weights.device())?;
-        Ok(Self { embed_tokens, layers, norm, lm_head, rotary, cache_spec: config.cache_spec() })
-    }
-}
-
-impl CausalLm for Qwen3 {
-    fn cache_specs(&self) -> Vec<CacheSpec> {
-        vec![self.cache_spec; self.layers.len()]
+        Ok(Self {
+            embed_tokens: Embedding::load(&weights.pp("embed_tokens"), config.vocab_size, config.hidden_size)?,
+            layers,
+            norm: RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?,
+            rotary: RotaryEmbedding::new(config.rope_theta()?, config.head_dim(), weights.device())?,
+        })
     }
 
-    fn forward_observed(
+    /// Without a cache, each sequence of the batch is whole.
+    fn forward(
         &self,
         batch: &Batch,
-        cache: &mut Cache,
+        cache: Option<&Cache>,
         observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
     ) -> Result<Tensor> {
         let rotations = self.rotary.rotations(batch)?;
@@ -147,10 +233,6 @@ impl CausalLm for Qwen3 {
         let x = self.norm.forward(&x)?;
         observe(self.layers.len(), &x)?;
         Ok(x)
-    }
-
-    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(hidden)
     }
 }
 
@@ -172,7 +254,7 @@ impl DecoderLayer {
         })
     }
 
-    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: Option<&Cache>) -> Result<Tensor> {
         let mixed = self.self_attn.forward(&self.input_layernorm.forward(x)?, rotations, batch, cache)?;
         let x = (x + mixed)?;
         let y = self.mlp.forward(&self.post_attention_layernorm.forward(&x)?)?;
@@ -210,7 +292,7 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: Option<&Cache>) -> Result<Tensor> {
         let qkv = self.qkv_proj.forward(x)?;
         let heads = |start: usize, count: usize| {
             qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))
@@ -220,9 +302,15 @@ impl Attention {
         let v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
         let q = rotations.apply(&self.q_norm.forward(&q)?)?;
         let k = rotations.apply(&self.k_norm.forward(&k)?)?;
-        let kv = cache.kv(self.layer)?;
-        write_kv(kv, &k, &v, batch)?;
         let params = AttentionParams::causal((self.head_dim as f32).powf(-0.5));
-        self.o_proj.forward(&paged_attention(&q, kv, batch, params)?.flatten_from(1)?)
+        let mixed = match cache {
+            Some(cache) => {
+                let kv = cache.kv(self.layer)?;
+                write_kv(kv, &k, &v, batch)?;
+                paged_attention(&q, kv, batch, params)?
+            }
+            None => attention(&q, &k, &v, batch, params)?,
+        };
+        self.o_proj.forward(&mixed.flatten_from(1)?)
     }
 }

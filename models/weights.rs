@@ -1,4 +1,4 @@
-//! A checkpoint's tensors by name, straight from memory-mapped safetensors.
+//! A checkpoint's tensors by name, straight from memory-mapped files: safetensors, or torch zips.
 //!
 //! Families read tensors through [`Weights`], which knows the prefix it stands at, converts once on the way to
 //! the device, and remembers what was read: [`Weights::finish`] refuses a checkpoint that holds anything nobody
@@ -19,6 +19,7 @@ use safetensors::tensor::{SafeTensors, TensorInfo};
 use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
+use crate::torch_zip;
 
 /// The tensors of a checkpoint below a prefix.
 #[derive(Clone)]
@@ -30,16 +31,31 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names. `dtype` is that of
-    /// the activations; see [`Weights::matrix`] for what it means for weights.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, or `pytorch_model.bin`.
+    /// `dtype` is that of the activations; see [`Weights::matrix`] for what it means for weights.
     ///
     /// # Errors
     ///
-    /// No weights, a file that is not safetensors, is truncated or has overlapping tensors, a tensor that two
+    /// No weights, a file that is not of its format, is truncated or has overlapping tensors, a tensor that two
     /// shards hold or that the index names and no shard holds.
     pub fn open(checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
-        let tensors = Arc::new(Tensors::open(checkpoint)?);
-        Ok(Self { tensors, prefix: String::new(), dtype, device: device.clone() })
+        Self::open_with_heads(checkpoint, &[], dtype, device)
+    }
+
+    /// As [`Weights::open`], with the tensors of `<head>.pt`, where the checkpoint has that file, under `<head>.`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Weights::open`].
+    pub fn open_with_heads(checkpoint: &Checkpoint, heads: &[&str], dtype: DType, device: &Device) -> Result<Self> {
+        let mut tensors = Tensors::open(checkpoint)?;
+        for head in heads {
+            let file = format!("{head}.pt");
+            if checkpoint.has(&file) {
+                tensors.add(checkpoint, &file, &format!("{head}."))?;
+            }
+        }
+        Ok(Self { tensors: Arc::new(tensors), prefix: String::new(), dtype, device: device.clone() })
     }
 
     /// The tensors whose names begin with this prefix, a dot and `name`.
@@ -303,23 +319,30 @@ struct Tensors {
 impl Tensors {
     fn open(checkpoint: &Checkpoint) -> Result<Self> {
         let (names, index) = weight_files(checkpoint)?;
-        let mut files = Vec::with_capacity(names.len());
-        let mut entries = BTreeMap::new();
+        let mut tensors = Self { files: vec![], entries: BTreeMap::new(), unread: Mutex::default() };
         for name in &names {
-            let (file, tensors) = WeightFile::open(checkpoint, name)?;
-            for (tensor, info) in tensors {
-                if let Some((other, _)) = entries.insert(tensor.clone(), (files.len(), info)) {
-                    let other: &WeightFile = &files[other];
-                    bail!("{}: {tensor} is also in {}", file.path.display(), other.path.display())
-                }
-            }
-            files.push(file);
+            tensors.add(checkpoint, name, "")?;
         }
-        if let Some((tensor, file)) = index.iter().find(|(tensor, _)| !entries.contains_key(*tensor)) {
+        if let Some((tensor, file)) = index.iter().find(|(tensor, _)| !tensors.entries.contains_key(*tensor)) {
             bail!("{}: {tensor} is in the index but not in {file}", checkpoint.path(INDEX).display())
         }
-        let unread = Mutex::new(entries.keys().cloned().collect());
-        Ok(Self { files, entries, unread })
+        Ok(tensors)
+    }
+
+    /// Adds the tensors of a file under `prefix`.
+    fn add(&mut self, checkpoint: &Checkpoint, name: &str, prefix: &str) -> Result<()> {
+        let (file, tensors) = WeightFile::open(checkpoint, name)?;
+        let unread = self.unread.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (tensor, info) in tensors {
+            let tensor = format!("{prefix}{tensor}");
+            unread.insert(tensor.clone());
+            if let Some((other, _)) = self.entries.insert(tensor.clone(), (self.files.len(), info)) {
+                let other = self.files.get(other).unwrap_or(&file);
+                bail!("{}: {tensor} is also in {}", file.path.display(), other.path.display())
+            }
+        }
+        self.files.push(file);
+        Ok(())
     }
 }
 
@@ -386,6 +409,7 @@ impl TensorSize {
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const TORCH_ZIP: &str = "pytorch_model.bin";
 
 /// The weight files of a checkpoint, and the index's entries if it has one.
 fn weight_files(checkpoint: &Checkpoint) -> Result<(Vec<String>, BTreeMap<String, String>)> {
@@ -394,7 +418,8 @@ fn weight_files(checkpoint: &Checkpoint) -> Result<(Vec<String>, BTreeMap<String
         weight_map: BTreeMap<String, String>,
     }
     let Some(bytes) = checkpoint.read(INDEX)? else {
-        return Ok((vec![SINGLE.to_string()], BTreeMap::new()));
+        let is_torch = !checkpoint.has(SINGLE) && checkpoint.has(TORCH_ZIP);
+        return Ok((vec![if is_torch { TORCH_ZIP } else { SINGLE }.to_string()], BTreeMap::new()));
     };
     let path = checkpoint.path(INDEX);
     let index: Index = match serde_json::from_slice(&bytes) {
@@ -435,6 +460,12 @@ impl WeightFile {
             },
         };
         let mut file = Self { path, bytes, data: 0 };
+        if !name.ends_with(".safetensors") {
+            return match torch_zip::tensors(file.bytes()) {
+                Ok(tensors) => Ok((file, tensors)),
+                Err(error) => bail!("{}: {error}", file.path.display()),
+            };
+        }
         let (header, metadata) = match SafeTensors::read_metadata(file.bytes()) {
             Ok(parsed) => parsed,
             Err(error) => bail!("{}: not a safetensors file, or cut short: {error}", file.path.display()),

@@ -2,6 +2,7 @@
 //!
 //! [`Llm`] loads a model and streams text; [`Chat`] is a conversation with it. Below them [`Engine`] runs token
 //! requests in steps, many at once, and keeps what they computed for later prompts with the same beginning.
+//! [`Embedder`] turns texts into what they are searched by.
 //!
 //! ```
 //! # #[cfg(feature = "demo")]
@@ -24,6 +25,8 @@ mod blocks;
 mod chat;
 mod chat_template;
 mod device;
+mod embedder;
+pub mod embedding;
 mod engine;
 mod error;
 mod generation;
@@ -45,11 +48,14 @@ pub mod verify;
 
 pub use chat::{Chat, ChatStream, Loaded};
 pub use device::{DeviceChoice, available_memory, default_dtype};
+pub use embedder::{Embedder, EmbedderOptions, instruct};
+pub use embedding::Embedding;
 pub use engine::{Engine, EngineOptions, FinishReason, ModelLimits, Output, Request, Stats, Token};
 pub use error::{Error, Result};
 pub use generation::{Piece, Usage};
 pub use llm::{Llm, Options, Stream, Streams};
 pub use message::{Message, Role, Tool, ToolCall};
+pub use models::Heads;
 pub use reply::{Channel, Reply};
 pub use sampler::{Logprobs, Sampled, Sampler, SamplingParams};
 pub use sequence::{Reuse, SequenceId, Shortfall};

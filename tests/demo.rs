@@ -1,8 +1,9 @@
-//! The built-in model through the public interface: every fact it was taught, a conversation, thinking, a tool.
+//! The built-in models through the public interface: every fact they were taught, a conversation, thinking, a tool.
 #![cfg(feature = "demo")]
 
 use serde_json::{Value, json};
-use taper::{Channel, ChatStream, Llm, Message, Options, SamplingParams, Tool};
+use taper::embedding::{Weights, score, top_k};
+use taper::{Channel, ChatStream, Embedder, EmbedderOptions, Llm, Message, Options, SamplingParams, Tool};
 
 fn demo() -> Llm {
     Llm::demo(&Options::default()).expect("the demo is built in")
@@ -94,4 +95,34 @@ fn a_tool_is_called_and_its_answer_used() {
     let mut stream = chat.reply().expect("a prompt");
     let answer = finish(&mut stream);
     assert_eq!(answer, "It is sunny in Paris, 21 degrees.");
+}
+
+/// The answer to every query stands first among all passages, by each head alone and by all together.
+#[test]
+fn every_topic_is_found() {
+    #[derive(serde::Deserialize)]
+    struct Topic {
+        queries: Vec<String>,
+        passages: Vec<String>,
+    }
+    let topics: Vec<Topic> = serde_json::from_str(include_str!("../examples/demo/embed/topics.json")).expect("JSON");
+    let embedder = Embedder::demo(&EmbedderOptions::default()).expect("the demo is built in");
+    let all = |of: fn(&Topic) -> &Vec<String>| -> (Vec<usize>, Vec<taper::Embedding>) {
+        let pairs =
+            topics.iter().enumerate().flat_map(|(topic, texts)| of(texts).iter().map(move |text| (topic, text)));
+        let (topics, texts): (Vec<usize>, Vec<&String>) = pairs.unzip();
+        (topics, embedder.embed_parallel("", &texts).expect("embeds"))
+    };
+    let (asked, queries) = all(|topic| &topic.queries);
+    let (answered, passages) = all(|topic| &topic.passages);
+    assert_eq!(queries.len(), 824);
+    for (dense, sparse, colbert) in [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.3, 1.0)] {
+        let weights = Weights { dense, sparse, colbert };
+        let is_right = |(query, topic): &(&taper::Embedding, &usize)| {
+            let scores = passages.iter().map(|passage| score(query, passage, weights).hybrid);
+            answered[top_k(scores, 1)[0].0] == **topic
+        };
+        let right = queries.iter().zip(&asked).filter(is_right).count();
+        assert_eq!(right, queries.len(), "{weights:?}");
+    }
 }

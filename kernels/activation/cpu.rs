@@ -1,4 +1,4 @@
-//! The gated activation on the CPU: threads over rows, lanes along a row.
+//! The activations on the CPU: threads over rows, lanes along a row.
 
 use candle_core::{Layout, Result};
 
@@ -19,6 +19,66 @@ pub fn gated_activation<T: Stored>(gate_up: &[T], layout: &Layout, activation: A
         }
     });
     Ok(out)
+}
+
+/// `x` `[.., d]`.
+pub fn gelu<T: Stored>(x: &[T], layout: &Layout) -> Result<Vec<T>> {
+    let d = layout.dims().last().copied().unwrap_or(0);
+    let rows = RowStarts::new(layout)?;
+    let mut out = vec![T::round(0.0); layout.shape().elem_count()];
+    fill_rows(&mut out, d, |first, out| {
+        for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
+            dispatch(Gelu { x: &x[rows.start(row)..][..d], out });
+        }
+    });
+    Ok(out)
+}
+
+struct Gelu<'a, T> {
+    x: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Stored> Kernel for Gelu<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let zero = V::splat(0.0);
+        for (x, out) in self.x.chunks(LANES).zip(self.out.chunks_mut(LANES)) {
+            let x: V = load(x);
+            let distance = zero.sub(x).max(x);
+            // What the unit keeps back, from 0 on the left and from x on the right: in this form neither end loses
+            // digits.
+            let tail = distance.mul(V::splat(0.5)).mul(erfc_of_root(distance));
+            store(zero.max(x).sub(tail), out);
+        }
+    }
+}
+
+/// `1 - erf(x / sqrt(2))` for `x` from 0 up, within 4e-7 of itself and 1e-7 more for each unit of the exponent, `x^2`.
+///
+/// Source: the Chebyshev fit of Press et al., "Numerical Recipes", 2nd edition, section 6.2, whose own error is 1.2e-7.
+#[inline(always)]
+fn erfc_of_root<V: Lanes>(x: V) -> V {
+    const FIT: [f32; 9] = [
+        -0.822_152_23,
+        1.488_515_9,
+        -1.135_204,
+        0.278_868_07,
+        -0.186_288_06,
+        0.096_784_18,
+        0.374_091_96,
+        1.000_023_7,
+        -1.265_512_2,
+    ];
+    let one = V::splat(1.0);
+    let t = one.div(x.mul_add(V::splat(0.5 * std::f32::consts::FRAC_1_SQRT_2), one));
+    let mut exponent = V::splat(0.170_872_77);
+    for coefficient in FIT {
+        exponent = exponent.mul_add(t, V::splat(coefficient));
+    }
+    t.mul(x.mul(V::splat(-0.5)).mul_add(x, exponent).exp())
 }
 
 struct Row<'a, T> {

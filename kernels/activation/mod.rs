@@ -1,4 +1,4 @@
-//! The gated activation of an MLP.
+//! The activations of MLPs: gated, and GELU by itself.
 
 mod cpu;
 #[cfg(test)]
@@ -40,6 +40,43 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
         bail!("gated_activation: gate_up is {:?}, expected [N, 2 I]", gate_up.dims())
     }
     as_rows(gate_up)?.apply_op1_no_bwd(&GatedActivation(activation))
+}
+
+/// The Gaussian error linear unit, by the error function itself and not its usual approximation:
+///
+/// ```text
+/// y = cast(x / 2 * (1 + erf(x / sqrt(2))))        in f32, one rounding
+/// ```
+///
+/// `x` `[.., D]` in f32, f16 or bf16. Returns its shape and dtype.
+///
+/// # Errors
+///
+/// `x` is of another dtype.
+///
+/// Devices: CPU.
+///
+/// Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    as_rows(x)?.apply_op1_no_bwd(&Gelu)
+}
+
+struct Gelu;
+
+impl CustomOp1 for Gelu {
+    fn name(&self) -> &'static str {
+        "gelu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = match x {
+            CpuStorage::F32(x) => CpuStorage::F32(cpu::gelu(x, xl)?),
+            CpuStorage::F16(x) => CpuStorage::F16(cpu::gelu(x, xl)?),
+            CpuStorage::BF16(x) => CpuStorage::BF16(cpu::gelu(x, xl)?),
+            other => bail!("gelu: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        };
+        Ok((out, xl.shape().clone()))
+    }
 }
 
 struct GatedActivation(Activation);

@@ -1,4 +1,4 @@
-//! The definition of the gated activation, in f32.
+//! The definition of the activations: gated ones in f32, the error function in f64.
 
 use super::Activation;
 
@@ -20,4 +20,31 @@ fn activate(x: f32, activation: Activation) -> f32 {
             0.5 * x * (1.0 + inner.tanh())
         }
     }
+}
+
+/// `x` of any shape.
+pub fn gelu(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|&x| (0.5 * f64::from(x) * (1.0 + erf(f64::from(x) / std::f64::consts::SQRT_2))) as f32).collect()
+}
+
+/// The integral `2 / sqrt(pi) * exp(-t^2)` from 0 to `x`: its Taylor series near zero, and further out the continued
+/// fraction of what is missing to one.
+fn erf(x: f64) -> f64 {
+    let z = x.abs();
+    let value = if z < 3.0 {
+        let mut term = z;
+        let mut sum = z;
+        for n in 1..120 {
+            term *= -z * z / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        sum * std::f64::consts::FRAC_2_SQRT_PI
+    } else {
+        let mut fraction = z;
+        for n in (1..80).rev() {
+            fraction = z + f64::from(n) / 2.0 / fraction;
+        }
+        1.0 - (-z * z).exp() / fraction / std::f64::consts::PI.sqrt()
+    };
+    value.copysign(x)
 }

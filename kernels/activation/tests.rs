@@ -1,4 +1,4 @@
-//! The gated activation against the reference, by hand, and at extreme inputs.
+//! The activations against the reference, by hand, and at extreme inputs.
 
 use candle_core::{DType, Device};
 
@@ -46,9 +46,55 @@ fn gated_activation_is_the_reference() -> Result<()> {
     cases().into_iter().try_for_each(|case| run(case, &Device::Cpu))
 }
 
+fn run_gelu(dtype: DType, n: usize, d: usize, deviation: f32) -> Result<()> {
+    let x = Random::new((n * d) as u64).tensor(&[n, d], deviation, dtype, &Device::Cpu)?;
+    let want = reference::gelu(&values(&x)?);
+    let frame = poisoned(&[n, 3], dtype, &Device::Cpu)?;
+    let view = Tensor::cat(&[&frame, &x, &frame], 1)?.narrow(1, 3, d)?;
+    for x in [x, view] {
+        let got = gelu(&x)?;
+        assert_eq!((got.dims(), got.dtype()), (&[n, d][..], dtype));
+        assert_close(&format!("gelu {dtype:?} {n} {d} {deviation}"), &values(&got)?, &want, op_limit(dtype));
+    }
+    Ok(())
+}
+
+fn run_gelus() -> Result<()> {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (n, d) in [(1, 1), (1, 7), (3, 63), (2, 64), (5, 100), (1, 1000), (33, 1024), (300, 65)] {
+            for deviation in [0.01, 1.0, 4.0] {
+                run_gelu(dtype, n, d, deviation)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gelu_is_the_reference() -> Result<()> {
+    run_gelus()
+}
+
+/// Relative to each value, not to the largest: small ones come from a difference.
+#[test]
+fn gelu_is_exact_everywhere() -> Result<()> {
+    let x: Vec<f32> = (-50_000..80_000).map(|i| i as f32 * 1e-4).collect();
+    let want = reference::gelu(&x);
+    let got = values(&gelu(&Tensor::new(x.as_slice(), &Device::Cpu)?)?)?;
+    for ((x, got), want) in x.iter().zip(got).zip(want) {
+        // Left of zero the value is the tail alone, with a rounded square in its exponent.
+        let limit = 5e-7 + 1e-7 * x.min(0.0).powi(2);
+        assert!((got - want).abs() <= limit * want.abs(), "{x}: {got}, expected {want}");
+    }
+    Ok(())
+}
+
 #[test]
 fn portable_lanes_are_the_reference() -> Result<()> {
-    portable(|| cases().into_iter().try_for_each(|case| run(case, &Device::Cpu)))
+    portable(|| {
+        cases().into_iter().try_for_each(|case| run(case, &Device::Cpu))?;
+        run_gelus()
+    })
 }
 
 fn of(gate: &[f32], activation: Activation) -> Result<Vec<f32>> {
@@ -66,6 +112,9 @@ fn hand_computed() -> Result<()> {
     let got = of(&[0.0, 1.0, -1.0, 0.5, 3.0, -3.0], Activation::GeluTanh)?;
     let want = [0.0, 0.841_192, -0.158_808, 0.345_714_02, 2.996_362_6, -0.003_637_392];
     assert_close("gelu", &got, &want, 1e-6);
+    let x = Tensor::new(&[0f32, 1.0, -1.0, 0.5, 3.0, -3.0], &Device::Cpu)?;
+    let want = [0.0, 0.841_344_8, -0.158_655_25, 0.345_731_23, 2.995_950_3, -0.004_049_694];
+    assert_close("gelu", &values(&gelu(&x)?)?, &want, 1e-6);
     let up = Tensor::new(&[[ln_3, 0.0, -2.0, 5.0]], &Device::Cpu)?;
     assert_close("up", &values(&gated_activation(&up, Activation::Silu)?)?, &[-1.5 * ln_3, 0.0], 1e-6);
     Ok(())
@@ -78,6 +127,9 @@ fn extreme_inputs_saturate() -> Result<()> {
         assert_eq!(got, [100.0, 0.0, 1e30, 0.0, f32::MAX, 0.0], "{activation:?}");
         assert!(of(&[f32::NAN], activation)?[0].is_nan());
     }
+    let x = Tensor::new(&[100.0, -100.0, 1e30, -1e30, f32::MAX, f32::MIN], &Device::Cpu)?;
+    assert_eq!(values(&gelu(&x)?)?, [100.0, 0.0, 1e30, 0.0, f32::MAX, 0.0]);
+    assert!(values(&gelu(&Tensor::new(&[f32::NAN], &Device::Cpu)?)?)?[0].is_nan());
     Ok(())
 }
 

@@ -10,11 +10,16 @@ use super::tile::{Blocked, Group, Interleave, STRETCH, Streamed, pieces};
 use crate::cpu::Shared;
 use crate::simd::{LANES, Stored, dispatch};
 
-/// `x` `[n, inner]`, `weight` `[outer, inner]`; returns `[n, outer]`.
-pub fn linear<X: Stored, W: Stored>(x: &[X], weight: &[W], (n, inner, outer): (usize, usize, usize)) -> Vec<X> {
+/// `x` `[n, inner]`, `weight` `[outer, inner]`, `bias` `[outer]`; returns `[n, outer]`.
+pub fn linear<X: Stored, W: Stored>(
+    x: &[X],
+    weight: &[W],
+    bias: Option<&[f32]>,
+    (n, inner, outer): (usize, usize, usize),
+) -> Vec<X> {
     let mut out = vec![X::round(0.0); n * outer];
     if inner > 0 {
-        let product = Product { x, weight, n, inner, outer, out: Shared::new(&mut out) };
+        let product = Product { x, weight, bias, n, inner, outer, out: Shared::new(&mut out) };
         match n {
             0 => {}
             1 => product.stream::<1, 8>(),
@@ -49,6 +54,7 @@ const MIN_TASK: usize = 1 << 16;
 struct Product<'a, X, W> {
     x: &'a [X],
     weight: &'a [W],
+    bias: Option<&'a [f32]>,
     n: usize,
     inner: usize,
     outer: usize,
@@ -142,11 +148,17 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
         }
     }
 
-    /// Rounds `values` to the outputs from `first` on of `row`.
+    /// Rounds `values`, and their bias if there is one, to the outputs from `first` on of `row`.
     fn write(&self, row: usize, first: usize, values: &[f32]) {
         // SAFETY: every task has outputs of its own.
         let out = unsafe { self.out.part(row * self.outer + first, values.len()) };
-        out.iter_mut().zip(values).for_each(|(out, &value)| *out = X::round(value));
+        match self.bias {
+            Some(bias) => {
+                let values = values.iter().zip(&bias[first..]);
+                out.iter_mut().zip(values).for_each(|(out, (value, bias))| *out = X::round(value + bias))
+            }
+            None => out.iter_mut().zip(values).for_each(|(out, &value)| *out = X::round(value)),
+        }
     }
 }
 

@@ -57,6 +57,22 @@ fn a_row_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
 }
 
 #[test]
+fn a_bias_is_added_before_the_rounding() -> Result<()> {
+    let mut random = Random::new(4);
+    for dtype in FLOATS {
+        for (n, inner, outer) in [(1, 7, 3), (3, 8, 50), (40, 100, 129)] {
+            let x = random.tensor(&[n, inner], 1.0, dtype, &Device::Cpu)?;
+            let weight = random.tensor(&[outer, inner], 1.0, DType::BF16, &Device::Cpu)?;
+            let bias = random.tensor(&[outer], 5.0, dtype, &Device::Cpu)?;
+            let sums = linear(&x.to_dtype(DType::F32)?, &weight)?;
+            let want = sums.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?;
+            assert_eq!(bits(&linear_with_bias(&x, &weight, &bias)?), bits(&want));
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn views_at_an_offset() -> Result<()> {
     let mut random = Random::new(3);
     let x = random.tensor(&[9, 40], 1.0, DType::F32, &Device::Cpu)?;
@@ -72,5 +88,9 @@ fn shapes_that_do_not_fit_are_refused() -> Result<()> {
     let x = Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?;
     let error = linear(&x, &Tensor::zeros((4, 5), DType::F32, &Device::Cpu)?).expect_err("3 is not 5").to_string();
     assert!(error.contains("linear: weight is [4, 5], expected [O, 3]"), "{error}");
+    let (weight, bias) =
+        (Tensor::zeros((4, 3), DType::F32, &Device::Cpu)?, Tensor::zeros(5, DType::F32, &Device::Cpu)?);
+    let error = linear_with_bias(&x, &weight, &bias).expect_err("5 is not 4").to_string();
+    assert!(error.contains("linear: bias is [5] F32, expected F32 [4]"), "{error}");
     Ok(())
 }

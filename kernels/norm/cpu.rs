@@ -28,6 +28,70 @@ pub fn rms_norm<T: Stored>(
     Ok(T::to_cpu_storage_owned(out))
 }
 
+/// The sum of `x` and `residual`, of elements `T` in rows as long as `weight` and `bias`, layer-normalised.
+pub fn add_layer_norm<T: Stored>(
+    x: (&CpuStorage, &Layout),
+    residual: (&CpuStorage, &Layout),
+    weight: (&CpuStorage, &Layout),
+    bias: &[f32],
+    eps: f32,
+) -> Result<CpuStorage> {
+    let weight = &*read_f32(weight.0, weight.1)?;
+    let d = weight.len();
+    let mut out = vec![T::round(0.0); x.1.shape().elem_count()];
+    let (x, rows) = (x.0.as_slice::<T>()?, RowStarts::new(x.1)?);
+    let (residual, residual_rows) = (residual.0.as_slice::<T>()?, RowStarts::new(residual.1)?);
+    fill_rows(&mut out, d, |first, out| {
+        let mut sum = vec![0.0; d];
+        for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
+            let x = &x[rows.start(row)..][..d];
+            let residual = &residual[residual_rows.start(row)..][..d];
+            dispatch(LayerNormRow { x, residual, weight, bias, eps, sum: &mut sum, out });
+        }
+    });
+    Ok(T::to_cpu_storage_owned(out))
+}
+
+struct LayerNormRow<'a, T> {
+    x: &'a [T],
+    residual: &'a [T],
+    weight: &'a [f32],
+    bias: &'a [f32],
+    eps: f32,
+    /// Of any content.
+    sum: &'a mut [f32],
+    out: &'a mut [T],
+}
+
+impl<T: Stored> Kernel for LayerNormRow<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let d = self.x.len() as f32;
+        let mut total = V::splat(0.0);
+        for ((x, residual), sum) in
+            self.x.chunks(LANES).zip(self.residual.chunks(LANES)).zip(self.sum.chunks_mut(LANES))
+        {
+            let s = load::<V, T>(x).add(load::<V, T>(residual));
+            total = total.add(s);
+            store(s, sum);
+        }
+        let mean = V::splat(total.sum() / d);
+        for sum in self.sum.chunks_mut(LANES) {
+            let centred = load::<V, f32>(sum).sub(mean);
+            store(centred, sum);
+        }
+        let variance = sum_of_squares::<V, f32>(self.sum) / d;
+        let scale = V::splat(1.0 / (variance + self.eps).sqrt());
+        let operands = self.sum.chunks(LANES).zip(self.weight.chunks(LANES)).zip(self.bias.chunks(LANES));
+        for (((centred, weight), bias), out) in operands.zip(self.out.chunks_mut(LANES)) {
+            let y = load::<V, f32>(centred).mul(scale).mul_add(load(weight), load(bias));
+            store(y, out);
+        }
+    }
+}
+
 struct Row<'a, T> {
     x: &'a [T],
     gate: Option<&'a [T]>,

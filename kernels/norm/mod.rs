@@ -1,7 +1,7 @@
-//! RMS normalisation, plain and gated.
+//! RMS normalisation, plain and gated, and layer normalisation of a residual sum.
 //!
 //! Weights are f32 and hold the factor itself: a family whose checkpoint stores `w` for `1 + w` adds the one
-//! when it loads, so there is one norm here.
+//! when it loads, so there is one RMS norm here.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -74,6 +74,39 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
     as_rows(x)?.apply_op3_no_bwd(&as_rows(gate)?, &weight.contiguous()?, &RmsNormGated { eps: eps as f32 })
 }
 
+/// Layer normalisation of a sum, as a block with its norm behind it needs it:
+///
+/// ```text
+/// s = x + residual
+/// y = cast((s - mean(s)) / sqrt(mean((s - mean(s))^2) + eps) * weight + bias)        in f32, one rounding
+/// ```
+///
+/// `x` and `residual` `[.., D]` of one dtype, f32, f16 or bf16; `weight` and `bias` `[D]` in f32. Returns `x`'s shape
+/// and dtype.
+///
+/// # Errors
+///
+/// `residual` differs from `x` in shape or dtype, or `weight` or `bias` is not f32 `[D]`.
+///
+/// Devices: CPU.
+///
+/// Source: Ba et al., "Layer Normalization", 2016.
+pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    check_weight("add_layer_norm", x, weight)?;
+    check_weight("add_layer_norm", x, bias)?;
+    if residual.shape() != x.shape() || residual.dtype() != x.dtype() {
+        bail!(
+            "add_layer_norm: residual is {:?} {:?}, expected {:?} {:?} like x",
+            residual.dims(),
+            residual.dtype(),
+            x.dims(),
+            x.dtype()
+        )
+    }
+    let op = AddLayerNorm { bias: &bias.contiguous()?, eps: eps as f32 };
+    as_rows(x)?.apply_op3_no_bwd(&as_rows(residual)?, &weight.contiguous()?, &op)
+}
+
 fn check_weight(op: &str, x: &Tensor, weight: &Tensor) -> Result<()> {
     if weight.dtype() != DType::F32 || x.dims().last() != Some(&weight.elem_count()) || weight.rank() != 1 {
         bail!("{op}: weight is {:?} {:?}, expected f32 [D] for x {:?}", weight.dims(), weight.dtype(), x.dims())
@@ -139,6 +172,37 @@ impl CustomOp3 for RmsNormGated {
     ) -> Result<(MetalStorage, Shape)> {
         let out = metal::rms_norm(x.device(), (x, xl), Some((gate, gl)), (w, wl), self.eps)?;
         Ok((out, xl.shape().clone()))
+    }
+}
+
+struct AddLayerNorm<'a> {
+    bias: &'a Tensor,
+    eps: f32,
+}
+
+impl CustomOp3 for AddLayerNorm<'_> {
+    fn name(&self) -> &'static str {
+        "add-layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        residual: &CpuStorage,
+        rl: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let bias = crate::cpu::Operand::new(self.bias);
+        let (residual, weight, bias) = ((residual, rl), (w, wl), &*bias.f32()?);
+        let out = match x {
+            CpuStorage::F32(_) => cpu::add_layer_norm::<f32>((x, xl), residual, weight, bias, self.eps),
+            CpuStorage::F16(_) => cpu::add_layer_norm::<f16>((x, xl), residual, weight, bias, self.eps),
+            CpuStorage::BF16(_) => cpu::add_layer_norm::<bf16>((x, xl), residual, weight, bias, self.eps),
+            other => bail!("add_layer_norm: x is {:?}, expected f32, f16 or bf16", crate::cpu::dtype_of(other)),
+        };
+        Ok((out?, xl.shape().clone()))
     }
 }
 

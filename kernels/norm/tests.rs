@@ -67,6 +67,7 @@ struct Inputs {
     x: Tensor,
     gate: Tensor,
     weight: Tensor,
+    bias: Tensor,
 }
 
 fn inputs(case: Case, device: &Device) -> Result<Inputs> {
@@ -77,7 +78,8 @@ fn inputs(case: Case, device: &Device) -> Result<Inputs> {
     // Kernels that move 16 bytes at a time must see starts that allow it and starts that do not.
     let skip = if view == View::Columns { 3 } else { 4 };
     let weight = random.tensor(&[skip + d], 1.0, DType::F32, device)?.narrow(0, skip, d)?;
-    Ok(Inputs { x, gate, weight })
+    let bias = random.tensor(&[skip + d], 1.0, DType::F32, device)?.narrow(0, skip, d)?;
+    Ok(Inputs { x, gate, weight, bias })
 }
 
 fn check(name: &str, case: Case, device: &Device, got: &Tensor, want: &[f32]) -> Result<()> {
@@ -93,9 +95,16 @@ fn run_rms_norm(case: Case, device: &Device) -> Result<()> {
 }
 
 fn run_rms_norm_gated(case: Case, device: &Device) -> Result<()> {
-    let Inputs { x, gate, weight } = inputs(case, device)?;
+    let Inputs { x, gate, weight, .. } = inputs(case, device)?;
     let want = reference::rms_norm_gated(&values(&x)?, &values(&gate)?, &values(&weight)?, EPS as f32);
     check("rms_norm_gated", case, device, &rms_norm_gated(&x, &gate, &weight, EPS)?, &want)
+}
+
+fn run_add_layer_norm(case: Case, device: &Device) -> Result<()> {
+    let Inputs { x, gate: residual, weight, bias } = inputs(case, device)?;
+    let operands = (values(&x)?, values(&residual)?, values(&weight)?, values(&bias)?);
+    let want = reference::add_layer_norm(&operands.0, &operands.1, &operands.2, &operands.3, EPS as f32);
+    check("add_layer_norm", case, device, &add_layer_norm(&x, &residual, &weight, &bias, EPS)?, &want)
 }
 
 #[test]
@@ -183,11 +192,21 @@ fn wrong_metal_launches_are_noticed() {
 }
 
 #[test]
+fn add_layer_norm_is_the_reference() -> Result<()> {
+    // Has a kernel on the CPU alone so far.
+    for case in cases() {
+        run_add_layer_norm(case, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn portable_lanes_are_the_reference() -> Result<()> {
     portable(|| {
         for case in cases() {
             run_rms_norm(case, &Device::Cpu)?;
             run_rms_norm_gated(case, &Device::Cpu)?;
+            run_add_layer_norm(case, &Device::Cpu)?;
         }
         Ok(())
     })
@@ -203,6 +222,11 @@ fn hand_computed() -> Result<()> {
     // silu(ln 3) = 3/4 ln 3 and silu(-ln 3) = -1/4 ln 3.
     let want = [0.0, -0.375 * 3f32.ln(), -0.25 * 3f32.ln(), 0.0];
     assert_close("rms_norm_gated", &values(&rms_norm_gated(&x, &gate, &weight, 3.5)?)?, &want, 1e-6);
+    // The sums 4, 0 and 2, 6 lie 2 on either side of their means; an eps of 5 makes the root 3.
+    let residual = Tensor::new(&[[1f32, 4.0], [1.0, 6.0]], &Device::Cpu)?;
+    let bias = Tensor::new(&[1f32, -1.0], &Device::Cpu)?;
+    let want = [1.0 + 4.0 / 3.0, -1.0 - 1.0 / 3.0, 1.0 - 4.0 / 3.0, -1.0 + 1.0 / 3.0];
+    assert_close("layer", &values(&add_layer_norm(&x, &residual, &weight, &bias, 5.0)?)?, &want, 1e-6);
     Ok(())
 }
 
@@ -214,5 +238,7 @@ fn refuses_operands_that_disagree() -> Result<()> {
     assert!(rms_norm(&x, &weight.to_dtype(DType::F16)?, EPS).is_err());
     assert!(rms_norm_gated(&x, &x.narrow(0, 0, 1)?, &weight, EPS).is_err());
     assert!(rms_norm_gated(&x, &x.to_dtype(DType::F32)?, &weight, EPS).is_err());
+    assert!(add_layer_norm(&x, &x.narrow(0, 0, 1)?, &weight, &weight, EPS).is_err());
+    assert!(add_layer_norm(&x, &x, &weight, &weight.narrow(0, 0, 3)?, EPS).is_err());
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, and what they share.
 
 mod chat;
+mod embed;
 mod generate;
 mod info;
 mod model;
@@ -9,6 +10,7 @@ mod pull;
 mod repl;
 mod reply;
 mod sampling;
+mod search;
 mod verify;
 
 use std::io;
@@ -29,6 +31,7 @@ Examples:
   taper chat                                    talk with the built-in demo model
   taper chat -m Qwen/Qwen3-0.6B                 talk with a model from the Hugging Face Hub
   taper chat -m ./folder \"Why is the sky blue?\"  one question, one answer
+  taper embed -i texts.jsonl -o vectors.parquet  vectors for every row of a file
   taper info Qwen/Qwen3.5-2B                    what a model needs, before downloading it";
 
 #[derive(Debug, Subcommand)]
@@ -37,6 +40,10 @@ enum Command {
     Chat(chat::Args),
     /// Continue a text as it stands, without a chat template
     Generate(generate::Args),
+    /// Turn texts into vectors, from files of any size
+    Embed(embed::Args),
+    /// Find the texts of an embedded file that answer a query
+    Search(search::Args),
     /// Download a model for later
     Pull(pull::Args),
     /// Show a model's parts and the memory that they take
@@ -50,6 +57,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Chat(args) => chat::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Embed(args) => embed::run(&args),
+        Command::Search(args) => search::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Verify(args) => verify::run(&args),

@@ -43,10 +43,27 @@ pub fn tensors(file: &Path) -> HashMap<String, Tensor> {
     load(file, &Device::Cpu).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
+/// The weights of a checkpoint, from whichever of its files holds them.
+pub fn weights(folder: &Path) -> HashMap<String, Tensor> {
+    let torch = folder.join("pytorch_model.bin");
+    match torch.is_file() {
+        true => candle_core::pickle::read_all(&torch).expect("a torch zip").into_iter().collect(),
+        false => tensors(&folder.join("model.safetensors")),
+    }
+}
+
+/// The checkpoint in `folder` with its weights in one safetensors file, under other names.
+pub fn derive_renamed(folder: &Path, rename: impl Fn(String) -> String) -> TempDir {
+    let derived = copy_but_weights(folder);
+    let renamed = weights(folder).into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
+    write(&renamed, &derived.path().join("model.safetensors"));
+    derived
+}
+
 /// The checkpoint in `folder` with its weights rounded to bf16, but for those that published checkpoints keep in f32.
 pub fn derive_bf16(folder: &Path) -> TempDir {
     let derived = copy_but_weights(folder);
-    let rounded = tensors(&folder.join("model.safetensors")).into_iter().map(|(name, tensor)| {
+    let rounded = weights(folder).into_iter().map(|(name, tensor)| {
         let is_kept = ["linear_attn.A_log", "linear_attn.norm.weight"].iter().any(|kept| name.ends_with(kept));
         let dtype = if is_kept { DType::F32 } else { DType::BF16 };
         (name, tensor.to_dtype(dtype).expect("a float tensor"))
@@ -86,7 +103,7 @@ pub fn derive(folder: &Path, change: impl FnOnce(&mut HashMap<String, Tensor>, &
 /// The checkpoint in `folder` with its weights dealt out by name to `shards` files.
 pub fn derive_sharded(folder: &Path, shards: usize) -> TempDir {
     let derived = copy_but_weights(folder);
-    let tensors: BTreeMap<_, _> = tensors(&folder.join("model.safetensors")).into_iter().collect();
+    let tensors: BTreeMap<_, _> = weights(folder).into_iter().collect();
     let total_size: usize = tensors.values().map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum();
     let mut weight_map = BTreeMap::new();
     for shard in 0..shards {
@@ -108,7 +125,7 @@ fn copy_but_weights(folder: &Path) -> TempDir {
     let derived = tempfile::tempdir().expect("a temporary folder");
     for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
         let file = entry.expect("readable").path();
-        if file.extension().is_some_and(|extension| extension != "safetensors") {
+        if file.extension().is_some_and(|extension| extension != "safetensors" && extension != "bin") {
             fs::copy(&file, derived.path().join(file.file_name().expect("a file"))).expect("copied");
         }
     }
