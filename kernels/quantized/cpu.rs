@@ -195,13 +195,13 @@ impl<const R: usize, const P: usize> Kernel for Q8Tile<'_, R, P> {
             let mut sums = [[V::Bytes::no_sums(); P]; R];
             for i in 0..GROUP / 4 {
                 let mut codes = [V::Bytes::repeat([0; 4]); P];
-                for p in 0..P {
-                    codes[p] = V::Bytes::load(&weights.tiles[p][g].0[i]);
+                for (codes, tiles) in codes.iter_mut().zip(&weights.tiles) {
+                    *codes = V::Bytes::load(&tiles[g].0[i]);
                 }
-                for r in 0..R {
-                    let x = V::Bytes::repeat(rows.codes[r][g][i]);
-                    for p in 0..P {
-                        sums[r][p] = V::Bytes::add_products(sums[r][p], codes[p], x);
+                for (sums, row) in sums.iter_mut().zip(&rows.codes) {
+                    let x = V::Bytes::repeat(row[g][i]);
+                    for (sum, codes) in sums.iter_mut().zip(codes) {
+                        *sum = V::Bytes::add_products(*sum, codes, x);
                     }
                 }
             }
@@ -236,15 +236,15 @@ impl<const R: usize, const P: usize> Kernel for Q4Tile<'_, R, P> {
                 let mut words = [[V::Bytes::no_words(); P]; R];
                 for i in 0..4 {
                     let mut codes = [[V::Bytes::repeat([0; 4]); 2]; P];
-                    for p in 0..P {
-                        codes[p] = V::Bytes::load(&weights.tiles[p][g].0[4 * half + i]).nibbles();
+                    for (codes, tiles) in codes.iter_mut().zip(&weights.tiles) {
+                        *codes = V::Bytes::load(&tiles[g].0[4 * half + i]).nibbles();
                     }
-                    for r in 0..R {
-                        let x = &rows.codes[r][2 * g + half];
+                    for (words, row) in words.iter_mut().zip(&rows.codes) {
+                        let x = &row[2 * g + half];
                         let (first, second) = (V::Bytes::repeat(x[2 * i]), V::Bytes::repeat(x[2 * i + 1]));
-                        for p in 0..P {
-                            words[r][p] = V::Bytes::add_small_products(words[r][p], codes[p][0], first);
-                            words[r][p] = V::Bytes::add_small_products(words[r][p], codes[p][1], second);
+                        for (words, [low, high]) in words.iter_mut().zip(codes) {
+                            *words = V::Bytes::add_small_products(*words, low, first);
+                            *words = V::Bytes::add_small_products(*words, high, second);
                         }
                     }
                 }
