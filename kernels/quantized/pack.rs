@@ -5,6 +5,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{OUTS, Quantization, QuantizedMatrix, Tile};
+use crate::simd::{Kernel, LANES, Lanes, dispatch};
 
 pub fn pack(
     format: Quantization,
@@ -16,34 +17,19 @@ pub fn pack(
     let count = outer.div_ceil(OUTS) * groups;
     let mut tiles = vec![Tile([[0; 32]; 8]); count];
     let mut scales = vec![[bf16::ZERO; OUTS]; count];
-    let mut minima = vec![[bf16::ZERO; OUTS]; if format == Quantization::Q4 { count } else { 0 }];
+    let mut minima = vec![[bf16::ZERO; OUTS]; count];
     let width = groups.max(1);
-    // Chunks of no factors keep the iterators equally long.
-    let mut none = vec![[bf16::ZERO; OUTS]; if minima.is_empty() { count } else { 0 }];
-    let lows = if minima.is_empty() { &mut none } else { &mut minima };
     let finite = tiles
         .par_chunks_mut(width)
         .zip(scales.par_chunks_mut(width))
-        .zip(lows.par_chunks_mut(width))
+        .zip(minima.par_chunks_mut(width))
         .enumerate()
         .map_init(
             || vec![0.0; groups * group],
             |values, (first, ((tiles, scales), minima))| {
                 (first * OUTS..outer.min((first + 1) * OUTS)).zip(0..).all(|(o, lane)| {
                     row(o, &mut values[..inner]);
-                    for (g, values) in values.chunks_exact(group).enumerate() {
-                        let (tile, scale) = (&mut tiles[g].0, &mut scales[g][lane]);
-                        match format {
-                            Quantization::Q8 => *scale = signed(values, |i, code| tile[i / 4][4 * lane + i % 4] = code),
-                            Quantization::Q4 => {
-                                let place = |i: usize, code: u8| {
-                                    tile[i / 8][4 * lane + i % 4] |= if i % 8 < 4 { code } else { code << 4 }
-                                };
-                                (*scale, minima[g][lane]) = affine(values, place);
-                            }
-                        }
-                    }
-                    values[..inner].iter().all(|value| value.is_finite())
+                    dispatch(Row { format, values, lane, tiles, scales, minima })
                 })
             },
         )
@@ -51,34 +37,79 @@ pub fn pack(
     if !finite {
         bail!("quantized: a weight is NaN or infinite")
     }
+    if format == Quantization::Q8 {
+        minima = vec![];
+    }
     Ok(QuantizedMatrix { format, outer, inner, tiles, scales, minima })
 }
 
-/// Codes in `-127..=127`; returns their scale.
-fn signed(values: &[f32], mut place: impl FnMut(usize, u8)) -> bf16 {
-    let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
-    let scale = round_up(largest / 127.0);
-    let inverse = inverse(scale);
-    for (i, value) in values.iter().enumerate() {
-        place(i, (value * inverse).round_ties_even() as i8 as u8);
-    }
-    scale
+/// One row of the weight, which is lane `lane` of its tiles.
+struct Row<'a> {
+    format: Quantization,
+    values: &'a [f32],
+    lane: usize,
+    tiles: &'a mut [Tile],
+    scales: &'a mut [[bf16; OUTS]],
+    minima: &'a mut [[bf16; OUTS]],
 }
 
-/// Codes in `0..=15`; returns their scale and minimum.
-fn affine(values: &[f32], mut place: impl FnMut(usize, u8)) -> (bf16, bf16) {
-    let (least, largest) =
-        values.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(least, largest), &v| (least.min(v), largest.max(v)));
-    let minimum = -round_up(-least);
-    let scale = round_up((largest - minimum.to_f32()) / 15.0);
-    let (inverse, low) = (inverse(scale), minimum.to_f32());
-    for (i, value) in values.iter().enumerate() {
-        place(i, ((value - low) * inverse).round_ties_even() as u8);
+impl Kernel for Row<'_> {
+    /// Whether every value is finite.
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> bool {
+        let Self { format, lane, .. } = self;
+        let mut finite = true;
+        for (g, values) in self.values.chunks_exact(format.group()).enumerate() {
+            let (least, largest) = range::<V>(values);
+            let tile = &mut self.tiles[g].0;
+            let place = 4 * lane..4 * lane + 4;
+            match format {
+                Quantization::Q8 => {
+                    let scale = round_up(largest.max(-least) / 127.0);
+                    let inverse = inverse(scale);
+                    for (four, bytes) in values.as_chunks::<4>().0.iter().zip(tile) {
+                        let code = four.map(|value| (value * inverse).round_ties_even() as i32 as u8);
+                        bytes[place.clone()].copy_from_slice(&code);
+                    }
+                    self.scales[g][lane] = scale;
+                }
+                Quantization::Q4 => {
+                    let minimum = -round_up(-least);
+                    let low = minimum.to_f32();
+                    let scale = round_up((largest - low) / 15.0);
+                    let inverse = inverse(scale);
+                    let code = |value: f32| ((value - low) * inverse).round_ties_even() as i32 as u8;
+                    for (eight, bytes) in values.as_chunks::<8>().0.iter().zip(tile) {
+                        for (i, byte) in bytes[place.clone()].iter_mut().enumerate() {
+                            *byte = code(eight[i]) | code(eight[i + 4]) << 4;
+                        }
+                    }
+                    (self.scales[g][lane], self.minima[g][lane]) = (scale, minimum);
+                }
+            }
+            // Infinity shows in the range; NaN may not.
+            finite &= least.is_finite() && largest.is_finite() && !values.iter().any(|value| value.is_nan());
+        }
+        finite
     }
-    (scale, minimum)
+}
+
+/// The least and the greatest of the values, which are a multiple of eight.
+#[inline(always)]
+fn range<V: Lanes>(values: &[f32]) -> (f32, f32) {
+    let (mut least, mut largest) = (V::splat(f32::INFINITY), V::splat(f32::NEG_INFINITY));
+    for values in values.as_chunks::<LANES>().0 {
+        let values = V::load(values);
+        least = values.min(least);
+        largest = values.max(largest);
+    }
+    (-V::splat(0.0).sub(least).greatest(), largest.greatest())
 }
 
 /// The least bf16 that is not below `value`.
+#[inline(always)]
 fn round_up(value: f32) -> bf16 {
     let cut = bf16::from_bits((value.to_bits() >> 16) as u16);
     match cut.to_f32() < value {
@@ -88,6 +119,7 @@ fn round_up(value: f32) -> bf16 {
     }
 }
 
+#[inline(always)]
 fn inverse(scale: bf16) -> f32 {
     if scale == bf16::ZERO { 0.0 } else { scale.to_f32().recip() }
 }
