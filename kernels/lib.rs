@@ -39,6 +39,7 @@ pub mod conv;
 pub mod gated_delta;
 pub mod linear;
 pub mod norm;
+pub mod quantized;
 pub mod rope;
 pub mod softcap;
 

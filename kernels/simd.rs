@@ -35,6 +35,9 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 
 /// Eight f32 values.
 pub(crate) trait Lanes: Copy {
+    /// Bytes on the same instructions.
+    type Bytes: Bytes<Lanes = Self>;
+
     fn splat(value: f32) -> Self;
     fn load(source: &[f32; LANES]) -> Self;
     fn load_f16(source: &[f16; LANES]) -> Self;
@@ -104,6 +107,31 @@ pub(crate) trait Lanes: Copy {
         let one = Self::splat(1.0);
         one.div(one.add(Self::splat(0.0).sub(self).exp()))
     }
+}
+
+/// Thirty-two bytes, four for each of eight sums. All of it is exact, so every instruction set gives the same.
+pub(crate) trait Bytes: Copy {
+    type Lanes;
+    /// Sixteen i16: two for each of the eight sums.
+    type Words: Copy;
+    /// Eight i32.
+    type Sums: Copy;
+
+    fn load(source: &[u8; 4 * LANES]) -> Self;
+    /// The same four bytes for each sum.
+    fn repeat(four: [i8; 4]) -> Self;
+    /// The lower and the upper half of each byte.
+    fn nibbles(self) -> [Self; 2];
+    fn no_words() -> Self::Words;
+    fn no_sums() -> Self::Sums;
+    /// Adds the products of bytes in `0..=15` with signed bytes above -128. Eight times at most before they are
+    /// summed: sixteen products of no more than 15 * 127 fit.
+    fn add_small_products(words: Self::Words, small: Self, signed: Self) -> Self::Words;
+    /// Adds both words of each sum to it.
+    fn add_words(sums: Self::Sums, words: Self::Words) -> Self::Sums;
+    /// Adds the products of signed bytes above -128.
+    fn add_products(sums: Self::Sums, a: Self, b: Self) -> Self::Sums;
+    fn to_lanes(sums: Self::Sums) -> Self::Lanes;
 }
 
 /// An element type that lanes are loaded from and rounded to.
@@ -214,7 +242,72 @@ impl Portable {
     }
 }
 
+/// Bytes of the baseline instruction set.
+#[derive(Clone, Copy)]
+pub(crate) struct PortableBytes([u8; 4 * LANES]);
+
+impl PortableBytes {
+    /// Adds the products of the bytes as `a` and `b` see them to each sum, by pairs.
+    #[inline(always)]
+    fn pairs(self, other: Self, a: impl Fn(u8) -> i32) -> [[i32; 2]; LANES] {
+        std::array::from_fn(|sum| {
+            std::array::from_fn(|pair| {
+                let at =
+                    |i: usize| a(self.0[4 * sum + 2 * pair + i]) * i32::from(other.0[4 * sum + 2 * pair + i] as i8);
+                at(0) + at(1)
+            })
+        })
+    }
+}
+
+impl Bytes for PortableBytes {
+    type Lanes = Portable;
+    type Words = [[i16; 2]; LANES];
+    type Sums = [i32; LANES];
+
+    #[inline(always)]
+    fn load(source: &[u8; 4 * LANES]) -> Self {
+        Self(*source)
+    }
+    #[inline(always)]
+    fn repeat(four: [i8; 4]) -> Self {
+        Self(std::array::from_fn(|i| four[i % 4] as u8))
+    }
+    #[inline(always)]
+    fn nibbles(self) -> [Self; 2] {
+        [Self(self.0.map(|byte| byte & 15)), Self(self.0.map(|byte| byte >> 4))]
+    }
+    #[inline(always)]
+    fn no_words() -> Self::Words {
+        [[0; 2]; LANES]
+    }
+    #[inline(always)]
+    fn no_sums() -> Self::Sums {
+        [0; LANES]
+    }
+    #[inline(always)]
+    fn add_small_products(words: Self::Words, small: Self, signed: Self) -> Self::Words {
+        let products = small.pairs(signed, i32::from);
+        std::array::from_fn(|sum| std::array::from_fn(|pair| words[sum][pair] + products[sum][pair] as i16))
+    }
+    #[inline(always)]
+    fn add_words(sums: Self::Sums, words: Self::Words) -> Self::Sums {
+        std::array::from_fn(|i| sums[i] + i32::from(words[i][0]) + i32::from(words[i][1]))
+    }
+    #[inline(always)]
+    fn add_products(sums: Self::Sums, a: Self, b: Self) -> Self::Sums {
+        let products = a.pairs(b, |byte| i32::from(byte as i8));
+        std::array::from_fn(|i| sums[i] + products[i][0] + products[i][1])
+    }
+    #[inline(always)]
+    fn to_lanes(sums: Self::Sums) -> Portable {
+        Portable(sums.map(|sum| sum as f32))
+    }
+}
+
 impl Lanes for Portable {
+    type Bytes = PortableBytes;
+
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self([value; LANES])
@@ -296,7 +389,7 @@ mod avx2 {
 
     use half::{bf16, f16};
 
-    use super::{Kernel, LANES, Lanes};
+    use super::{Bytes, Kernel, LANES, Lanes};
 
     /// # Safety
     ///
@@ -308,10 +401,68 @@ mod avx2 {
 
     /// Lanes in one register. Only [`run`] names this type, so wherever a method is called the features are there.
     #[derive(Clone, Copy)]
-    struct Avx2(__m256);
+    pub(super) struct Avx2(__m256);
+
+    /// Bytes in one register; as with [`Avx2`], only where the features are there.
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx2Bytes(__m256i);
+
+    // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
+    impl Bytes for Avx2Bytes {
+        type Lanes = Avx2;
+        type Words = __m256i;
+        type Sums = __m256i;
+
+        #[inline(always)]
+        fn load(source: &[u8; 4 * LANES]) -> Self {
+            Self(unsafe { _mm256_loadu_si256(source.as_ptr().cast()) })
+        }
+        #[inline(always)]
+        fn repeat(four: [i8; 4]) -> Self {
+            Self(unsafe { _mm256_set1_epi32(i32::from_ne_bytes(four.map(|byte| byte as u8))) })
+        }
+        #[inline(always)]
+        fn nibbles(self) -> [Self; 2] {
+            unsafe {
+                let low = _mm256_set1_epi8(15);
+                [_mm256_and_si256(self.0, low), _mm256_and_si256(_mm256_srli_epi16::<4>(self.0), low)].map(Self)
+            }
+        }
+        #[inline(always)]
+        fn no_words() -> __m256i {
+            unsafe { _mm256_setzero_si256() }
+        }
+        #[inline(always)]
+        fn no_sums() -> __m256i {
+            unsafe { _mm256_setzero_si256() }
+        }
+        #[inline(always)]
+        fn add_small_products(words: __m256i, small: Self, signed: Self) -> __m256i {
+            unsafe { _mm256_add_epi16(words, _mm256_maddubs_epi16(small.0, signed.0)) }
+        }
+        #[inline(always)]
+        fn add_words(sums: __m256i, words: __m256i) -> __m256i {
+            unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1))) }
+        }
+        #[inline(always)]
+        fn add_products(sums: __m256i, a: Self, b: Self) -> __m256i {
+            // The instruction takes the bytes of one side as unsigned, so that side's signs move to the other. No pair
+            // exceeds 2 * 127 * 127, which fits i16.
+            unsafe {
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(b.0), _mm256_sign_epi8(a.0, b.0));
+                Self::add_words(sums, pairs)
+            }
+        }
+        #[inline(always)]
+        fn to_lanes(sums: __m256i) -> Avx2 {
+            Avx2(unsafe { _mm256_cvtepi32_ps(sums) })
+        }
+    }
 
     // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
     impl Lanes for Avx2 {
+        type Bytes = Avx2Bytes;
+
         #[inline(always)]
         fn splat(value: f32) -> Self {
             Self(unsafe { _mm256_set1_ps(value) })

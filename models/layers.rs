@@ -1,14 +1,34 @@
 //! Layers that more than one family uses unchanged.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::activation::{Activation, gated_activation};
+use kernels::quantized::{self, QuantizedMatrix};
 use kernels::{Batch, linear, norm, rope};
 
 use crate::weights::Weights;
 
+/// A weight matrix `[O, I]`, as it is stored or packed. Clones share it.
+#[derive(Clone)]
+enum Matrix {
+    Dense(Tensor),
+    Packed(Arc<QuantizedMatrix>),
+}
+
+impl Matrix {
+    /// The matrices `names`, one below the other.
+    fn load(weights: &Weights, names: &[&str], rows: &[usize], columns: usize) -> Result<Self> {
+        match weights.packed(names, rows, columns)? {
+            Some(packed) => Ok(Self::Packed(Arc::new(packed))),
+            None => Ok(Self::Dense(weights.stacked(names, rows, columns)?)),
+        }
+    }
+}
+
 /// `y = x W^T + b`, the bias optional.
 pub struct Linear {
-    weight: Tensor,
+    weight: Matrix,
     bias: Option<Tensor>,
 }
 
@@ -20,11 +40,6 @@ pub enum Bias {
 }
 
 impl Linear {
-    /// A layer around `weight` `[O, I]`, without bias.
-    pub fn new(weight: Tensor) -> Self {
-        Self { weight, bias: None }
-    }
-
     /// Reads `weight` `[output, input]`, and `bias` `[output]` where there is one.
     ///
     /// # Errors
@@ -72,7 +87,7 @@ impl Linear {
                 Some(Tensor::cat(&parts, 0)?.to_dtype(weights.dtype())?)
             }
         };
-        Ok(Self { weight: weights.stacked(matrices, outputs, input)?, bias })
+        Ok(Self { weight: Matrix::load(weights, matrices, outputs, input)?, bias })
     }
 
     /// `x` `[N, I]` to `[N, O]`.
@@ -81,16 +96,18 @@ impl Linear {
     ///
     /// `x` has another width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.bias {
-            Some(bias) => linear::linear_with_bias(x, &self.weight, bias),
-            None => linear::linear(x, &self.weight),
+        match (&self.weight, &self.bias) {
+            (Matrix::Dense(weight), Some(bias)) => linear::linear_with_bias(x, weight, bias),
+            (Matrix::Dense(weight), None) => linear::linear(x, weight),
+            (Matrix::Packed(weight), Some(bias)) => quantized::linear(x, weight)?.broadcast_add(bias),
+            (Matrix::Packed(weight), None) => quantized::linear(x, weight),
         }
     }
 }
 
 /// Token embedding `[V, H]`.
 pub struct Embedding {
-    weight: Tensor,
+    weight: Matrix,
     dtype: DType,
 }
 
@@ -101,7 +118,8 @@ impl Embedding {
     ///
     /// The tensor is missing or of another shape.
     pub fn load(weights: &Weights, vocab_size: usize, hidden_size: usize) -> Result<Self> {
-        Ok(Self { weight: weights.matrix("weight", [vocab_size, hidden_size])?, dtype: weights.dtype() })
+        let weight = Matrix::load(weights, &["weight"], &[vocab_size], hidden_size)?;
+        Ok(Self { weight, dtype: weights.dtype() })
     }
 
     /// `tokens` `[N]` to `[N, H]` in the activations' dtype.
@@ -110,12 +128,16 @@ impl Embedding {
     ///
     /// On the CPU, a token beyond the vocabulary.
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
-        self.weight.index_select(tokens, 0)?.to_dtype(self.dtype)
+        let rows = match &self.weight {
+            Matrix::Dense(weight) => weight.index_select(tokens, 0)?,
+            Matrix::Packed(weight) => weight.rows(tokens)?,
+        };
+        rows.to_dtype(self.dtype)
     }
 
     /// The same matrix as the output projection of a tied model.
     pub fn tied_head(&self) -> Linear {
-        Linear::new(self.weight.clone())
+        Linear { weight: self.weight.clone(), bias: None }
     }
 }
 

@@ -18,6 +18,7 @@ pub mod weights;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kernels::Batch;
+pub use kernels::quantized::Quantization;
 use serde_json::Value;
 
 pub use cache::{Cache, CacheConfig, CacheSpec};
@@ -218,7 +219,29 @@ impl Config {
     /// The model is an encoder; a tensor is missing, of another shape than the configuration says, or not used by the
     /// model; or the device has no memory left. Messages name tensor, shape and file.
     pub fn load(&self, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Box<dyn CausalLm>> {
-        let weights = || Weights::open(checkpoint, dtype, device);
+        self.load_quantized(checkpoint, dtype, device, None)
+    }
+
+    /// As [`Config::load`], with the matrices of linear layers and embeddings packed on the way from the file. Norms,
+    /// convolutions, decays and tables that stay in their file are not.
+    ///
+    /// # Errors
+    ///
+    /// As [`Config::load`]; also if a weight is NaN or infinite, or the device is not the CPU.
+    pub fn load_quantized(
+        &self,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        device: &Device,
+        quantization: Option<Quantization>,
+    ) -> Result<Box<dyn CausalLm>> {
+        let weights = || {
+            let weights = Weights::open(checkpoint, dtype, device)?;
+            match quantization {
+                Some(quantization) => weights.quantized(quantization),
+                None => Ok(weights),
+            }
+        };
         Ok(match self {
             Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights()?)?),
             Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights()?)?),

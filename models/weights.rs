@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use half::{bf16, f16};
+use kernels::quantized::{Quantization, QuantizedMatrix};
 use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -28,6 +29,7 @@ pub struct Weights {
     prefix: String,
     dtype: DType,
     device: Device,
+    quantization: Option<Quantization>,
 }
 
 impl Weights {
@@ -55,7 +57,25 @@ impl Weights {
                 tensors.add(checkpoint, &file, &format!("{head}."))?;
             }
         }
-        Ok(Self { tensors: Arc::new(tensors), prefix: String::new(), dtype, device: device.clone() })
+        Ok(Self {
+            tensors: Arc::new(tensors),
+            prefix: String::new(),
+            dtype,
+            device: device.clone(),
+            quantization: None,
+        })
+    }
+
+    /// The same weights, whose matrices [`Weights::packed`] packs.
+    ///
+    /// # Errors
+    ///
+    /// The device is not the CPU.
+    pub fn quantized(self, quantization: Quantization) -> Result<Self> {
+        if !self.device.is_cpu() {
+            bail!("quantised weights run on the CPU so far, not on another device")
+        }
+        Ok(Self { quantization: Some(quantization), ..self })
     }
 
     /// The tensors whose names begin with this prefix, a dot and `name`.
@@ -117,6 +137,43 @@ impl Weights {
         entries.iter().for_each(|entry| entry.file.release(&entry.range));
         let keep = self.device.is_cpu() && tensor.dtype().size_in_bytes() <= self.dtype.size_in_bytes();
         if keep { Ok(tensor) } else { tensor.to_dtype(self.dtype) }
+    }
+
+    /// As [`Weights::stacked`], packed row by row on the way from the file; `None` if these weights are not
+    /// [quantised](Weights::quantized).
+    ///
+    /// # Errors
+    ///
+    /// As [`Weights::stacked`], and if a weight is NaN or infinite.
+    pub fn packed(&self, names: &[&str], rows: &[usize], columns: usize) -> Result<Option<QuantizedMatrix>> {
+        let Some(quantization) = self.quantization else { return Ok(None) };
+        let mut parts = vec![];
+        for (name, &rows) in names.iter().zip(rows) {
+            let entry = self.entry(name, &[rows, columns])?;
+            let widen = widen_row(entry.dtype);
+            let Some(widen) = widen else {
+                bail!("{}: {} is {:?}, expected f32, f16 or bf16", entry.path.display(), entry.name, entry.dtype)
+            };
+            parts.push((rows, entry, widen));
+        }
+        let row = |mut index: usize, values: &mut [f32]| {
+            for (rows, entry, widen) in &parts {
+                match index.checked_sub(*rows) {
+                    Some(rest) => index = rest,
+                    None => {
+                        let bytes = entry.bytes.len() / rows;
+                        return widen(&entry.bytes[index * bytes..][..bytes], values);
+                    }
+                }
+            }
+        };
+        let shape = [rows.iter().sum(), columns];
+        let packed = QuantizedMatrix::pack(quantization, shape, row);
+        parts.iter().for_each(|(_, entry, _)| entry.file.release(&entry.range));
+        match packed {
+            Ok(packed) => Ok(Some(packed)),
+            Err(error) => bail!("{}: {}: {error}", parts[0].1.path.display(), names.join(", ")),
+        }
     }
 
     /// A small tensor that enters the computation in f32 whatever it is stored in: a norm's weight, a decay.
@@ -307,6 +364,22 @@ fn decode<T: WithDType + Send, const SIZE: usize>(parts: &[&[u8]], element: impl
     // SAFETY: the loop above wrote each of the first `len` elements: every part fills its own share of them.
     unsafe { values.set_len(len) };
     values
+}
+
+/// Widens a row of stored elements.
+type WidenRow = fn(&[u8], &mut [f32]);
+
+/// How a stored row becomes f32; `None` for other dtypes than f32, f16 and bf16.
+fn widen_row(stored: Dtype) -> Option<WidenRow> {
+    fn each<const SIZE: usize>(bytes: &[u8], values: &mut [f32], widen: impl Fn([u8; SIZE]) -> f32) {
+        values.iter_mut().zip(bytes.as_chunks().0).for_each(|(value, bytes)| *value = widen(*bytes));
+    }
+    Some(match stored {
+        Dtype::F32 => |bytes, values| each(bytes, values, f32::from_le_bytes),
+        Dtype::F16 => |bytes, values| each(bytes, values, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => |bytes, values| each(bytes, values, |b| bf16::from_le_bytes(b).to_f32()),
+        _ => return None,
+    })
 }
 
 /// Every tensor of a checkpoint's files.

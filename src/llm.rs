@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use candle_core::DType;
-use models::{Checkpoint, Config};
+use models::{Checkpoint, Config, Quantization};
 
 use crate::chat::Chat;
 use crate::device::{DeviceChoice, default_dtype};
@@ -27,6 +27,8 @@ pub struct Options {
     /// Dtype of activations, keys and values. Default: f32 on the CPU, bf16 elsewhere. Weights stay as they are stored
     /// on the CPU, whatever this says.
     pub dtype: Option<DType>,
+    /// Packs the matrices of linear layers and embeddings while they are read. Default: they stay as they are stored.
+    pub quantization: Option<Quantization>,
     pub engine: EngineOptions,
     /// Where models that are not folders come from.
     pub hub: HubOptions,
@@ -34,7 +36,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { device: DeviceChoice::Auto, dtype: None, engine: EngineOptions::default(), hub: HubOptions::from_env() }
+        Self {
+            device: DeviceChoice::Auto,
+            dtype: None,
+            quantization: None,
+            engine: EngineOptions::default(),
+            hub: HubOptions::from_env(),
+        }
     }
 }
 
@@ -115,9 +123,9 @@ impl Llm {
         };
         let device = options.device.open()?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
-        let model = config.load(checkpoint, dtype, &device)?;
+        let model = config.load_quantized(checkpoint, dtype, &device, options.quantization)?;
         let engine = Engine::new(model, limits, dtype, &device, &options.engine)?;
-        let origin = Origin::new(checkpoint, dtype, &device)?;
+        let origin = Origin::new(checkpoint, dtype, options.quantization, &device)?;
         Ok(Self { engine, text: Arc::new(text), origin })
     }
 

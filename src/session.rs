@@ -11,7 +11,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use models::{Checkpoint, weights};
+use models::{Checkpoint, Quantization, weights};
 use ring::digest::{Context, SHA256};
 use safetensors::tensor::{SafeTensors, View, serialize_to_file};
 use serde::{Deserialize, Serialize};
@@ -43,7 +43,7 @@ pub(crate) struct Origin {
     pub model: String,
     /// A hash of the configuration and of a sample of the weights.
     fingerprint: String,
-    /// Version, device and dtype, which decide how results are rounded.
+    /// Version, device, dtype and quantisation, which decide how results are rounded.
     computed: String,
 }
 
@@ -53,10 +53,20 @@ impl Origin {
     /// # Errors
     ///
     /// The checkpoint cannot be read.
-    pub fn new(checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn new(
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        quantization: Option<Quantization>,
+        device: &Device,
+    ) -> Result<Self> {
         let mut digest = Context::new(&SHA256);
         digest.update(&checkpoint.read("config.json")?.unwrap_or_default());
         weights::sample(checkpoint, |bytes| digest.update(bytes))?;
+        let quantization = match quantization {
+            None => "",
+            Some(Quantization::Q8) => " and q8",
+            Some(Quantization::Q4) => " and q4",
+        };
         let device = match device {
             Device::Cpu => "the CPU",
             Device::Cuda(_) => "CUDA",
@@ -65,7 +75,7 @@ impl Origin {
         Ok(Self {
             model: checkpoint.path("").display().to_string().trim_end_matches(['/', '\\']).to_string(),
             fingerprint: hex(digest),
-            computed: format!("taper {} in {} on {device}", env!("CARGO_PKG_VERSION"), dtype.as_str()),
+            computed: format!("taper {} in {}{quantization} on {device}", env!("CARGO_PKG_VERSION"), dtype.as_str()),
         })
     }
 
