@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Result};
 use kernels::linear::linear;
+use kernels::softcap::softcap;
 use kernels::testing::Random;
 
 fn main() -> Result<()> {
@@ -59,6 +60,9 @@ fn cases() -> Vec<Case> {
             }
         }
     }
+    for dtype in [DType::F32, DType::BF16] {
+        cases.push(softcap_case(262_144, dtype));
+    }
     cases
 }
 
@@ -78,6 +82,23 @@ fn linear_case(layer: &str, n: usize, inner: usize, outer: usize, dtype: DType) 
                 ours: Box::new(move || linear(&x, &weight).map(drop_result)),
                 candle: has_candle
                     .then(|| -> Run { Box::new(move || candle_x.matmul(&candle_weight).map(drop_result)) }),
+            })
+        }),
+    }
+}
+
+/// One row of Gemma 4's logits.
+fn softcap_case(vocab: usize, dtype: DType) -> Case {
+    Case {
+        name: format!("softcap 1x{vocab} {}", dtype.as_str()),
+        bytes: vocab * dtype.size_in_bytes(),
+        flops: 0,
+        build: Box::new(move || {
+            let x = Random::new(0).tensor(&[1, vocab], 30.0, dtype, &Device::Cpu)?;
+            let candle_x = x.clone();
+            Ok(Contenders {
+                ours: Box::new(move || softcap(&x, 30.0).map(drop_result)),
+                candle: Some(Box::new(move || ((&candle_x / 30.0)?.tanh()? * 30.0).map(drop_result))),
             })
         }),
     }
