@@ -1,4 +1,5 @@
-//! Whole-model speed beside candle-transformers' Qwen3: a prompt of 512 tokens and decoding after it.
+//! Whole-model speed, weights as stored and packed, beside candle-transformers' Qwen3: a prompt of 512 tokens and
+//! decoding after it.
 //!
 //! `cargo bench --bench generate -- FOLDER` with a Qwen3 folder, such as `make_fullsize.py Qwen3-0.6B` writes. Both
 //! contenders take the same weights and ids; rounds alternate between them and the median counts, spread beside it.
@@ -9,7 +10,7 @@ use std::time::Instant;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::qwen3::{Config as CandleConfig, ModelForCausalLM};
-use models::{Checkpoint, Config};
+use models::{Checkpoint, Config, Quantization};
 use taper::{Engine, EngineOptions, ModelLimits, Request, SamplingParams};
 
 const PROMPT: usize = 512;
@@ -30,15 +31,22 @@ fn main() -> Result<(), AnyError> {
     let checkpoint = Checkpoint::Folder(folder.clone());
     let config = Config::read(&checkpoint)?;
     let vocab_size = config.describe().vocab_size;
-    let loading = Instant::now();
-    let model = config.load(&checkpoint, DType::F32, &Device::Cpu)?;
-    println!("loaded in {:.2} s", loading.elapsed().as_secs_f64());
-    let limits = ModelLimits { vocab_size, sampled_vocab: vocab_size, max_positions: 4096, stop_ids: vec![] };
-    let mut engine = Engine::new(model, limits, DType::F32, &Device::Cpu, &EngineOptions::default())?;
+    let mut engines = vec![];
+    let mut contenders = vec![];
+    for (name, quantization) in
+        [("taper", None), ("taper q8", Some(Quantization::Q8)), ("taper q4", Some(Quantization::Q4))]
+    {
+        let loading = Instant::now();
+        let model = config.load_quantized(&checkpoint, DType::F32, &Device::Cpu, quantization)?;
+        println!("{name}: loaded in {:.2} s", loading.elapsed().as_secs_f64());
+        let limits = ModelLimits { vocab_size, sampled_vocab: vocab_size, max_positions: 4096, stop_ids: vec![] };
+        let options = EngineOptions { memory: Some(1 << 30), ..EngineOptions::default() };
+        engines.push(Engine::new(model, limits, DType::F32, &Device::Cpu, &options)?);
+        contenders.push((name, vec![]));
+    }
 
     let candle_config: CandleConfig = serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?;
     let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu)?;
-    let mut contenders = vec![("taper, bf16 weights", vec![])];
     let mut candles = vec![];
     for (name, dtype) in [("candle bf16", DType::BF16), ("candle f32", DType::F32)] {
         let weights = VarBuilder::from_tensors(tensors.clone(), dtype, &Device::Cpu);
@@ -46,8 +54,10 @@ fn main() -> Result<(), AnyError> {
         contenders.push((name, vec![]));
     }
     for round in 0..ROUNDS {
-        contenders[0].1.push(ours(&mut engine, &prompt, round as u32)?);
-        for (candle, (_, times)) in candles.iter_mut().zip(&mut contenders[1..]) {
+        for (engine, (_, times)) in engines.iter_mut().zip(&mut contenders) {
+            times.push(ours(engine, &prompt, round as u32)?);
+        }
+        for (candle, (_, times)) in candles.iter_mut().zip(&mut contenders[engines.len()..]) {
             times.push(theirs(candle, &prompt)?);
         }
     }

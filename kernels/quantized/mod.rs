@@ -26,6 +26,16 @@ pub enum Quantization {
 }
 
 impl Quantization {
+    /// Bytes that a packed weight `[outer, inner]` takes.
+    pub fn bytes(self, [outer, inner]: [usize; 2]) -> usize {
+        let factors = match self {
+            Self::Q8 => 1,
+            Self::Q4 => 2,
+        };
+        let tile = size_of::<Tile>() + factors * OUTS * size_of::<bf16>();
+        outer.div_ceil(OUTS) * inner.div_ceil(self.group()) * tile
+    }
+
     /// Weights that share their factors.
     pub(crate) fn group(self) -> usize {
         match self {

@@ -45,6 +45,7 @@ fn the_error_of_a_weight_is_as_stated() {
     for (format, limit) in [(Quantization::Q8, 0.006), (Quantization::Q4, 0.09)] {
         let (weight, matrix, unpacked) = packed(format, [64, 1024], &mut Random::new(1));
         assert_close(&format!("{format:?}"), &unpacked, &weight, limit);
+        assert_eq!(matrix.bytes(), format.bytes([64, 1024]));
         let bits = matrix.bytes() as f64 * 8.0 / weight.len() as f64;
         assert_eq!(bits, if format == Quantization::Q8 { 8.5 } else { 4.5 });
     }

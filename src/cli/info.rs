@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
-use models::{CacheSpec, Checkpoint, Config, cache, weights};
+use models::{CacheSpec, Checkpoint, Config, Quantization, cache, weights};
 use serde_json::json;
 use taper::hub::{self, Metadata};
 
@@ -55,6 +55,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "weight_bytes": parts.bytes,
             "parameters": parts.parameters,
             "bytes_by_part": parts.by_part,
+            "packed_bytes": parts.packed.map(BTreeMap::from),
             "cache_dtype": dtype.as_str(),
             "key_value_bytes_per_token": per_token,
             "window_tokens": cache::window(specs),
@@ -77,6 +78,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for (part, bytes) in &parts.by_part {
         row(&format!("  {part}"), bytes_of(*bytes));
     }
+    for (quantization, bytes) in parts.packed.iter().flatten() {
+        row(&format!("  with --quant {quantization}"), format!("{} in memory", bytes_of(*bytes)));
+    }
     row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
     if per_window > 0 {
         row("  in the window", format!("{} per sequence for the last {window} tokens", bytes_of(per_window as u64)));
@@ -98,6 +102,8 @@ struct Parts {
     bytes: u64,
     /// Without what is not used or stays in its file.
     resident: u64,
+    /// As `resident`, with the weights packed; `None` where only the files' sizes are known.
+    packed: Option<[(&'static str, u64); 2]>,
     parameters: Option<u64>,
     by_part: BTreeMap<&'static str, u64>,
 }
@@ -114,7 +120,7 @@ impl Parts {
         };
         let Some(tensors) = tensors else {
             let bytes = metadata.weights.iter().map(|file| file.bytes).sum();
-            return Ok(Self { bytes, resident: bytes, parameters: None, by_part: BTreeMap::new() });
+            return Ok(Self { bytes, resident: bytes, packed: None, parameters: None, by_part: BTreeMap::new() });
         };
         let mut by_part = BTreeMap::new();
         for tensor in &tensors {
@@ -124,7 +130,15 @@ impl Parts {
         let bytes = by_part.values().sum();
         let elsewhere: u64 = [UNUSED, ON_DISK].iter().filter_map(|part| by_part.get(part)).sum();
         let parameters = Some(tensors.iter().map(elements).sum());
-        Ok(Self { bytes, resident: bytes - elsewhere, parameters, by_part })
+        let packed = [("q8", Quantization::Q8), ("q4", Quantization::Q4)].map(|(name, quantization)| {
+            let used = tensors.iter().filter(|tensor| ![UNUSED, ON_DISK].contains(&part(&tensor.name)));
+            let bytes = used.map(|tensor| match *tensor.shape {
+                [outer, inner] => quantization.bytes([outer, inner]) as u64,
+                _ => tensor.bytes as u64,
+            });
+            (name, bytes.sum())
+        });
+        Ok(Self { bytes, resident: bytes - elsewhere, packed: Some(packed), parameters, by_part })
     }
 }
 
