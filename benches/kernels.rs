@@ -10,7 +10,10 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Result};
+use candle_nn::{LayerNorm, Module};
+use kernels::activation::gelu;
 use kernels::linear::linear;
+use kernels::norm::add_layer_norm;
 use kernels::softcap::softcap;
 use kernels::testing::Random;
 
@@ -63,6 +66,8 @@ fn cases() -> Vec<Case> {
     for dtype in [DType::F32, DType::BF16] {
         cases.push(softcap_case(262_144, dtype));
     }
+    cases.extend([1, 512].map(gelu_case));
+    cases.extend([1, 512].map(add_layer_norm_case));
     cases
 }
 
@@ -99,6 +104,46 @@ fn softcap_case(vocab: usize, dtype: DType) -> Case {
             Ok(Contenders {
                 ours: Box::new(move || softcap(&x, 30.0).map(drop_result)),
                 candle: Some(Box::new(move || ((&candle_x / 30.0)?.tanh()? * 30.0).map(drop_result))),
+            })
+        }),
+    }
+}
+
+/// bge-m3's, after the first product of its MLP.
+fn gelu_case(n: usize) -> Case {
+    const WIDTH: usize = 4096;
+    Case {
+        name: format!("gelu {n}x{WIDTH} f32"),
+        bytes: 2 * 4 * n * WIDTH,
+        flops: 0,
+        build: Box::new(move || {
+            let x = Random::new(0).tensor(&[n, WIDTH], 1.0, DType::F32, &Device::Cpu)?;
+            let candle_x = x.clone();
+            Ok(Contenders {
+                ours: Box::new(move || gelu(&x).map(drop_result)),
+                candle: Some(Box::new(move || candle_x.gelu_erf().map(drop_result))),
+            })
+        }),
+    }
+}
+
+/// bge-m3's, behind every block.
+fn add_layer_norm_case(n: usize) -> Case {
+    const HIDDEN: usize = 1024;
+    Case {
+        name: format!("add_layer_norm {n}x{HIDDEN} f32"),
+        bytes: 3 * 4 * n * HIDDEN,
+        flops: 0,
+        build: Box::new(move || {
+            let mut random = Random::new(0);
+            let mut tensor = |shape: &[usize]| random.tensor(shape, 1.0, DType::F32, &Device::Cpu);
+            let (x, residual) = (tensor(&[n, HIDDEN])?, tensor(&[n, HIDDEN])?);
+            let (weight, bias) = (tensor(&[HIDDEN])?, tensor(&[HIDDEN])?);
+            let candle = LayerNorm::new(weight.clone(), bias.clone(), 1e-5);
+            let (candle_x, candle_residual) = (x.clone(), residual.clone());
+            Ok(Contenders {
+                ours: Box::new(move || add_layer_norm(&x, &residual, &weight, &bias, 1e-5).map(drop_result)),
+                candle: Some(Box::new(move || candle.forward(&(&candle_x + &candle_residual)?).map(drop_result))),
             })
         }),
     }

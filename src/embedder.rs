@@ -196,9 +196,27 @@ impl Embedder {
     ///
     /// As [`Embedder::embed`].
     pub fn embed_prompted<T: AsRef<str> + Sync>(&self, prompt: &str, texts: &[T]) -> Result<Vec<Embedding>> {
-        let texts = self.tokenize(prompt, texts)?;
-        let batches = self.pack(&texts);
-        let done = batches.iter().map(|batch| self.run(batch, &texts)).collect::<Result<Vec<_>>>()?;
+        self.embed_texts(&self.tokenize(prompt, texts)?)
+    }
+
+    /// Embeds texts that are token ids already, special ones included. Nothing is cut off.
+    ///
+    /// # Errors
+    ///
+    /// A text that is empty or longer than the model's positions, a token beyond the vocabulary, or the computation
+    /// itself fails.
+    pub fn embed_tokens(&self, texts: Vec<Vec<u32>>) -> Result<Vec<Embedding>> {
+        let texts: Vec<Text> = texts.into_iter().map(|ids| Text { ids, truncated: 0 }).collect();
+        if let Some(text) = texts.iter().find(|text| !(1..=self.traits.max_tokens).contains(&text.ids.len())) {
+            let (tokens, limit) = (text.ids.len(), self.traits.max_tokens);
+            return Err(Error::Request(format!("a text of {tokens} tokens, expected 1 to {limit}")));
+        }
+        self.embed_texts(&texts)
+    }
+
+    fn embed_texts(&self, texts: &[Text]) -> Result<Vec<Embedding>> {
+        let batches = self.pack(texts);
+        let done = batches.iter().map(|batch| self.run(batch, texts)).collect::<Result<Vec<_>>>()?;
         Ok(in_order(&batches, done))
     }
 

@@ -1,4 +1,4 @@
-//! Taper runs Qwen3, Qwen3.5 and Gemma 4 on your own machine.
+//! Taper runs Qwen3, Qwen3.5 and Gemma 4 on your own machine, and embeds texts with bge-m3 and Qwen3-Embedding.
 //!
 //! [`Llm`] loads a model and streams text; [`Chat`] is a conversation with it. Below them [`Engine`] runs token
 //! requests in steps, many at once, and keeps what they computed for later prompts with the same beginning.
