@@ -1,11 +1,17 @@
 //! The activations of MLPs: gated, and GELU by itself.
 
 mod cpu;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
+#[cfg(feature = "metal")]
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::{as_rows, dtype_of};
@@ -31,7 +37,7 @@ pub enum Activation {
 ///
 /// The last dimension is odd.
 ///
-/// Devices: CPU.
+/// Devices: CPU, Metal.
 ///
 /// Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
@@ -88,6 +94,10 @@ impl CustomOp1 for GatedActivation {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n, width) = xl.shape().dims2()?;
+        #[cfg(test)]
+        if let Some(emulator) = crate::metal::emulator::emulator() {
+            return Ok((metal::gated_activation(&emulator, x, xl, self.0)?, (n, width / 2).into()));
+        }
         let out = match x {
             CpuStorage::F32(x) => CpuStorage::F32(cpu::gated_activation(x, xl, self.0)?),
             CpuStorage::F16(x) => CpuStorage::F16(cpu::gated_activation(x, xl, self.0)?),
@@ -95,5 +105,11 @@ impl CustomOp1 for GatedActivation {
             other => bail!("gated_activation: gate_up is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, (n, width / 2).into()))
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(&self, x: &MetalStorage, xl: &Layout) -> Result<(MetalStorage, Shape)> {
+        let (n, width) = xl.shape().dims2()?;
+        Ok((metal::gated_activation(x.device(), x, xl, self.0)?, (n, width / 2).into()))
     }
 }

@@ -3,8 +3,9 @@
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
-use crate::testing::{Random, assert_close, op_limit, poisoned, values};
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -42,8 +43,48 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn gated_activation_is_the_reference() -> Result<()> {
-    // Has a kernel on the CPU alone so far.
-    cases().into_iter().try_for_each(|case| run(case, &Device::Cpu))
+    // Has no kernel on CUDA so far.
+    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+        for case in cases() {
+            run(case, &device)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn metal_kernels_are_the_reference() -> Result<()> {
+    emulated(|| {
+        gated_activation_is_the_reference()?;
+        hand_computed()?;
+        extreme_inputs_saturate()
+    })
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> Result<()> {
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        run(Case { dtype: DType::F32, n: 3, width: 300, activation }, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("i >= width", "i > width"),
+        ("row_start(sizes.gate_up, row, 0)", "ulong(row) * 2 * width"),
+        ("from[width + i]", "from[width + i - 1]"),
+        ("IS_GELU ? 2 * u : gate", "IS_GELU ? u : gate"),
+        ("IS_GELU ? 2 * u : gate", "IS_GELU ? gate : 2 * u"),
+        ("exp(-x)", "exp(x)"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
 }
 
 fn run_gelu(dtype: DType, n: usize, d: usize, deviation: f32) -> Result<()> {

@@ -161,7 +161,7 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 /// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, a page that a query sees lies outside `kv`, or `params`
 /// is refused as by [`attention`].
 ///
-/// Devices: CPU.
+/// Devices: CPU; Metal, `D` up to 512.
 ///
 /// Source: Kwon et al., 2023, as for [`write_kv`].
 pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
@@ -313,12 +313,29 @@ impl CustomOp2 for PagedAttention<'_> {
     }
 
     fn cpu_fwd(&self, q: &CpuStorage, ql: &Layout, kv: &CpuStorage, kvl: &Layout) -> Result<(CpuStorage, Shape)> {
+        #[cfg(test)]
+        if let Some(emulator) = crate::metal::emulator::emulator() {
+            let out = metal::paged_attention(&emulator, (q, ql), (kv, kvl), self.batch, self.params)?;
+            return Ok((out, ql.shape().clone()));
+        }
         let out = match kv {
             CpuStorage::F32(kv) => CpuStorage::F32(self.run(q.as_slice()?, ql, kv, kvl)?),
             CpuStorage::F16(kv) => CpuStorage::F16(self.run(q.as_slice()?, ql, kv, kvl)?),
             CpuStorage::BF16(kv) => CpuStorage::BF16(self.run(q.as_slice()?, ql, kv, kvl)?),
             other => bail!("paged_attention: pages of {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
+        Ok((out, ql.shape().clone()))
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        q: &MetalStorage,
+        ql: &Layout,
+        kv: &MetalStorage,
+        kvl: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        let out = metal::paged_attention(q.device(), (q, ql), (kv, kvl), self.batch, self.params)?;
         Ok((out, ql.shape().clone()))
     }
 }

@@ -225,13 +225,15 @@ fn run_attention(case: Case, device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Steps whose contexts end within, at and past the edges of pages of 16 and of the CPU's chunks of 128.
-const STEPS: [&[(usize, usize)]; 5] = [
+/// Steps whose contexts end within, at and past the edges of pages of 16 and of the CPU's chunks of 128; the last is
+/// long enough to be shared by threadgroups on Metal.
+const STEPS: [&[(usize, usize)]; 6] = [
     &[(0, 1)],
     &[(0, 35)],
     &[(127, 1), (0, 17), (128, 1), (14, 3)],
     &[(100, 60)],
     &[(255, 1), (256, 1), (299, 1), (3, 1)],
+    &[(1100, 1), (3, 2), (513, 1)],
 ];
 
 fn cases() -> Vec<Case> {
@@ -267,10 +269,62 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-// Attention has kernels on the CPU alone so far.
+// Has no kernel on CUDA so far.
 #[test]
 fn paged_attention_is_the_reference() -> Result<()> {
-    cases().into_iter().try_for_each(|case| run_paged_attention(case, &Device::Cpu))
+    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+        for case in cases() {
+            run_paged_attention(case, &device)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn paged_attention_on_metal_is_the_reference() -> Result<()> {
+    emulated(|| cases().into_iter().try_for_each(|case| run_paged_attention(case, &Device::Cpu)))
+}
+
+/// A few of the cases, where many mistakes are planted: whole and split contexts.
+fn paged_attention_smoke() -> Result<()> {
+    let causal = AttentionParams::causal(0.3);
+    let window = AttentionParams { window: Some(20), softcap: Some(0.7), ..causal };
+    let ahead = AttentionParams { mask: Mask::Bidirectional, ..causal };
+    let base = Case { dtype: DType::F32, hq: 4, hk: 2, d: 64, block_size: 16, sequences: STEPS[2], params: causal };
+    for params in [causal, window, ahead] {
+        run_paged_attention(Case { params, ..base }, &Device::Cpu)?;
+        run_paged_attention(Case { params, d: 33, ..base }, &Device::Cpu)?;
+    }
+    run_paged_attention(Case { sequences: STEPS[5], ..base }, &Device::Cpu)
+}
+
+#[test]
+fn mutants_of_paged_attention_on_metal_are_noticed() {
+    let mutants = [
+        ("  threadgroup_barrier(mem_flags::mem_threadgroup);\n  largest", "  largest"),
+        ("cu_seqlens[middle] <= token", "cu_seqlens[middle] < token"),
+        ("head * sizes.hk / sizes.hq", "head % sizes.hk"),
+        ("context - (cu_seqlens[sequence + 1] - token)", "context - (cu_seqlens[sequence + 1] - token) + 1"),
+        ("position + 1 - sizes.window : 0", "position - sizes.window : 0"),
+        ("sizes.is_causal != 0 ? position + 1", "sizes.is_causal != 0 ? position"),
+        ("min(from + share, last)", "from + share"),
+        ("row_start(sizes.q, token, head)", "(ulong(token) * sizes.hq + head) * d"),
+        ("ulong(sequence) * sizes.max_blocks", "sequence"),
+        ("key % sizes.block_size", "key % 8"),
+        ("ulong(sizes.slots) * sizes.hk * d", "ulong(sizes.slots) * d"),
+        ("sums[c] * kept", "sums[c]"),
+        ("total * kept + weight", "total + weight"),
+        ("weight_of(maxima[i], largest) * totals[i]", "totals[i]"),
+        ("part == -INFINITY ? 0 : exp(part - largest)", "exp(part - largest)"),
+        ("(row * sizes.splits + group.z) * (2 + d) + 2 + column", "row * (2 + d) + 2 + column"),
+        ("weight_of(parts[i * stride], largest) * parts[i * stride + 1]", "parts[i * stride + 1]"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, paged_attention_smoke);
+}
+
+#[test]
+fn wrong_launches_of_paged_attention_on_metal_are_noticed() {
+    assert_wrong_launches_fail(paged_attention_smoke);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Depthwise causal convolution over packed sequences, with its window kept in slots.
 
 mod cpu;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -8,6 +10,10 @@ mod tests;
 
 use std::cell::OnceCell;
 
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
+#[cfg(feature = "metal")]
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
@@ -32,7 +38,7 @@ use crate::simd::Stored;
 ///
 /// Shapes disagree, K is not 2 to 4, `state` is not f32, or a slot of the batch lies outside it.
 ///
-/// Devices: CPU, where `x` may be a column range of a matrix.
+/// Devices: CPU, Metal, where `x` may be a column range of a matrix.
 ///
 /// Source: Dao and Gu, Mamba's causal-conv1d, <https://github.com/Dao-AILab/causal-conv1d>.
 pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch) -> Result<Tensor> {
@@ -72,12 +78,25 @@ impl InplaceOp1 for CausalConv1d<'_> {
     }
 
     fn cpu_fwd(&self, state: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        #[cfg(test)]
+        if let Some(emulator) = crate::metal::emulator::emulator() {
+            let out = self.run_metal(&emulator, state, layout)?;
+            self.out.set(Storage::Cpu(out)).expect("run once");
+            return Ok(());
+        }
         let out = match self.x.dtype() {
             DType::F16 => CpuStorage::F16(self.run_cpu::<f16>(state, layout)?),
             DType::BF16 => CpuStorage::BF16(self.run_cpu::<bf16>(state, layout)?),
             _ => CpuStorage::F32(self.run_cpu::<f32>(state, layout)?),
         };
         self.out.set(Storage::Cpu(out)).expect("run once");
+        Ok(())
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(&self, state: &mut MetalStorage, layout: &Layout) -> Result<()> {
+        let out = self.run_metal(&state.device().clone(), state, layout)?;
+        self.out.set(Storage::Metal(out)).expect("run once");
         Ok(())
     }
 }

@@ -2,6 +2,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::Segment;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, op_limit, poisoned, values};
 
@@ -26,9 +27,9 @@ use Start::{Continued, Fresh};
 
 const BASE: Case = Case { dtype: DType::F32, channels: 40, width: 4, sequences: &[Fresh(5)], offset: 0 };
 
-/// Has a kernel on the CPU alone so far.
-fn devices() -> [Device; 1] {
-    [Device::Cpu]
+/// Has no kernel on CUDA so far.
+fn devices() -> impl Iterator<Item = Device> {
+    crate::testing::devices().into_iter().filter(|device| !device.is_cuda())
 }
 
 fn cases() -> Vec<Case> {
@@ -134,6 +135,46 @@ fn agrees_with_the_reference() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn metal_kernels_agree_with_the_reference() -> Result<()> {
+    emulated(|| {
+        agrees_with_the_reference()?;
+        agrees_with_numbers_by_hand()?;
+        reads_rows_that_lie_apart()
+    })
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> Result<()> {
+    for (width, offset) in [(4, 2), (2, 0)] {
+        let sequences = &[Continued(2), Fresh(30), Continued(19), Continued(1)];
+        run(&Case { width, offset, sequences, ..BASE }, &Device::Cpu)?;
+    }
+    reads_rows_that_lie_apart()
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("  threadgroup_barrier(mem_flags::mem_device);\n", ""),
+        ("first + j >= begin + PAST", "first + j > begin + PAST"),
+        ("inside && !fresh", "inside"),
+        ("!fresh)\n      window[j] = slot[first + j - begin]", "!fresh)\n      window[j] = slot[j]"),
+        ("channel < sizes.channels && first < end", "channel < sizes.channels"),
+        ("channel < sizes.channels && first < end", "first < end"),
+        ("row_start(sizes.x, token, 0)", "ulong(token) * sizes.channels"),
+        ("  if (last == end)\n", ""),
+        ("min(first + share, end)", "first + share"),
+        ("sum / (1 + exp(-sum))", "sum"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
 }
 
 #[test]

@@ -47,8 +47,7 @@ template <typename T>
   const float scale = 1 / sqrt(squares / d + sizes.eps);
   device T *to = y + ulong(row) * d;
   for (uint first = TAKES * position.x; first < d; first += TAKES * threads.x)
-    for (uint j = 0; j < TAKES; j++)
-      if (const uint i = first + j; i < d) {
+    for (uint i = first; i < min(first + TAKES, d); i++) {
         float value = float(from[i]) * scale * weight[i];
         if (IS_GATED) {
           const float gate_value = float(gate[row_start(sizes.gate, row) + i]);

@@ -1,11 +1,17 @@
 //! Rotary position embedding over a leading part of the head.
 
 mod cpu;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
+#[cfg(feature = "metal")]
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::{as_rows, dtype_of, read_f32};
@@ -26,7 +32,7 @@ use crate::cpu::{as_rows, dtype_of, read_f32};
 ///
 /// The tables are not f32 `[N, R/2]` alike, or `R > D`.
 ///
-/// Devices: CPU.
+/// Devices: CPU, Metal.
 ///
 /// Source: Su et al., "RoFormer", 2021, in the half-split form of GPT-NeoX.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
@@ -61,6 +67,10 @@ impl CustomOp3 for Rope {
         sin: &CpuStorage,
         sl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        #[cfg(test)]
+        if let Some(emulator) = crate::metal::emulator::emulator() {
+            return Ok((metal::rope(&emulator, (x, xl), (cos, cl), (sin, sl))?, xl.shape().clone()));
+        }
         let (_, half) = cl.shape().dims2()?;
         let (cos, sin) = (&read_f32(cos, cl)?, &read_f32(sin, sl)?);
         let out = match x {
@@ -70,5 +80,18 @@ impl CustomOp3 for Rope {
             other => bail!("rope: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, xl.shape().clone()))
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        x: &MetalStorage,
+        xl: &Layout,
+        cos: &MetalStorage,
+        cl: &Layout,
+        sin: &MetalStorage,
+        sl: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        Ok((metal::rope(x.device(), (x, xl), (cos, cl), (sin, sl))?, xl.shape().clone()))
     }
 }

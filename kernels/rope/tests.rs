@@ -3,8 +3,9 @@
 use candle_core::Device;
 
 use super::*;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
-use crate::testing::{Random, assert_close, op_limit, poisoned, values};
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -48,8 +49,45 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn rope_is_the_reference() -> Result<()> {
-    // Has a kernel on the CPU alone so far.
-    cases().into_iter().try_for_each(|case| run(case, &Device::Cpu))
+    // Has no kernel on CUDA so far.
+    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+        for case in cases() {
+            run(case, &device)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn metal_kernels_are_the_reference() -> Result<()> {
+    emulated(rope_is_the_reference)
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> Result<()> {
+    for (n, heads, d, half) in [(5, 3, 63, 20), (3, 2, 600, 300)] {
+        run(Case { dtype: DType::F32, n, heads, d, half }, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("row >= sizes.rows", "row > sizes.rows"),
+        ("row_start(sizes.x, row)", "ulong(row) * d"),
+        ("row / sizes.x.heads", "row"),
+        ("i < d - pairs", "i < d - pairs - 1"),
+        ("i += threads.x", "i += threads.x + 1"),
+        ("if (i >= pairs)", "if (i > pairs)"),
+        ("a * c - b * s", "a * c + b * s"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 // Stands in for <metal_stdlib>: as much of MSL as Taper's kernels use, for clang 19. With EMULATOR_FLAT all memory is one
 // address space, which sanitizers need; without it casts between address spaces can be found.
 #pragma once
+#pragma clang system_header // may use more of C++ than kernels
 #include "runtime.h"
 
 #ifdef EMULATOR_FLAT
@@ -87,6 +88,9 @@ namespace metal {
 
 inline float exp(float x) { return __builtin_expf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
+namespace precise {
+inline float tanh(float x) { return __builtin_tanhf(x); }
+} // namespace precise
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 template <class V> float dot(V a, V b) {
   float sum = 0;
@@ -121,7 +125,7 @@ namespace emulator {
 
 // How a kernel is called: its parameters from the bound buffers and the running thread.
 template <class P> struct Argument {
-  static constexpr Type TYPE{Access::WORDS, 0};
+  static Type type() { return {Access::WORDS, 0}; }
   static P get(const Parameter &parameter, void *const *) {
     const Thread &thread = this_thread();
     const auto triple = [&]() -> const uint32_t * {
@@ -150,11 +154,11 @@ template <class P> struct Argument {
   }
 };
 template <class T> struct Argument<T *> {
-  static constexpr Type TYPE{__is_const(T) ? Access::READ : Access::WRITE, 0};
+  static Type type() { return {__is_const(T) ? Access::READ : Access::WRITE, 0}; }
   static T *get(const Parameter &parameter, void *const *buffers) { return (T *)(uintptr_t)buffers[parameter.index]; }
 };
 template <class T> struct Argument<T &> {
-  static constexpr Type TYPE{Access::WORDS, sizeof(T)};
+  static Type type() { return {Access::WORDS, sizeof(T)}; }
   static T &get(const Parameter &parameter, void *const *buffers) { return *(T *)(uintptr_t)buffers[parameter.index]; }
 };
 
@@ -168,7 +172,7 @@ void call(void (*function)(P...), const Parameter *parameters, void *const *buff
   function(Argument<P>::get(parameters[I], buffers)...);
 }
 template <class... P> void register_kernel(const char *name, void (*function)(P...), const Parameter *parameters) {
-  static const Type types[] = {Argument<P>::TYPE...};
+  static const Type types[] = {Argument<P>::type()...};
   const auto thunk = [](void *function, const Parameter *parameters, void *const *buffers) {
     call((void (*)(P...))function, parameters, buffers, typename UpTo<sizeof...(P)>::Type{});
   };

@@ -195,9 +195,8 @@ impl<'a> Translation<'a> {
     fn is_threadgroup_variable(&self) -> bool {
         let is_statement = self.at == 0 || matches!(self.tokens[self.at - 1].text, "{" | "}" | ";");
         let statement = self.tokens[self.at..].iter().map(|token| token.text).take_while(|text| *text != ";");
-        is_statement
-            && self.text(0) == "threadgroup"
-            && statement.take_while(|text| *text != "=").all(|text| text != "*")
+        let mut declarator = statement.take_while(|text| !matches!(*text, "=" | "["));
+        is_statement && self.text(0) == "threadgroup" && declarator.all(|text| text != "*")
     }
 
     fn threadgroup_variable(&mut self) -> Result<(), String> {

@@ -1,0 +1,42 @@
+//! Rotary position embedding on Metal.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{Layout, Result};
+
+use crate::metal::{Argument, Backend, Launch, Rows, Source, float, source};
+
+pub(super) static SOURCE: Source = source!("rope");
+
+/// Of a threadgroup.
+const THREADS: usize = 256;
+
+/// `x` `[N, heads, D]` in rows; `cos` and `sin` `[N, R/2]` contiguous.
+pub fn rope<B: Backend>(
+    backend: &B,
+    (x, xl): (&B::Storage, &Layout),
+    (cos, cl): (&B::Storage, &Layout),
+    (sin, sl): (&B::Storage, &Layout),
+) -> Result<B::Storage> {
+    let ((n, heads, d), (_, half)) = (xl.shape().dims3()?, cl.shape().dims2()?);
+    let (dtype, rows) = (x.dtype(), Rows::new(x.dtype(), xl)?);
+    let mut out = backend.allocate(n * heads * d, dtype)?;
+    let threads = (d - half).next_power_of_two().min(THREADS);
+    let rows_of_threadgroup = THREADS / threads;
+    let sizes = [n * heads, d, half].map(|size| size as u32);
+    backend.launch(Launch {
+        source: &SOURCE,
+        kernel: "rope",
+        variant: float(dtype)?,
+        constants: vec![],
+        threadgroups: [(n * heads).div_ceil(rows_of_threadgroup), 1, 1],
+        threads: [threads, rows_of_threadgroup, 1],
+        arguments: vec![
+            Argument::Write(&mut out, 0),
+            Argument::Read(x, rows.start),
+            Argument::read(cos, cl)?,
+            Argument::read(sin, sl)?,
+            Argument::Words([rows.words(), sizes].concat()),
+        ],
+    })?;
+    Ok(out)
+}
