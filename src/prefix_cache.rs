@@ -348,12 +348,14 @@ impl PrefixCache {
             self.forget_window_block(parent, chunk, block, pools);
         }
         let siblings = parent.map_or(&self.roots, |parent| &self.node(parent).children);
-        let alike = |&&index: &&usize| {
-            let tokens = &self.node(index).tokens;
-            let shorter = tokens.len().min(chunk.len());
-            tokens[..shorter] == chunk[..shorter]
+        let alike = |&&index: &&usize| self.agreement(index, chunk) == self.node(index).tokens.len().min(chunk.len());
+        // Part of a block may be alike to several: to the one that holds the block first, or it would be held twice.
+        let preference = |&&index: &&usize| {
+            let node = self.node(index);
+            let holds = node.block == block || node.window_block.is_some_and(|known| Some(known.block) == window_block);
+            (holds, node.tokens.len().min(chunk.len()))
         };
-        if let Some(&index) = siblings.iter().find(alike) {
+        if let Some(&index) = siblings.iter().filter(alike).max_by_key(preference) {
             let node = self.node_mut(index);
             node.used = used;
             if node.tokens.len() < chunk.len() {
