@@ -206,11 +206,13 @@ impl Model {
                 config.head_dim()
             )
         }
+        // The largest tensor first: until it is read, its pages in the file count as memory too.
+        let embed_tokens = Embedding::load(&weights.pp("embed_tokens"), config.vocab_size, config.hidden_size)?;
         let layers = (0..config.num_hidden_layers)
             .map(|layer| DecoderLayer::load(config, layer, &weights.pp("layers").pp(layer)))
             .collect::<Result<_>>()?;
         Ok(Self {
-            embed_tokens: Embedding::load(&weights.pp("embed_tokens"), config.vocab_size, config.hidden_size)?,
+            embed_tokens,
             layers,
             norm: RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?,
             rotary: RotaryEmbedding::new(config.rope_theta()?, config.head_dim(), weights.device())?,

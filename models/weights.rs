@@ -442,10 +442,12 @@ pub fn sample(checkpoint: &Checkpoint, mut visit: impl FnMut(&[u8])) -> Result<(
         visit(format!("{name} {:?} {:?}\n", info.dtype, info.shape).as_bytes());
         let file = &tensors.files[*file];
         let (start, end) = info.data_offsets;
-        let bytes = &file.bytes()[file.data + start..file.data + end];
+        let range = file.data + start..file.data + end;
+        let bytes = &file.bytes()[range.clone()];
         for start in [0, bytes.len() / 2] {
             visit(&bytes[start..bytes.len().min(start + STRETCH)]);
         }
+        file.release(&range);
     }
     Ok(())
 }
