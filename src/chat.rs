@@ -187,7 +187,7 @@ impl<'a> Chat<'a> {
             thinking: self.thinking,
             params: self.params.clone(),
         };
-        session::save(path.as_ref(), &session, &snapshot)
+        session::save(path.as_ref(), session, snapshot)
     }
 
     /// Goes on with a conversation that [`Chat::save`] wrote, in place of this one. With the same model its history

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 use kernels::{Batch, NO_BLOCK, Segment};
 use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
+use serde::{Deserialize, Serialize};
 
 use crate::device::available_memory;
 use crate::prefix_cache::Prefix;
@@ -272,7 +273,8 @@ impl Engine {
         }
         let tensors = self.cache.export(&blocks, &window_blocks, &slots)?;
         let (num_blocks, num_window_blocks, num_slots) = (blocks.len(), window_blocks.len(), slots.len());
-        Ok(Snapshot { block_size, num_blocks, num_window_blocks, num_slots, prefixes, tensors })
+        let layout = SnapshotLayout { block_size, num_blocks, num_window_blocks, num_slots, prefixes };
+        Ok(Snapshot { layout, tensors })
     }
 
     /// Puts a snapshot into the cache, as much of it as there is room for beside the sequences that run. Returns how
@@ -282,12 +284,13 @@ impl Engine {
     ///
     /// It does not fit this engine's model or block size, or contradicts itself.
     pub(crate) fn restore(&mut self, snapshot: &Snapshot) -> Result<Vec<usize>> {
-        snapshot.check(self.cache.config().block_size, self.limits.vocab_size)?;
-        let held = self.scheduler.hold(snapshot.num_blocks, snapshot.num_window_blocks, snapshot.num_slots);
+        let Snapshot { layout, tensors } = snapshot;
+        layout.check(self.cache.config().block_size, self.limits.vocab_size)?;
+        let held = self.scheduler.hold(layout.num_blocks, layout.num_window_blocks, layout.num_slots);
         let indexed = |ids: &[u32]| (0..).zip(ids.iter().copied()).collect::<Vec<(u32, u32)>>();
         let (blocks, window_blocks) = (indexed(&held.blocks), indexed(&held.window_blocks));
-        match self.cache.import(&snapshot.tensors, &blocks, &window_blocks, &indexed(&held.slots)) {
-            Ok(()) => Ok(self.scheduler.adopt(&snapshot.prefixes, held)),
+        match self.cache.import(tensors, &blocks, &window_blocks, &indexed(&held.slots)) {
+            Ok(()) => Ok(self.scheduler.adopt(&layout.prefixes, held)),
             Err(error) => {
                 self.scheduler.adopt(&[], held);
                 Err(error.into())
@@ -389,20 +392,26 @@ impl Engine {
     }
 }
 
-/// A part of the cache on the host. Blocks and slots of its prefixes are indices into the tensors of
-/// [`Cache::export`].
+/// A part of the cache on the host.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
-    /// Tokens per block.
-    pub block_size: usize,
-    pub num_blocks: usize,
-    pub num_window_blocks: usize,
-    pub num_slots: usize,
-    pub prefixes: Vec<Prefix>,
+    pub layout: SnapshotLayout,
+    /// As [`Cache::export`] gives them.
     pub tensors: HashMap<String, Tensor>,
 }
 
-impl Snapshot {
+/// Where a snapshot's tensors belong. Blocks and slots of the prefixes are indices into them.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct SnapshotLayout {
+    /// Tokens per block.
+    block_size: usize,
+    num_blocks: usize,
+    num_window_blocks: usize,
+    num_slots: usize,
+    prefixes: Vec<Prefix>,
+}
+
+impl SnapshotLayout {
     /// Refuses what no engine would have written: a snapshot may come from a file.
     fn check(&self, block_size: usize, vocab_size: usize) -> Result<()> {
         let fail = |message: String| Err(Error::Request(format!("saved cache: {message}")));

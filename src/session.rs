@@ -16,9 +16,8 @@ use ring::digest::{Context, SHA256};
 use safetensors::tensor::{SafeTensors, View, serialize_to_file};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::Snapshot;
+use crate::engine::{Snapshot, SnapshotLayout};
 use crate::message::{Message, Tool};
-use crate::prefix_cache::Prefix;
 use crate::sampler::SamplingParams;
 use crate::{Error, Result, atomic};
 
@@ -96,21 +95,15 @@ impl Origin {
 /// # Errors
 ///
 /// The file cannot be written, or something else is there.
-pub(crate) fn save(path: &Path, session: &Session, snapshot: &Snapshot) -> Result<()> {
+pub(crate) fn save(path: &Path, session: Session, snapshot: Snapshot) -> Result<()> {
     if fs::symlink_metadata(path).is_ok() && read_header(path).is_err() {
         let message = "is there and is no saved conversation, so it stays as it is: choose another name";
         return Err(Error::Session { path: path.into(), message: message.into() });
     }
-    let layout = Layout {
-        block_size: snapshot.block_size,
-        num_blocks: snapshot.num_blocks,
-        num_window_blocks: snapshot.num_window_blocks,
-        num_slots: snapshot.num_slots,
-        prefixes: snapshot.prefixes.clone(),
-    };
-    let json = serde_json::to_string(&Content { session: session.clone(), cache: layout })
+    let Snapshot { layout, tensors } = snapshot;
+    let json = serde_json::to_string(&Content { session, cache: layout })
         .map_err(|error| Error::Session { path: path.into(), message: error.to_string() })?;
-    let tensors: BTreeMap<&str, &Tensor> = snapshot.tensors.iter().map(|(name, tensor)| (&**name, tensor)).collect();
+    let tensors: BTreeMap<&str, &Tensor> = tensors.iter().map(|(name, tensor)| (&**name, tensor)).collect();
     let mut digest = Context::new(&SHA256);
     digest.update(json.as_bytes());
     for (name, tensor) in &tensors {
@@ -147,10 +140,9 @@ pub(crate) fn load(path: &Path) -> Result<(Session, Snapshot)> {
     if metadata.get("sha256") != Some(&hex(digest)) {
         return Err(fail(DAMAGED));
     }
-    let Content { session, cache } = serde_json::from_str(json).map_err(|error| fail(&error.to_string()))?;
-    let Layout { block_size, num_blocks, num_window_blocks, num_slots, prefixes } = cache;
+    let Content { session, cache: layout } = serde_json::from_str(json).map_err(|error| fail(&error.to_string()))?;
     let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
-    Ok((session, Snapshot { block_size, num_blocks, num_window_blocks, num_slots, prefixes, tensors }))
+    Ok((session, Snapshot { layout, tensors }))
 }
 
 const FORMAT: &str = "taper session 1";
@@ -160,17 +152,7 @@ const DAMAGED: &str = "the saved conversation is damaged or cut short";
 struct Content {
     #[serde(flatten)]
     session: Session,
-    cache: Layout,
-}
-
-/// Where the tensors of a snapshot belong.
-#[derive(Serialize, Deserialize)]
-struct Layout {
-    block_size: usize,
-    num_blocks: usize,
-    num_window_blocks: usize,
-    num_slots: usize,
-    prefixes: Vec<Prefix>,
+    cache: SnapshotLayout,
 }
 
 /// The metadata of a session's file, from its header alone.
