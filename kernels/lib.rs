@@ -38,6 +38,7 @@ pub mod attention;
 pub mod conv;
 pub mod gated_delta;
 pub mod linear;
+pub mod memory;
 pub mod norm;
 pub mod quantized;
 pub mod rope;
