@@ -129,7 +129,7 @@ impl Embedder {
             return Err(Error::Model { path: checkpoint.path("tokenizer.json"), message });
         }
         let end_id = match traits.end_token {
-            Some(end) if tokenizer.encode("")?.last().copied() != tokenizer.token_id(end) => {
+            Some(end) if tokenizer.encode_whole("")?.last().copied() != tokenizer.token_id(end) => {
                 let message = format!("expected the token {end:?}, which ends every text");
                 let path = checkpoint.path("tokenizer.json");
                 Some(tokenizer.token_id(end).ok_or(Error::Model { path, message })?)
@@ -266,8 +266,8 @@ impl Embedder {
 
     fn text(&self, prompt: &str, text: &str) -> Result<Text> {
         let mut ids = match prompt {
-            "" => self.tokenizer.encode(text)?,
-            _ => self.tokenizer.encode(&format!("{prompt}{text}"))?,
+            "" => self.tokenizer.encode_whole(text)?,
+            _ => self.tokenizer.encode_whole(&format!("{prompt}{text}"))?,
         };
         ids.extend(self.end_id);
         let truncated = ids.len().saturating_sub(self.max_tokens);

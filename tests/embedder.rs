@@ -167,6 +167,21 @@ fn a_text_does_not_depend_on_its_batch() {
     }
 }
 
+/// As transformers does: what stands in a text is none of the tokens around it.
+#[test]
+fn a_text_may_begin_with_a_special_token() {
+    let (folder, _) = reference("bge_m3");
+    let embedder = open(&folder, &options());
+    let ids = |text: &str| {
+        let tokenizer = tokenizers::Tokenizer::from_file(folder.join("tokenizer.json")).expect("a fixture");
+        tokenizer.encode(text, true).expect("encodes").get_ids().to_vec()
+    };
+    let doubled = ids("<s>token");
+    assert_eq!((&doubled[..2], doubled.len()), (&[0, 0][..], ids("token").len() + 1));
+    let want = embedder.embed_tokens(vec![doubled]).expect("embeds");
+    assert_eq!(embedder.embed(&["<s>token"]).expect("embeds"), want);
+}
+
 #[test]
 fn heads_are_those_asked_for() {
     let (folder, reference) = reference("bge_m3");
