@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::Batch;
-use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads};
+use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads, Quantization};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -21,6 +21,8 @@ pub struct EmbedderOptions {
     pub device: DeviceChoice,
     /// Dtype of activations. Default: f32 on the CPU, bf16 elsewhere.
     pub dtype: Option<DType>,
+    /// Pack the weights while loading; the sparse and ColBERT heads stay as they are. On the CPU only.
+    pub quantization: Option<Quantization>,
     /// Where models that are not folders come from.
     pub hub: HubOptions,
     /// Default: every head that the model has.
@@ -41,6 +43,7 @@ impl Default for EmbedderOptions {
         Self {
             device: DeviceChoice::Auto,
             dtype: None,
+            quantization: None,
             hub: HubOptions::from_env(),
             heads: None,
             max_tokens: None,
@@ -122,7 +125,7 @@ impl Embedder {
         let config = Config::read(checkpoint)?;
         let tokenizer = Tokenizer::load(checkpoint)?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
-        let model = config.load_encoder(checkpoint, dtype, &device)?;
+        let model = config.load_encoder_quantized(checkpoint, dtype, &device, options.quantization)?;
         let traits = model.traits();
         if tokenizer.vocab_size() > traits.vocab_size {
             let message = format!("{} tokens, the model's embedding has {}", tokenizer.vocab_size(), traits.vocab_size);
