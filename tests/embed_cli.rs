@@ -202,7 +202,11 @@ fn mistakes_are_refused() {
     write(&folder, "a.txt", "one\n");
     write(&folder, "a.csv", "id,body\n1,one\n");
     write(&folder, "a.parquet", "not parquet");
-    let cases: [(&[&str], &str); 9] = [
+    write(&folder, "empty.csv", "");
+    write(&folder, "binary.csv", b"\x00\x1b[31m\x07,\r\n\"\n");
+    write(&folder, "empty.npy", "");
+    fs::create_dir(folder.path().join("folder.jsonl")).expect("writable");
+    let cases: [(&[&str], &str); 13] = [
         (&["-i", "nowhere.txt"], "nowhere.txt"),
         (&["-i", "*.dat"], "no file has such a name"),
         (&["-i", "a.csv"], "a.csv:1: no column \"text\", only id, body"),
@@ -212,11 +216,18 @@ fn mistakes_are_refused() {
         (&["-i", "a.txt", "--dim", "64"], "not trained"),
         (&["-i", "a.txt", "--max-length", "1000"], "the model's 512"),
         (&["-i", "a.txt", "-o", "nowhere/o.jsonl"], "nowhere/o.jsonl"),
+        (&["-i", "empty.csv"], "empty.csv: empty, expected a line with the columns' names"),
+        (&["-i", "binary.csv"], "no column \"text\", only \\0\\u{1b}[31m\\u{7}, "),
+        (&["-i", "folder.jsonl"], "is a folder: name its files"),
+        (&["-i", "a.txt", "-o", "folder.jsonl"], "is a folder, expected a file to write"),
     ];
     for (args, expected) in cases {
         let error = failure(folder.path(), &[&["embed"], args].concat());
         assert!(error.starts_with("taper: ") && error.contains(expected), "{args:?}: {error} lacks {expected}");
     }
+    assert!(failure(folder.path(), &["search", "empty.npy", "one"]).contains("empty.npy: cut short"));
+    assert!(output(folder.path(), &["embed"], b"").1.contains("there was nothing to embed"));
+    assert_eq!(run(folder.path(), &["embed", "one", "--save-every", "nan"], b"").status.code(), Some(2));
     output(folder.path(), &["embed", "-i", "a.txt", "-o", "o.jsonl"], b"");
     assert!(failure(folder.path(), &["embed", "-i", "a.txt", "-o", "o.jsonl"]).contains("--overwrite"));
     output(folder.path(), &["embed", "-i", "a.txt", "-o", "o.jsonl", "--overwrite"], b"");
