@@ -1,10 +1,10 @@
 //! Tokens per second of an encoder at equal and at mixed lengths, as stored and in q8, beside torch's.
 //!
-//! `cargo bench --bench embed -- FOLDER [PYTHON [ROUNDS [TEXTS]]]` with a bge-m3 folder, such as `make_fullsize.py bge-m3`
-//! writes, and a Python that has torch and transformers. All embed random ids into dense vectors with f32 activations.
-//! Every round runs every case with every contender, so that what else the machine does meets all of them; medians
-//! count, with the distance between the quartiles. Seconds are those on the clock and those of the process on all its
-//! cores, which a busy machine changes less.
+//! `cargo bench --bench embed -- FOLDER [PYTHON [ROUNDS [TEXTS]]]` with a bge-m3 folder, such as
+//! `make_fullsize.py bge-m3` writes, and a Python that has torch and transformers, or - for none. All embed random ids
+//! into dense vectors with f32 activations. Every round runs every case with every contender, so that what else the
+//! machine does meets all of them; medians count, with the distance between the quartiles. Seconds are those on the clock
+//! and those of the process on all its cores, which a busy machine changes less.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -33,7 +33,7 @@ fn main() -> Result<(), AnyError> {
         ("taper", Contender::Taper(Box::new(open(None)?))),
         ("taper q8", Contender::Taper(Box::new(open(Some(Quantization::Q8))?))),
     ];
-    if let Some(python) = args.next() {
+    if let Some(python) = args.next().filter(|python| python != "-") {
         contenders.push(("torch", Contender::Torch(Torch::start(&python, &folder)?)));
     }
     let rounds = args.next().map_or(Ok(5), |rounds| rounds.parse::<usize>())?.max(1);
