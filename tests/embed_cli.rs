@@ -287,6 +287,14 @@ fn the_end_of_a_run_may_be_cut_short() {
             assert!(fs::read(path("")).expect("written") == whole, "{place}");
             remove();
         }
+        // A folder with the name of a part stops the run while it tidies up: the manifest is gone by then.
+        fs::create_dir_all(path(".parts").join("999999")).expect("writable");
+        assert!(failure(folder.path(), &args).contains(".parts"));
+        assert!(fs::read(path("")).expect("written") == whole && !path(".parts").join("manifest.json").exists());
+        fs::remove_dir(path(".parts").join("999999")).expect("empty");
+        assert!(failure(folder.path(), &args).contains("exists: --overwrite replaces it"));
+        assert_eq!(names(folder.path()), before);
+        remove();
         // Files of others in the folder stay.
         fs::create_dir(path(".parts")).expect("writable");
         fs::write(path(".parts").join("notes"), "mine").expect("writable");
