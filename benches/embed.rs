@@ -3,8 +3,8 @@
 //! `cargo bench --bench embed -- FOLDER [PYTHON [ROUNDS [TEXTS]]]` with a bge-m3 folder, such as
 //! `make_fullsize.py bge-m3` writes, and a Python that has torch and transformers, or - for none. All embed random ids
 //! into dense vectors with f32 activations. Every round runs every case with every contender, so that what else the
-//! machine does meets all of them; medians count, with the distance between the quartiles. Seconds are those on the clock
-//! and those of the process on all its cores, which a busy machine changes less.
+//! machine does meets all of them; medians count, with the distance between the quartiles. Seconds are those on the
+//! clock and those of the process on all its cores, which a busy machine changes less.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};

@@ -26,9 +26,9 @@ pub struct Texts {
 
 /// Largest difference of f32 arithmetic.
 const LARGEST: f64 = 1e-4;
-/// What the cosine of each vector of bf16 arithmetic may lack to one, and how far its length may be off, relatively. What
-/// is not normalised may also be off by twice as much as transformers' own bf16 arithmetic is in the worst text: the
-/// length of a list of weights is off by about as much as each of them is, however short the list.
+/// What the cosine of each vector of bf16 arithmetic may lack to one, and how far its length may be off, relatively.
+/// What is not normalised may also be off by twice as much as transformers' own bf16 arithmetic is in the worst text:
+/// the length of a list of weights is off by about as much as each of them is, however short the list.
 const ANGLE: f64 = 5e-4;
 const NORM: f64 = 1e-3;
 
