@@ -70,7 +70,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let row = |name: &str, value: String| println!("{name:<22}{value}");
     row("model", format!("{} ({})", args.model, description.family));
     let kinds = if recurrent > 0 { format!(" ({recurrent} recurrent, {attention} attention)") } else { String::new() };
-    row("layers", format!("{}{kinds}, hidden size {}", specs.len(), description.hidden_size));
+    match specs.len() {
+        0 => row("hidden size", description.hidden_size.to_string()),
+        layers => row("layers", format!("{layers}{kinds}, hidden size {}", description.hidden_size)),
+    }
     row("context", format!("{} tokens", description.max_positions));
     row("vocabulary", format!("{} tokens", description.vocab_size));
     let parameters = parts.parameters.map(|count| format!("{}, ", count_of(count))).unwrap_or_default();
@@ -81,7 +84,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for (quantization, bytes) in parts.packed.iter().flatten() {
         row(&format!("  with --quant {quantization}"), format!("{} in memory", bytes_of(*bytes)));
     }
-    row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
+    if per_token > 0 {
+        row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
+    }
     if per_window > 0 {
         row("  in the window", format!("{} per sequence for the last {window} tokens", bytes_of(per_window as u64)));
     }
@@ -90,6 +95,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     row("free memory", bytes_of(free as u64));
     let fits = match parts.resident as usize + per_sequence + per_window < free {
+        true if specs.is_empty() => format!("yes, with texts of up to {context} tokens"),
         true => format!("yes, with a context of up to {context} tokens"),
         false => "no: the weights alone need more memory than is free".into(),
     };
@@ -133,7 +139,7 @@ impl Parts {
         let packed = [("q8", Quantization::Q8), ("q4", Quantization::Q4)].map(|(name, quantization)| {
             let used = tensors.iter().filter(|tensor| ![UNUSED, ON_DISK].contains(&part(&tensor.name)));
             let bytes = used.map(|tensor| match *tensor.shape {
-                [outer, inner] => quantization.bytes([outer, inner]) as u64,
+                [outer, inner] if part(&tensor.name) != POSITIONS => quantization.bytes([outer, inner]) as u64,
                 _ => tensor.bytes as u64,
             });
             (name, bytes.sum())
@@ -144,10 +150,11 @@ impl Parts {
 
 const UNUSED: &str = "not used";
 const ON_DISK: &str = "read from the file";
+const POSITIONS: &str = "positions";
 
 /// The part of the model that a tensor belongs to.
 fn part(name: &str) -> &'static str {
-    const PARTS: [(&str, &str); 13] = [
+    const PARTS: [(&str, &str); 21] = [
         ("mtp.", UNUSED),
         ("visual.", UNUSED),
         ("vision_tower.", UNUSED),
@@ -161,6 +168,15 @@ fn part(name: &str) -> &'static str {
         ("self_attn", "attention"),
         ("linear_attn", "delta net"),
         ("mlp", "mlp"),
+        // XLM-RoBERTa's, the first that fits.
+        ("LayerNorm", "norms"),
+        ("word_embeddings", "embedding"),
+        ("position_embeddings", POSITIONS),
+        ("token_type_embeddings", POSITIONS),
+        (".attention.", "attention"),
+        (".intermediate.", "mlp"),
+        (".output.", "mlp"),
+        ("pooler.", UNUSED),
     ];
     PARTS.iter().find(|(marker, _)| name.contains(marker)).map_or("norms", |(_, part)| part)
 }
@@ -193,6 +209,11 @@ mod tests {
         assert_eq!(part("model.language_model.embed_tokens_per_layer.weight"), ON_DISK);
         assert_eq!(part("model.language_model.layers.0.post_per_layer_input_norm.weight"), "per-layer input");
         assert_eq!(part("mtp.layers.0.mlp.down_proj.weight"), "not used");
+        assert_eq!(part("encoder.layer.0.attention.output.LayerNorm.weight"), "norms");
+        assert_eq!(part("encoder.layer.0.attention.output.dense.weight"), "attention");
+        assert_eq!(part("roberta.encoder.layer.0.output.dense.bias"), "mlp");
+        assert_eq!(part("embeddings.position_embeddings.weight"), POSITIONS);
+        assert_eq!(part("pooler.dense.weight"), UNUSED);
     }
 
     #[test]
