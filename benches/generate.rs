@@ -41,7 +41,8 @@ fn main() -> Result<(), AnyError> {
         println!("{name}: loaded in {:.2} s", loading.elapsed().as_secs_f64());
         let limits = ModelLimits { vocab_size, sampled_vocab: vocab_size, max_positions: 4096, stop_ids: vec![] };
         let options = EngineOptions { memory: Some(1 << 30), ..EngineOptions::default() };
-        engines.push(Engine::new(model, limits, DType::F32, &Device::Cpu, &options)?);
+        let kv_dtype = if quantization.is_some() { DType::F16 } else { DType::F32 };
+        engines.push(Engine::new(model, limits, kv_dtype, &Device::Cpu, &options)?);
         contenders.push((name, vec![]));
     }
 

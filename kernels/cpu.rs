@@ -41,6 +41,12 @@ impl Element for bf16 {
     }
 }
 
+/// Runs `f` on one of the threads that CPU ops share their work among, so that none of them waits for a message from
+/// outside to begin and another to return: worth it around a step of many short ops.
+pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
 /// A contiguous operand that an op struct borrows as a tensor, locked for reading.
 pub(crate) struct Operand<'a> {
     pub(crate) storage: StorageRef<'a>,

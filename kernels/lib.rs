@@ -57,3 +57,4 @@ mod simd;
 pub mod testing;
 
 pub use batch::{Batch, NO_BLOCK, Segment};
+pub use cpu::on_pool;

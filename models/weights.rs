@@ -350,7 +350,7 @@ fn decode_tensor(stored: Dtype, parts: &[&[u8]], shape: (usize, usize), device: 
 fn decode<T: WithDType + Send, const SIZE: usize>(parts: &[&[u8]], element: impl Fn([u8; SIZE]) -> T + Sync) -> Vec<T> {
     const CHUNK: usize = 1 << 18;
     let len = parts.iter().map(|part| part.len() / SIZE).sum();
-    let mut values: Vec<T> = Vec::with_capacity(len);
+    let mut values: Vec<T> = kernels::memory::with_capacity(len);
     let mut rest = &mut values.spare_capacity_mut()[..len];
     for part in parts {
         let (head, tail) = rest.split_at_mut(part.len() / SIZE);

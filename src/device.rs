@@ -1,6 +1,7 @@
 //! Which device and dtype a model runs with, and how much memory there is.
 
 use candle_core::{DType, Device};
+use models::Quantization;
 
 use crate::{Error, Result};
 
@@ -34,6 +35,12 @@ impl DeviceChoice {
 /// The dtype of activations that suits a device: on the CPU all arithmetic is f32 anyway.
 pub fn default_dtype(device: &Device) -> DType {
     if device.is_cpu() { DType::F32 } else { DType::BF16 }
+}
+
+/// The dtype of keys and values that suits activations of `dtype`. Beside packed weights on the CPU it is f16: half the
+/// bytes to read for every token, rounded far finer than the weights are.
+pub fn kv_dtype(device: &Device, dtype: DType, quantization: Option<Quantization>) -> DType {
+    if device.is_cpu() && dtype == DType::F32 && quantization.is_some() { DType::F16 } else { dtype }
 }
 
 /// Bytes of memory that this process can still have; 4 GiB where the system does not say.

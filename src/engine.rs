@@ -343,12 +343,16 @@ impl Engine {
         }
         let (sampled, ids): (Vec<u32>, Vec<SequenceId>) =
             (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(index, work)| (index, work.id)).unzip();
-        let hidden = self.model.forward_last(&batch, &mut self.cache, &sampled)?;
+        let (model, cache, batch) = (&mut self.model, &mut self.cache, &batch);
+        let mut forward = move || match model.forward_last(batch, cache, &sampled)? {
+            Some(hidden) => model.logits(&hidden)?.to_dtype(DType::F32)?.to_vec2::<f32>().map(Some),
+            None => Ok(None),
+        };
+        let logits = if batch.tokens.device().is_cpu() { kernels::on_pool(forward) } else { forward() }?;
         let checkpoints = self.scheduler.complete(&plan.work);
         self.copy(&checkpoints)?;
 
-        let Some(hidden) = hidden else { return Ok(vec![]) };
-        let logits = self.model.logits(&hidden)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        let Some(logits) = logits else { return Ok(vec![]) };
         Ok(ids.into_iter().zip(&logits).map(|(id, row)| self.sample(id, row)).collect())
     }
 

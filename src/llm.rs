@@ -7,7 +7,7 @@ use candle_core::DType;
 use models::{Checkpoint, Config, Quantization};
 
 use crate::chat::Chat;
-use crate::device::{DeviceChoice, default_dtype};
+use crate::device::{DeviceChoice, default_dtype, kv_dtype};
 use crate::engine::{Engine, EngineOptions, ModelLimits};
 use crate::generation::{Generation, Piece, Usage};
 use crate::hub::{self, HubOptions, Progress};
@@ -25,7 +25,7 @@ use crate::{Error, Result};
 pub struct Options {
     pub device: DeviceChoice,
     /// Dtype of activations, keys and values. Default: f32 on the CPU, bf16 elsewhere. Weights stay as they are stored
-    /// on the CPU, whatever this says.
+    /// on the CPU, whatever this says, and beside packed weights keys and values are f16 there instead of f32.
     pub dtype: Option<DType>,
     /// Packs the matrices of linear layers and embeddings while they are read. Default: they stay as they are stored.
     pub quantization: Option<Quantization>,
@@ -124,7 +124,8 @@ impl Llm {
         let device = options.device.open()?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
         let model = config.load_quantized(checkpoint, dtype, &device, options.quantization)?;
-        let engine = Engine::new(model, limits, dtype, &device, &options.engine)?;
+        let kv_dtype = kv_dtype(&device, dtype, options.quantization);
+        let engine = Engine::new(model, limits, kv_dtype, &device, &options.engine)?;
         let origin = Origin::new(checkpoint, dtype, options.quantization, &device)?;
         Ok(Self { engine, text: Arc::new(text), origin })
     }

@@ -48,12 +48,12 @@ impl<'a, T> Operand<'a, T> {
     }
 }
 
-/// Attention of the batch's queries, rows of which are tokens.
-pub struct Attention<'a, T> {
+/// Attention of the batch's queries `T`, rows of which are tokens, over keys and values `P`.
+pub struct Attention<'a, T, P> {
     pub q: Operand<'a, T>,
     /// Rows are tokens, or with `block_size` the positions of all pages.
-    pub keys: Operand<'a, T>,
-    pub values: Operand<'a, T>,
+    pub keys: Operand<'a, P>,
+    pub values: Operand<'a, P>,
     pub block_size: Option<usize>,
     pub hq: usize,
     pub hk: usize,
@@ -70,7 +70,7 @@ struct Block<'a, T> {
     out: Vec<&'a mut [T]>,
 }
 
-impl<T: Stored> Attention<'_, T> {
+impl<T: Stored, P: Stored> Attention<'_, T, P> {
     /// `[N, hq, d]`
     pub fn run(&self) -> Vec<T> {
         let mut out = vec![T::round(0.0); self.batch.num_tokens() * self.hq * self.d];
@@ -170,8 +170,8 @@ impl Mix {
 }
 
 /// One block over some chunks of keys.
-struct Attend<'a, T> {
-    attention: &'a Attention<'a, T>,
+struct Attend<'a, T, P> {
+    attention: &'a Attention<'a, T, P>,
     sequence: &'a Sequence,
     head: usize,
     tokens: &'a Range<usize>,
@@ -180,7 +180,7 @@ struct Attend<'a, T> {
     chunks: Range<usize>,
 }
 
-impl<T: Stored> Kernel for Attend<'_, T> {
+impl<T: Stored, P: Stored> Kernel for Attend<'_, T, P> {
     type Output = Mix;
 
     #[inline(always)]
@@ -213,18 +213,18 @@ impl<T: Stored> Kernel for Attend<'_, T> {
             for at in keys.tiles() {
                 let sources = keys.tile(at, Part::Keys);
                 if in_place {
-                    rows.score::<V, T>(&sources.map(|source| source.as_chunks().0), at, params.scale);
+                    rows.score::<V, P>(&sources.map(|source| source.as_chunks().0), at, params.scale);
                 } else {
-                    rows.score::<V, f32>(&widen_tile::<V, T>(&sources, &mut wide), at, params.scale);
+                    rows.score::<V, f32>(&widen_tile::<V, P>(&sources, &mut wide), at, params.scale);
                 }
             }
             rows.softmax::<V>(params.softcap);
             for at in keys.tiles() {
                 let sources = keys.tile(at, Part::Values);
                 if in_place {
-                    rows.weigh::<V, T>(&sources.map(|source| source.as_chunks().0), at);
+                    rows.weigh::<V, P>(&sources.map(|source| source.as_chunks().0), at);
                 } else {
-                    rows.weigh::<V, f32>(&widen_tile::<V, T>(&sources, &mut wide), at);
+                    rows.weigh::<V, f32>(&widen_tile::<V, P>(&sources, &mut wide), at);
                 }
             }
             total.merge(&rows.mix);
@@ -234,8 +234,10 @@ impl<T: Stored> Kernel for Attend<'_, T> {
 }
 
 /// The keys and values of one chunk that a block sees.
-struct Keys<'a, T> {
-    attention: &'a Attention<'a, T>,
+struct Keys<'a, P> {
+    keys: &'a Operand<'a, P>,
+    values: &'a Operand<'a, P>,
+    d: usize,
     head: usize,
     /// Within the chunk.
     range: Range<usize>,
@@ -249,8 +251,9 @@ enum Part {
     Values,
 }
 
-impl<'a, T> Keys<'a, T> {
-    fn new(block: &Attend<'a, T>, start: usize, range: Range<usize>) -> Self {
+impl<'a, P> Keys<'a, P> {
+    fn new<T>(block: &Attend<'a, T, P>, start: usize, range: Range<usize>) -> Self {
+        let Attention { ref keys, ref values, d, .. } = *block.attention;
         let sequence = block.sequence;
         let positions = start + range.start..start + range.end;
         let places = match block.attention.block_size {
@@ -259,28 +262,28 @@ impl<'a, T> Keys<'a, T> {
                 positions.map(|position| sequence.blocks[position / size] as usize * size + position % size).collect()
             }
         };
-        let keys = Self { attention: block.attention, head: block.head, range, places };
+        let keys = Self { keys, values, d, head: block.head, range, places };
         keys.prefetch(0..AHEAD);
         keys
     }
 
     /// Where the tiles begin, on a grid over the chunk.
-    fn tiles(&self) -> impl Iterator<Item = usize> + use<T> {
+    fn tiles(&self) -> impl Iterator<Item = usize> + use<P> {
         (self.range.start / TILE * TILE..self.range.end).step_by(TILE)
     }
 
     /// The tile at `at`; in the place of keys that nobody sees stands one that somebody does.
     #[inline(always)]
-    fn tile(&self, at: usize, part: Part) -> [&'a [T]; TILE] {
+    fn tile(&self, at: usize, part: Part) -> [&'a [P]; TILE] {
         let (operand, fetched) = match part {
-            Part::Keys => (&self.attention.keys, 0),
-            Part::Values => (&self.attention.values, self.places.len()),
+            Part::Keys => (self.keys, 0),
+            Part::Values => (self.values, self.places.len()),
         };
         let ahead = fetched + at.saturating_sub(self.range.start) + AHEAD;
         self.prefetch(ahead..ahead + TILE);
         std::array::from_fn(|key| {
             let key = (at + key).clamp(self.range.start, self.range.end - 1) - self.range.start;
-            operand.head(self.places[key], self.head, self.attention.d)
+            operand.head(self.places[key], self.head, self.d)
         })
     }
 
@@ -289,11 +292,11 @@ impl<'a, T> Keys<'a, T> {
     fn prefetch(&self, indices: Range<usize>) {
         for index in indices {
             let (operand, index) = match index.checked_sub(self.places.len()) {
-                None => (&self.attention.keys, index),
-                Some(index) => (&self.attention.values, index),
+                None => (self.keys, index),
+                Some(index) => (self.values, index),
             };
             if let Some(&place) = self.places.get(index) {
-                prefetch(operand.head(place, self.head, self.attention.d));
+                prefetch(operand.head(place, self.head, self.d));
             }
         }
     }
@@ -537,12 +540,28 @@ impl<T: Stored> Kernel for Write<'_, T> {
     }
 }
 
-/// Copies row `n` of `rows`, `[heads, d]`, to row `slots[n]` of `pages`.
-pub fn write_rows<T: Copy>(pages: &mut [T], rows: Operand<T>, heads: usize, d: usize, slots: &[u32]) {
-    for (row, &slot) in slots.iter().enumerate() {
-        let page = &mut pages[slot as usize * heads * d..][..heads * d];
-        for (head, page) in page.chunks_exact_mut(d).enumerate() {
-            page.copy_from_slice(rows.head(row, head, d));
+/// Copies row `n` of `rows`, `[heads, d]`, to row `slots[n]` of `pages`, rounded if pages are of another dtype.
+pub struct WriteRows<'a, T, P> {
+    pub pages: &'a mut [P],
+    pub rows: Operand<'a, T>,
+    pub heads: usize,
+    pub d: usize,
+    pub slots: &'a [u32],
+}
+
+impl<T: Stored, P: Stored> Kernel for WriteRows<'_, T, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let Self { pages, rows, heads, d, slots } = self;
+        for (row, &slot) in slots.iter().enumerate() {
+            let page = &mut pages[slot as usize * heads * d..][..heads * d];
+            for (head, page) in page.chunks_exact_mut(d).enumerate() {
+                for (source, target) in rows.head(row, head, d).chunks(LANES).zip(page.chunks_mut(LANES)) {
+                    store(load::<V, T>(source), target);
+                }
+            }
         }
     }
 }

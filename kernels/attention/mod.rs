@@ -18,12 +18,12 @@ use candle_core::CudaStorage;
 use candle_core::MetalStorage;
 #[cfg(feature = "metal")]
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, InplaceOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::Batch;
 use crate::batch::Sequence;
 use crate::cpu::{as_rows, dtype_of};
-use crate::simd::Stored;
+use crate::simd::{Stored, dispatch};
 
 /// Which keys a query sees, and how scores are formed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -118,7 +118,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: Atte
 /// kv[0, slot_mapping[n]] = k[n]        kv[1, slot_mapping[n]] = v[n]        pages taken as [blocks * block_size]
 /// ```
 ///
-/// `kv` `[2, blocks, block_size, Hk, D]`; `k` and `v` `[N, Hk, D]`; one dtype, f32, f16 or bf16.
+/// `kv` `[2, blocks, block_size, Hk, D]`; `k` and `v` `[N, Hk, D]`; one dtype, f32, f16 or bf16. On the CPU f32 keys and
+/// values may also go to f16 pages, rounded to nearest.
 ///
 /// # Errors
 ///
@@ -138,7 +139,7 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
             kv.dims()
         )
     }
-    if k.dtype() != kv.dtype() || v.dtype() != kv.dtype() {
+    if v.dtype() != k.dtype() || !takes_pages(k, kv) {
         bail!("write_kv: k is {:?} and v {:?}, expected {:?} like kv", k.dtype(), v.dtype(), kv.dtype())
     }
     batch.check_blocks("write_kv", blocks, block_size, |sequence| sequence.past())?;
@@ -153,8 +154,8 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 ///
 /// with `s` over the sequence's cached positions that `params` lets the query at `t` see.
 ///
-/// `q` `[N, Hq, D]`; `kv` `[2, blocks, block_size, Hk, D]` of the same dtype, f32, f16 or bf16. Returns `[N, Hq, D]`
-/// in `q`'s dtype; softmax in f32.
+/// `q` `[N, Hq, D]`; `kv` `[2, blocks, block_size, Hk, D]` of the same dtype, f32, f16 or bf16, or on the CPU f32 queries
+/// over f16 pages. Returns `[N, Hq, D]` in `q`'s dtype; softmax in f32.
 ///
 /// # Errors
 ///
@@ -173,7 +174,7 @@ pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attention
         || hk == 0
         || !hq.is_multiple_of(hk)
         || q.elem_count() == 0
-        || q.dtype() != kv.dtype()
+        || !takes_pages(q, kv)
     {
         bail!(
             "paged_attention: q is {:?} {:?}, kv {:?} {:?}, the batch has {} tokens",
@@ -188,6 +189,12 @@ pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attention
     let first_seen = |sequence: &Sequence| params.visible(sequence.past(), sequence.context_len).start;
     batch.check_blocks("paged_attention", blocks, block_size, first_seen)?;
     as_rows(q)?.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
+}
+
+/// Whether there is a kernel for these rows and pages.
+fn takes_pages(rows: &Tensor, pages: &Tensor) -> bool {
+    let rounded = rows.device().is_cpu() && (rows.dtype(), pages.dtype()) == (DType::F32, DType::F16);
+    rounded || rows.dtype() == pages.dtype()
 }
 
 struct Attention<'a> {
@@ -256,11 +263,12 @@ impl InplaceOp3 for WriteKv<'_> {
         if let Some(emulator) = crate::metal::emulator::emulator() {
             return metal::write_kv(&emulator, kv, layout, (k, kl), (v, vl), self.batch);
         }
-        match kv {
-            CpuStorage::F32(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
-            CpuStorage::F16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
-            CpuStorage::BF16(kv) => self.run(kv, layout, k.as_slice()?, kl, v.as_slice()?, vl),
-            other => bail!("write_kv: pages of {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        match (kv, k, v) {
+            (CpuStorage::F32(kv), CpuStorage::F32(k), CpuStorage::F32(v)) => self.run(kv, layout, k, kl, v, vl),
+            (CpuStorage::F16(kv), CpuStorage::F16(k), CpuStorage::F16(v)) => self.run(kv, layout, k, kl, v, vl),
+            (CpuStorage::BF16(kv), CpuStorage::BF16(k), CpuStorage::BF16(v)) => self.run(kv, layout, k, kl, v, vl),
+            (CpuStorage::F16(kv), CpuStorage::F32(k), CpuStorage::F32(v)) => self.run(kv, layout, k, kl, v, vl),
+            (kv, k, _) => bail!("write_kv: {:?} into pages of {:?}", dtype_of(k), dtype_of(kv)),
         }
     }
 
@@ -292,12 +300,21 @@ impl InplaceOp3 for WriteKv<'_> {
 }
 
 impl WriteKv<'_> {
-    fn run<T: Stored>(&self, kv: &mut [T], layout: &Layout, k: &[T], kl: &Layout, v: &[T], vl: &Layout) -> Result<()> {
+    fn run<T: Stored, P: Stored>(
+        &self,
+        kv: &mut [P],
+        layout: &Layout,
+        k: &[T],
+        kl: &Layout,
+        v: &[T],
+        vl: &Layout,
+    ) -> Result<()> {
         let Some((start, end)) = layout.contiguous_offsets() else { bail!("write_kv: pages must be contiguous") };
-        let (_, hk, d) = kl.shape().dims3()?;
+        let (_, heads, d) = kl.shape().dims3()?;
+        let slots = &self.batch.host_slot_mapping;
         let (keys, values) = kv[start..end].split_at_mut((end - start) / 2);
-        cpu::write_rows(keys, operand(k, kl), hk, d, &self.batch.host_slot_mapping);
-        cpu::write_rows(values, operand(v, vl), hk, d, &self.batch.host_slot_mapping);
+        dispatch(cpu::WriteRows { pages: keys, rows: operand(k, kl), heads, d, slots });
+        dispatch(cpu::WriteRows { pages: values, rows: operand(v, vl), heads, d, slots });
         Ok(())
     }
 }
@@ -318,11 +335,12 @@ impl CustomOp2 for PagedAttention<'_> {
             let out = metal::paged_attention(&emulator, (q, ql), (kv, kvl), self.batch, self.params)?;
             return Ok((out, ql.shape().clone()));
         }
-        let out = match kv {
-            CpuStorage::F32(kv) => CpuStorage::F32(self.run(q.as_slice()?, ql, kv, kvl)?),
-            CpuStorage::F16(kv) => CpuStorage::F16(self.run(q.as_slice()?, ql, kv, kvl)?),
-            CpuStorage::BF16(kv) => CpuStorage::BF16(self.run(q.as_slice()?, ql, kv, kvl)?),
-            other => bail!("paged_attention: pages of {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        let out = match (q, kv) {
+            (CpuStorage::F32(q), CpuStorage::F32(kv)) => CpuStorage::F32(self.run(q, ql, kv, kvl)?),
+            (CpuStorage::F16(q), CpuStorage::F16(kv)) => CpuStorage::F16(self.run(q, ql, kv, kvl)?),
+            (CpuStorage::BF16(q), CpuStorage::BF16(kv)) => CpuStorage::BF16(self.run(q, ql, kv, kvl)?),
+            (CpuStorage::F32(q), CpuStorage::F16(kv)) => CpuStorage::F32(self.run(q, ql, kv, kvl)?),
+            (q, kv) => bail!("paged_attention: {:?} over pages of {:?}", dtype_of(q), dtype_of(kv)),
         };
         Ok((out, ql.shape().clone()))
     }
@@ -341,7 +359,7 @@ impl CustomOp2 for PagedAttention<'_> {
 }
 
 impl PagedAttention<'_> {
-    fn run<T: Stored>(&self, q: &[T], ql: &Layout, kv: &[T], layout: &Layout) -> Result<Vec<T>> {
+    fn run<T: Stored, P: Stored>(&self, q: &[T], ql: &Layout, kv: &[P], layout: &Layout) -> Result<Vec<T>> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             bail!("paged_attention: pages must be contiguous")
         };

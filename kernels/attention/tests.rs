@@ -57,8 +57,23 @@ impl Pages {
     }
 }
 
-/// `write_kv` moves bits: what it writes is compared exactly, and all else must still be NaN.
+/// Dtypes of pages that take rows of `dtype`.
+fn page_dtypes(dtype: DType, device: &Device) -> &'static [DType] {
+    let rounds = device.is_cpu() && crate::metal::emulator::emulator().is_none();
+    match dtype {
+        DType::F32 if rounds => &[DType::F32, DType::F16],
+        DType::F32 => &[DType::F32],
+        DType::F16 => &[DType::F16],
+        _ => &[DType::BF16],
+    }
+}
+
 fn run_write_kv(case: Case, device: &Device) -> Result<()> {
+    page_dtypes(case.dtype, device).iter().try_for_each(|&dtype| write_kv_to(dtype, case, device))
+}
+
+/// `write_kv` moves bits, or rounds: what it writes is compared exactly, and all else must still be NaN.
+fn write_kv_to(page_dtype: DType, case: Case, device: &Device) -> Result<()> {
     let Case { dtype, hk, d, block_size, sequences, .. } = case;
     let mut random = Random::new((hk * d) as u64);
     let pages = Pages::new(case, &mut random);
@@ -67,13 +82,13 @@ fn run_write_kv(case: Case, device: &Device) -> Result<()> {
     // As a merged projection leaves them: rows strided, starts offset.
     let qkv = random.tensor(&[n, 4 * hk, d], 1.0, dtype, device)?;
     let (k, v) = (qkv.narrow(1, 2 * hk, hk)?, qkv.narrow(1, 3 * hk, hk)?);
-    let all = poisoned(&[6, pages.num_blocks, block_size, hk, d], dtype, device)?;
+    let all = poisoned(&[6, pages.num_blocks, block_size, hk, d], page_dtype, device)?;
     write_kv(&all.narrow(0, 2, 2)?, &k, &v, &batch)?;
 
     let row = hk * d;
     let plane = pages.num_blocks * block_size * row;
     let mut want = vec![f32::NAN; 6 * plane];
-    let (k, v) = (values(&k)?, values(&v)?);
+    let (k, v) = (values(&k.to_dtype(page_dtype)?)?, values(&v.to_dtype(page_dtype)?)?);
     let mut token = 0;
     for (&(past, new), blocks) in sequences.iter().zip(&pages.blocks) {
         for position in past..past + new {
@@ -85,7 +100,7 @@ fn run_write_kv(case: Case, device: &Device) -> Result<()> {
     }
     for (i, (got, want)) in values(&all)?.into_iter().zip(want).enumerate() {
         let same = got == want || (got.is_nan() && want.is_nan());
-        assert!(same, "write_kv {case:?} {device:?}: at {i} got {got}, expected {want}");
+        assert!(same, "write_kv {case:?} {page_dtype:?} {device:?}: at {i} got {got}, expected {want}");
     }
     Ok(())
 }
@@ -174,8 +189,12 @@ fn wrong_launches_of_write_kv_on_metal_are_noticed() {
     assert_wrong_launches_fail(write_kv_smoke);
 }
 
-/// Pages hold NaN wherever no query of the step looks.
 fn run_paged_attention(case: Case, device: &Device) -> Result<()> {
+    page_dtypes(case.dtype, device).iter().try_for_each(|&dtype| attend_to(dtype, case, device))
+}
+
+/// Pages hold NaN wherever no query of the step looks.
+fn attend_to(page_dtype: DType, case: Case, device: &Device) -> Result<()> {
     let Case { dtype, hq, hk, d, block_size, sequences, params } = case;
     let mut random = Random::new((hq * d + hk) as u64);
     let pages = Pages::new(case, &mut random);
@@ -196,14 +215,19 @@ fn run_paged_attention(case: Case, device: &Device) -> Result<()> {
         }
     }
     let kv = Tensor::from_vec(kv, (2, pages.num_blocks, block_size, hk, d), &Device::Cpu)?;
-    let kv = kv.to_dtype(dtype)?.to_device(device)?;
+    let kv = kv.to_dtype(page_dtype)?.to_device(device)?;
     let frame = kv.narrow(0, 0, 1)?;
     let got = paged_attention(&q, &Tensor::cat(&[&frame, &kv, &frame], 0)?.narrow(0, 1, 2)?, &batch, params)?;
     assert_eq!((got.dims(), got.dtype()), (q.dims(), dtype));
 
     let (kv, heads) = (values(&kv)?, reference::Heads { hq, hk, d });
     let want = reference::attention(&values(&q)?, &kv[..plane], &kv[plane..], place, heads, &batch, params);
-    assert_close(&format!("paged_attention {case:?} {device:?}"), &values(&got)?, &want, op_limit(dtype));
+    assert_close(
+        &format!("paged_attention {case:?} {page_dtype:?} {device:?}"),
+        &values(&got)?,
+        &want,
+        op_limit(dtype),
+    );
     Ok(())
 }
 
@@ -550,7 +574,9 @@ fn refuses_operands_that_disagree() -> Result<()> {
     let (kv, k) = (pages(3, f32)?, rows(2, 2, f32)?);
     write_kv(&kv, &k, &k, &batch)?;
     assert!(write_kv(&pages(2, f32)?, &k, &k, &batch).is_err());
-    assert!(write_kv(&pages(3, f16)?, &k, &k, &batch).is_err());
+    write_kv(&pages(3, f16)?, &k, &k, &batch)?;
+    assert!(write_kv(&pages(3, DType::BF16)?, &k, &k, &batch).is_err());
+    assert!(write_kv(&kv, &rows(2, 2, f16)?, &rows(2, 2, f16)?, &batch).is_err());
     assert!(write_kv(&kv, &rows(1, 2, f32)?, &k, &batch).is_err());
     assert!(write_kv(&kv, &k, &rows(2, 1, f32)?, &batch).is_err());
 
@@ -558,7 +584,9 @@ fn refuses_operands_that_disagree() -> Result<()> {
     let q = rows(2, 4, f32)?;
     paged_attention(&q, &kv, &batch, params)?;
     assert!(paged_attention(&q, &pages(2, f32)?, &batch, params).is_err());
-    assert!(paged_attention(&q, &pages(3, f16)?, &batch, params).is_err());
+    paged_attention(&q, &pages(3, f16)?, &batch, params)?;
+    assert!(paged_attention(&q, &pages(3, DType::BF16)?, &batch, params).is_err());
+    assert!(paged_attention(&rows(2, 4, f16)?, &kv, &batch, params).is_err());
     assert!(paged_attention(&rows(2, 3, f32)?, &kv, &batch, params).is_err());
     assert!(paged_attention(&rows(1, 4, f32)?, &kv, &batch, params).is_err());
 
