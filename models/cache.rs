@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
 
 /// What one layer keeps between steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,16 @@ enum LayerCache {
     None,
 }
 
+/// Zeros, of which the CPU's take no memory before they are first written: candle writes those of 16 bits at once.
+fn zeros(shape: (usize, usize, usize, usize, usize), dtype: DType, device: &Device) -> Result<Tensor> {
+    let count = Shape::from(shape).elem_count();
+    match dtype {
+        DType::F16 if device.is_cpu() => Tensor::from_vec(vec![0u16; count].reinterpret_into::<f16>(), shape, device),
+        DType::BF16 if device.is_cpu() => Tensor::from_vec(vec![0u16; count].reinterpret_into::<bf16>(), shape, device),
+        _ => Tensor::zeros(shape, dtype, device),
+    }
+}
+
 /// What a cache tensor holds along its first or second dimension.
 enum Kind {
     Blocks,
@@ -67,7 +79,7 @@ impl Cache {
                 Ok(match *spec {
                     CacheSpec::KeyValue { num_kv_heads, head_dim, window } => {
                         let blocks = if window.is_some() { num_window_blocks } else { num_blocks };
-                        let kv = Tensor::zeros((2, blocks, block_size, num_kv_heads, head_dim), dtype, device)?;
+                        let kv = zeros((2, blocks, block_size, num_kv_heads, head_dim), dtype, device)?;
                         LayerCache::KeyValue { kv, windowed: window.is_some() }
                     }
                     CacheSpec::Recurrent { conv_dim, conv_width, num_heads, value_dim, key_dim } => {
