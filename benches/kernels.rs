@@ -9,7 +9,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result};
 use candle_nn::ops::softmax_last_dim;
 use candle_nn::{LayerNorm, Module};
 use kernels::activation::gelu;
@@ -68,8 +68,8 @@ fn cases() -> Vec<Case> {
     for dtype in [DType::F32, DType::BF16] {
         cases.push(softcap_case(262_144, dtype));
     }
-    for (n, k, num_experts) in [(1, 8, 32), (1, 8, 128), (1, 4, 128), (1, 2, 128), (64, 8, 128)] {
-        cases.push(sparse_mlp_case(n, k, num_experts));
+    for (k, num_experts) in [(8, 32), (8, 128), (4, 128), (2, 128)] {
+        cases.push(sparse_mlp_case(k, num_experts));
     }
     cases.extend([1, 512].map(gelu_case));
     cases.extend([1, 512].map(add_layer_norm_case));
@@ -114,22 +114,22 @@ fn softcap_case(vocab: usize, dtype: DType) -> Case {
     }
 }
 
-/// Qwen3.5-35B-A3B's experts, of which it has 256. Candle's way is one product over all of them.
-fn sparse_mlp_case(n: usize, k: usize, num_experts: usize) -> Case {
+/// One token and experts of Qwen3.5-35B-A3B's size, of which it has 256. Candle's way is a product with all of them.
+fn sparse_mlp_case(k: usize, num_experts: usize) -> Case {
     const HIDDEN: usize = 2048;
     const INTERMEDIATE: usize = 512;
-    let used = if n == 1 { k } else { num_experts };
     Case {
-        name: format!("sparse_mlp {n}x{HIDDEN} {k} of {num_experts}x{INTERMEDIATE} f32"),
-        bytes: 4 * used * 3 * HIDDEN * INTERMEDIATE,
-        flops: 2 * n * k * 3 * HIDDEN * INTERMEDIATE,
+        name: format!("sparse_mlp 1x{HIDDEN} {k} of {num_experts} f32"),
+        bytes: 4 * k * 3 * HIDDEN * INTERMEDIATE,
+        flops: 2 * k * 3 * HIDDEN * INTERMEDIATE,
         build: Box::new(move || {
             let mut random = Random::new(0);
-            let x = random.tensor(&[n, HIDDEN], 1.0, DType::F32, &Device::Cpu)?;
-            let logits = random.tensor(&[n, num_experts], 1.0, DType::F32, &Device::Cpu)?;
-            let uniform = |shape: (usize, usize, usize)| Tensor::rand(-0.03f32, 0.03, shape, &Device::Cpu);
-            let gate_up = uniform((num_experts, 2 * INTERMEDIATE, HIDDEN))?;
-            let down = uniform((num_experts, HIDDEN, INTERMEDIATE))?;
+            let x = random.tensor(&[1, HIDDEN], 1.0, DType::F32, &Device::Cpu)?;
+            let logits = random.tensor(&[1, num_experts], 1.0, DType::F32, &Device::Cpu)?;
+            let mut stack = |outer: usize, inner: usize| {
+                random.tensor(&[1, outer, inner], 0.02, DType::F32, &Device::Cpu)?.repeat((num_experts, 1, 1))
+            };
+            let (gate_up, down) = (stack(2 * INTERMEDIATE, HIDDEN)?, stack(HIDDEN, INTERMEDIATE)?);
             let experts = Experts::new(Stack::Dense(gate_up.clone()), Stack::Dense(down.clone()))?;
             let (candle_x, candle_logits) = (x.clone(), logits.clone());
             let candle = move || {
@@ -139,7 +139,7 @@ fn sparse_mlp_case(n: usize, k: usize, num_experts: usize) -> Case {
                 let weights = weights.broadcast_div(&weights.sum_keepdim(1)?)?;
                 let weights = p.zeros_like()?.scatter_add(&chosen, &weights, 1)?;
                 let flat = gate_up.reshape((num_experts * 2 * INTERMEDIATE, HIDDEN))?;
-                let both = candle_x.matmul(&flat.t()?)?.reshape((n, num_experts, 2 * INTERMEDIATE))?;
+                let both = candle_x.matmul(&flat.t()?)?.reshape((1, num_experts, 2 * INTERMEDIATE))?;
                 let activated =
                     (both.narrow(2, 0, INTERMEDIATE)?.silu()? * both.narrow(2, INTERMEDIATE, INTERMEDIATE)?)?;
                 let weighted = activated.broadcast_mul(&weights.unsqueeze(2)?)?.transpose(0, 1)?.contiguous()?;

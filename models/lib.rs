@@ -243,7 +243,7 @@ impl Config {
     }
 
     /// As [`Config::load`], with the matrices of linear layers and embeddings packed on the way from the file. Norms,
-    /// convolutions, decays and tables that stay in their file are not.
+    /// convolutions, decays, routers and tables that stay in their file are not.
     ///
     /// # Errors
     ///
