@@ -1,9 +1,10 @@
-//! Texts and tokens per second of an encoder at equal and at mixed lengths, beside torch's.
+//! Tokens per second of an encoder at equal and at mixed lengths, as stored and in q8, beside torch's.
 //!
-//! `cargo bench --bench embed -- FOLDER [PYTHON [ROUNDS]]` with a bge-m3 folder, such as `make_fullsize.py bge-m3`
-//! writes, and a Python that has torch and transformers. Both contenders embed random ids into dense vectors in f32; rounds alternate
-//! between them and the median counts. Seconds are those on the clock and those of the process on all its cores, which
-//! a busy machine changes less.
+//! `cargo bench --bench embed -- FOLDER [PYTHON [ROUNDS [TEXTS]]]` with a bge-m3 folder, such as
+//! `make_fullsize.py bge-m3` writes, and a Python that has torch and transformers, or - for none. All embed random ids
+//! into dense vectors with f32 activations. Every round runs every case with every contender, so that what else the
+//! machine does meets all of them; medians count, with the distance between the quartiles. Seconds are those on the
+//! clock and those of the process on all its cores, which a busy machine changes less.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -11,7 +12,7 @@ use std::time::Instant;
 
 use kernels::testing::Random;
 use models::Checkpoint;
-use taper::{Embedder, EmbedderOptions, Heads};
+use taper::{Embedder, EmbedderOptions, Heads, Quantization};
 
 type AnyError = Box<dyn std::error::Error>;
 
@@ -21,35 +22,65 @@ type Times = (f64, f64);
 fn main() -> Result<(), AnyError> {
     let mut args = std::env::args().skip(1).filter(|arg| !arg.starts_with("--"));
     let Some(folder) = args.next() else {
-        println!("no folder given: cargo bench --bench embed -- FOLDER [PYTHON [ROUNDS]]");
+        println!("no folder given: cargo bench --bench embed -- FOLDER [PYTHON [ROUNDS [TEXTS]]]");
         return Ok(());
     };
-    let options = EmbedderOptions { heads: Some(Heads::DENSE), ..EmbedderOptions::default() };
-    let embedder = Embedder::open(&Checkpoint::Folder(folder.clone().into()), &options)?;
-    let mut torch = args.next().map(|python| Torch::start(&python, &folder)).transpose()?;
-    let rounds = args.next().map_or(Ok(3), |rounds| rounds.parse::<usize>())?.max(1);
+    let open = |quantization| {
+        let options = EmbedderOptions { heads: Some(Heads::DENSE), quantization, ..EmbedderOptions::default() };
+        Embedder::open(&Checkpoint::Folder(folder.clone().into()), &options)
+    };
+    let mut contenders = vec![
+        ("taper", Contender::Taper(Box::new(open(None)?))),
+        ("taper q8", Contender::Taper(Box::new(open(Some(Quantization::Q8))?))),
+    ];
+    if let Some(python) = args.next().filter(|python| python != "-") {
+        contenders.push(("torch", Contender::Torch(Torch::start(&python, &folder)?)));
+    }
+    let rounds = args.next().map_or(Ok(5), |rounds| rounds.parse::<usize>())?.max(1);
+    let texts = args.next().map_or(Ok(32), |texts| texts.parse::<usize>())?.max(1);
     let mut random = Random::new(1);
-    let mixed: Vec<usize> = (0..32).map(|_| 8 + random.below(505)).collect();
-    let cases = [("32 x 128", vec![128; 32]), ("mixed 8..512", mixed), ("32 x 512", vec![512; 32])];
-    println!("{:<14} {:<6} {:>8} {:>10} {:>16}", "tokens", "", "texts/s", "tok/s", "tok/CPU second");
-    for (name, lengths) in cases {
-        let (mut ours, mut theirs) = (vec![], vec![]);
-        for _ in 0..rounds {
-            ours.push(taper(&embedder, &lengths, &mut random)?);
-            if let Some(torch) = &mut torch {
-                theirs.push(torch.run(&lengths)?);
+    let mixed: Vec<usize> = (0..texts).map(|_| 8 + random.below(505)).collect();
+    let mean = mixed.iter().sum::<usize>() / texts;
+    let cases = [
+        (format!("{texts} x 128"), vec![128; texts]),
+        (format!("{texts} x 512"), vec![512; texts]),
+        (format!("{texts} of 8 to 512"), mixed),
+        (format!("{texts} x {mean}, their mean"), vec![mean; texts]),
+    ];
+    let mut times: Vec<Vec<Vec<Times>>> = vec![vec![vec![]; contenders.len()]; cases.len()];
+    for _ in 0..rounds {
+        for ((_, lengths), times) in cases.iter().zip(&mut times) {
+            for ((_, contender), times) in contenders.iter_mut().zip(times) {
+                times.push(contender.run(lengths, &mut random)?);
             }
         }
-        for (contender, times) in
-            [("taper", ours), ("torch", theirs)].into_iter().filter(|(_, times)| !times.is_empty())
-        {
-            let (wall, cpu) = (median(times.iter().map(|times| times.0)), median(times.iter().map(|times| times.1)));
+    }
+    println!("{:<24} {:<9} {:>8} {:>8} {:>12} {:>8}", "tokens", "", "texts/s", "tok/s", "tok/CPU s", "spread");
+    for ((name, lengths), times) in cases.iter().zip(&times) {
+        for ((contender, _), times) in contenders.iter().zip(times) {
             let tokens = lengths.iter().sum::<usize>() as f64;
-            let (texts, tokens, each) = (lengths.len() as f64 / wall, tokens / wall, tokens / cpu);
-            println!("{name:<14} {contender:<6} {texts:>8.2} {tokens:>10.0} {each:>16.0}");
+            let [_, wall, _] = quartiles(times.iter().map(|times| times.0));
+            let [low, cpu, high] = quartiles(times.iter().map(|times| times.1));
+            let (texts, spread) = (texts as f64 / wall, 100.0 * (high - low) / cpu);
+            let (tokens, each) = (tokens / wall, tokens / cpu);
+            println!("{name:<24} {contender:<9} {texts:>8.2} {tokens:>8.0} {each:>12.0} {spread:>6.0} %");
         }
     }
     Ok(())
+}
+
+enum Contender {
+    Taper(Box<Embedder>),
+    Torch(Torch),
+}
+
+impl Contender {
+    fn run(&mut self, lengths: &[usize], random: &mut Random) -> Result<Times, AnyError> {
+        match self {
+            Self::Taper(embedder) => taper(embedder, lengths, random),
+            Self::Torch(torch) => torch.run(lengths),
+        }
+    }
 }
 
 fn taper(embedder: &Embedder, lengths: &[usize], random: &mut Random) -> Result<Times, AnyError> {
@@ -69,10 +100,10 @@ fn cpu_seconds() -> f64 {
     if ticks.len() == 2 { (ticks[0] + ticks[1]) / TICKS_PER_SECOND } else { f64::NAN }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+fn quartiles(values: impl Iterator<Item = f64>) -> [f64; 3] {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    [1, 2, 3].map(|quarter| values[(values.len() - 1) * quarter / 4])
 }
 
 struct Torch {

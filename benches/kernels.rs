@@ -16,6 +16,7 @@ use kernels::activation::gelu;
 use kernels::linear::linear;
 use kernels::moe::{Experts, Stack, route, sparse_mlp};
 use kernels::norm::add_layer_norm;
+use kernels::quantized::{self, Quantization, QuantizedMatrix};
 use kernels::softcap::softcap;
 use kernels::testing::Random;
 
@@ -65,6 +66,15 @@ fn cases() -> Vec<Case> {
             }
         }
     }
+    for (layer, inner, outer) in [("gate_up", 1024, 6144), ("down", 3072, 1024), ("head", 1024, 151936)] {
+        for format in [Quantization::Q8, Quantization::Q4] {
+            for n in [1, 2, 512] {
+                if layer != "head" || n == 1 {
+                    cases.push(quantized_case(layer, n, inner, outer, format));
+                }
+            }
+        }
+    }
     for dtype in [DType::F32, DType::BF16] {
         cases.push(softcap_case(262_144, dtype));
     }
@@ -93,6 +103,23 @@ fn linear_case(layer: &str, n: usize, inner: usize, outer: usize, dtype: DType) 
                 candle: has_candle
                     .then(|| -> Run { Box::new(move || candle_x.matmul(&candle_weight).map(drop_result)) }),
             })
+        }),
+    }
+}
+
+/// Operations are counted as those of the dense product, so beyond the ceiling of f32 where bytes are multiplied faster.
+fn quantized_case(layer: &str, n: usize, inner: usize, outer: usize, format: Quantization) -> Case {
+    Case {
+        name: format!("linear {layer} {n}x{inner}x{outer} {format:?}").to_lowercase(),
+        bytes: format.bytes([outer, inner]),
+        flops: 2 * n * inner * outer,
+        build: Box::new(move || {
+            let x = Random::new(0).tensor(&[n, inner], 1.0, DType::F32, &Device::Cpu)?;
+            let row = |o: usize, values: &mut [f32]| {
+                values.iter_mut().enumerate().for_each(|(i, value)| *value = ((i * 31 + o * 17) % 97) as f32 - 48.0)
+            };
+            let weight = QuantizedMatrix::pack(format, [outer, inner], row)?;
+            Ok(Contenders { ours: Box::new(move || quantized::linear(&x, &weight).map(drop_result)), candle: None })
         }),
     }
 }

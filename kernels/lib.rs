@@ -39,6 +39,7 @@ pub mod attention;
 pub mod conv;
 pub mod gated_delta;
 pub mod linear;
+pub mod memory;
 pub mod moe;
 pub mod norm;
 pub mod quantized;

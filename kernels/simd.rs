@@ -19,25 +19,53 @@ pub(crate) trait Kernel {
     fn run<V: Lanes>(self) -> Self::Output;
 }
 
-/// Runs `kernel` on the widest instructions that the machine has.
-pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+/// Instruction sets that kernels are written for, beyond the one that every machine of the architecture has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Instructions {
+    Portable,
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Also AVX-512 F, BW and VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// NEON's dot products of bytes.
+    #[cfg(target_arch = "aarch64")]
+    DotProduct,
+}
+
+/// The widest instructions that the machine has.
+pub(crate) fn instructions() -> Instructions {
     #[cfg(test)]
-    if tests::PORTABLE.get() {
-        return kernel.run::<Portable>();
+    if let Some(instructions) = tests::INSTRUCTIONS.get() {
+        return instructions;
     }
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-        // SAFETY: the three features were just found.
-        return unsafe { avx2::run(kernel) };
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni");
+        return if avx512 { Instructions::Avx512 } else { Instructions::Avx2 };
     }
-    kernel.run::<Portable>()
+    #[cfg(target_arch = "aarch64")]
+    if std::arch::is_aarch64_feature_detected!("dotprod") {
+        return Instructions::DotProduct;
+    }
+    Instructions::Portable
+}
+
+/// Runs `kernel` on the widest instructions that the machine has.
+pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    match instructions() {
+        // SAFETY: the three features were just found.
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx2 | Instructions::Avx512 => unsafe { avx2::run(kernel) },
+        _ => kernel.run::<Portable>(),
+    }
 }
 
 /// Eight f32 values.
 pub(crate) trait Lanes: Copy {
-    /// Bytes on the same instructions.
-    type Bytes: Bytes<Lanes = Self>;
-
     fn splat(value: f32) -> Self;
     fn load(source: &[f32; LANES]) -> Self;
     fn load_f16(source: &[f16; LANES]) -> Self;
@@ -60,6 +88,8 @@ pub(crate) trait Lanes: Copy {
     fn min(self, other: Self) -> Self;
     /// `self * 2^exponent` for integral exponents within -252..=254.
     fn scale(self, exponent: Self) -> Self;
+    /// Lane `i` of result `j` is lane `j` of `rows[i]`.
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES];
     /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
     fn sums(four: [Self; 4]) -> [f32; 4];
 
@@ -107,31 +137,6 @@ pub(crate) trait Lanes: Copy {
         let one = Self::splat(1.0);
         one.div(one.add(Self::splat(0.0).sub(self).exp()))
     }
-}
-
-/// Thirty-two bytes, four for each of eight sums. All of it is exact, so every instruction set gives the same.
-pub(crate) trait Bytes: Copy {
-    type Lanes;
-    /// Sixteen i16: two for each of the eight sums.
-    type Words: Copy;
-    /// Eight i32.
-    type Sums: Copy;
-
-    fn load(source: &[u8; 4 * LANES]) -> Self;
-    /// The same four bytes for each sum.
-    fn repeat(four: [i8; 4]) -> Self;
-    /// The lower and the upper half of each byte.
-    fn nibbles(self) -> [Self; 2];
-    fn no_words() -> Self::Words;
-    fn no_sums() -> Self::Sums;
-    /// Adds the products of bytes in `0..=15` with signed bytes above -128. Eight times at most before they are
-    /// summed: sixteen products of no more than 15 * 127 fit.
-    fn add_small_products(words: Self::Words, small: Self, signed: Self) -> Self::Words;
-    /// Adds both words of each sum to it.
-    fn add_words(sums: Self::Sums, words: Self::Words) -> Self::Sums;
-    /// Adds the products of signed bytes above -128.
-    fn add_products(sums: Self::Sums, a: Self, b: Self) -> Self::Sums;
-    fn to_lanes(sums: Self::Sums) -> Self::Lanes;
 }
 
 /// An element type that lanes are loaded from and rounded to.
@@ -203,10 +208,10 @@ pub(crate) fn store<V: Lanes, T: Stored>(lanes: V, target: &mut [T]) {
 #[inline(always)]
 pub(crate) fn prefetch<T>(data: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in data.chunks(64 / size_of::<T>()) {
+    for line in (0..size_of_val(data)).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch has no effect but speed.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(line)) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = data;
@@ -242,72 +247,7 @@ impl Portable {
     }
 }
 
-/// Bytes of the baseline instruction set.
-#[derive(Clone, Copy)]
-pub(crate) struct PortableBytes([u8; 4 * LANES]);
-
-impl PortableBytes {
-    /// Adds the products of the bytes as `a` and `b` see them to each sum, by pairs.
-    #[inline(always)]
-    fn pairs(self, other: Self, a: impl Fn(u8) -> i32) -> [[i32; 2]; LANES] {
-        std::array::from_fn(|sum| {
-            std::array::from_fn(|pair| {
-                let at =
-                    |i: usize| a(self.0[4 * sum + 2 * pair + i]) * i32::from(other.0[4 * sum + 2 * pair + i] as i8);
-                at(0) + at(1)
-            })
-        })
-    }
-}
-
-impl Bytes for PortableBytes {
-    type Lanes = Portable;
-    type Words = [[i16; 2]; LANES];
-    type Sums = [i32; LANES];
-
-    #[inline(always)]
-    fn load(source: &[u8; 4 * LANES]) -> Self {
-        Self(*source)
-    }
-    #[inline(always)]
-    fn repeat(four: [i8; 4]) -> Self {
-        Self(std::array::from_fn(|i| four[i % 4] as u8))
-    }
-    #[inline(always)]
-    fn nibbles(self) -> [Self; 2] {
-        [Self(self.0.map(|byte| byte & 15)), Self(self.0.map(|byte| byte >> 4))]
-    }
-    #[inline(always)]
-    fn no_words() -> Self::Words {
-        [[0; 2]; LANES]
-    }
-    #[inline(always)]
-    fn no_sums() -> Self::Sums {
-        [0; LANES]
-    }
-    #[inline(always)]
-    fn add_small_products(words: Self::Words, small: Self, signed: Self) -> Self::Words {
-        let products = small.pairs(signed, i32::from);
-        std::array::from_fn(|sum| std::array::from_fn(|pair| words[sum][pair] + products[sum][pair] as i16))
-    }
-    #[inline(always)]
-    fn add_words(sums: Self::Sums, words: Self::Words) -> Self::Sums {
-        std::array::from_fn(|i| sums[i] + i32::from(words[i][0]) + i32::from(words[i][1]))
-    }
-    #[inline(always)]
-    fn add_products(sums: Self::Sums, a: Self, b: Self) -> Self::Sums {
-        let products = a.pairs(b, |byte| i32::from(byte as i8));
-        std::array::from_fn(|i| sums[i] + products[i][0] + products[i][1])
-    }
-    #[inline(always)]
-    fn to_lanes(sums: Self::Sums) -> Portable {
-        Portable(sums.map(|sum| sum as f32))
-    }
-}
-
 impl Lanes for Portable {
-    type Bytes = PortableBytes;
-
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self([value; LANES])
@@ -378,6 +318,10 @@ impl Lanes for Portable {
         })
     }
     #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        std::array::from_fn(|j| Self(std::array::from_fn(|i| rows[i].0[j])))
+    }
+    #[inline(always)]
     fn sums(four: [Self; 4]) -> [f32; 4] {
         four.map(|Self(x)| ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])))
     }
@@ -389,7 +333,7 @@ mod avx2 {
 
     use half::{bf16, f16};
 
-    use super::{Bytes, Kernel, LANES, Lanes};
+    use super::{Kernel, LANES, Lanes};
 
     /// # Safety
     ///
@@ -403,66 +347,26 @@ mod avx2 {
     #[derive(Clone, Copy)]
     pub(super) struct Avx2(__m256);
 
-    /// Bytes in one register; as with [`Avx2`], only where the features are there.
-    #[derive(Clone, Copy)]
-    pub(super) struct Avx2Bytes(__m256i);
-
-    // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
-    impl Bytes for Avx2Bytes {
-        type Lanes = Avx2;
-        type Words = __m256i;
-        type Sums = __m256i;
-
+    impl Avx2 {
+        /// Transposes the lower and the upper four columns of four rows, side by side.
         #[inline(always)]
-        fn load(source: &[u8; 4 * LANES]) -> Self {
-            Self(unsafe { _mm256_loadu_si256(source.as_ptr().cast()) })
-        }
-        #[inline(always)]
-        fn repeat(four: [i8; 4]) -> Self {
-            Self(unsafe { _mm256_set1_epi32(i32::from_ne_bytes(four.map(|byte| byte as u8))) })
-        }
-        #[inline(always)]
-        fn nibbles(self) -> [Self; 2] {
+        fn transpose_quarters([a, b, c, d]: [Self; 4]) -> [__m256; 4] {
+            // SAFETY: the features are there.
             unsafe {
-                let low = _mm256_set1_epi8(15);
-                [_mm256_and_si256(self.0, low), _mm256_and_si256(_mm256_srli_epi16::<4>(self.0), low)].map(Self)
+                let (ab, ab_high) = (_mm256_unpacklo_ps(a.0, b.0), _mm256_unpackhi_ps(a.0, b.0));
+                let (cd, cd_high) = (_mm256_unpacklo_ps(c.0, d.0), _mm256_unpackhi_ps(c.0, d.0));
+                [
+                    _mm256_shuffle_ps::<0x44>(ab, cd),
+                    _mm256_shuffle_ps::<0xee>(ab, cd),
+                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                    _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+                ]
             }
-        }
-        #[inline(always)]
-        fn no_words() -> __m256i {
-            unsafe { _mm256_setzero_si256() }
-        }
-        #[inline(always)]
-        fn no_sums() -> __m256i {
-            unsafe { _mm256_setzero_si256() }
-        }
-        #[inline(always)]
-        fn add_small_products(words: __m256i, small: Self, signed: Self) -> __m256i {
-            unsafe { _mm256_add_epi16(words, _mm256_maddubs_epi16(small.0, signed.0)) }
-        }
-        #[inline(always)]
-        fn add_words(sums: __m256i, words: __m256i) -> __m256i {
-            unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1))) }
-        }
-        #[inline(always)]
-        fn add_products(sums: __m256i, a: Self, b: Self) -> __m256i {
-            // The instruction takes the bytes of one side as unsigned, so that side's signs move to the other. No pair
-            // exceeds 2 * 127 * 127, which fits i16.
-            unsafe {
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(b.0), _mm256_sign_epi8(a.0, b.0));
-                Self::add_words(sums, pairs)
-            }
-        }
-        #[inline(always)]
-        fn to_lanes(sums: __m256i) -> Avx2 {
-            Avx2(unsafe { _mm256_cvtepi32_ps(sums) })
         }
     }
 
     // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
     impl Lanes for Avx2 {
-        type Bytes = Avx2Bytes;
-
         #[inline(always)]
         fn splat(value: f32) -> Self {
             Self(unsafe { _mm256_set1_ps(value) })
@@ -549,6 +453,20 @@ mod avx2 {
             }
         }
         #[inline(always)]
+        fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+            let [a, b, c, d, e, f, g, h] = rows;
+            let upper = Self::transpose_quarters([a, b, c, d]);
+            let lower = Self::transpose_quarters([e, f, g, h]);
+            let mut columns = rows;
+            for j in 0..4 {
+                unsafe {
+                    columns[j] = Self(_mm256_permute2f128_ps::<0x20>(upper[j], lower[j]));
+                    columns[j + 4] = Self(_mm256_permute2f128_ps::<0x31>(upper[j], lower[j]));
+                }
+            }
+            columns
+        }
+        #[inline(always)]
         fn sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
             unsafe {
                 let quarters = _mm256_hadd_ps(_mm256_hadd_ps(a.0, b.0), _mm256_hadd_ps(c.0, d.0));
@@ -569,15 +487,35 @@ pub(crate) mod tests {
     use crate::testing::Random;
 
     thread_local! {
-        pub(super) static PORTABLE: Cell<bool> = const { Cell::new(false) };
+        pub(super) static INSTRUCTIONS: Cell<Option<Instructions>> = const { Cell::new(None) };
+    }
+
+    /// Runs `f` on these instructions, in what it runs on this thread.
+    pub(crate) fn on<R>(instructions: Instructions, f: impl FnOnce() -> R) -> R {
+        INSTRUCTIONS.set(Some(instructions));
+        let result = f();
+        INSTRUCTIONS.set(None);
+        result
+    }
+
+    /// Every instruction set of this machine.
+    pub(crate) fn available() -> impl Iterator<Item = Instructions> {
+        let all = [
+            Instructions::Portable,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Instructions::DotProduct,
+        ];
+        let widest = instructions();
+        all.into_iter().filter(move |&instructions| instructions <= widest)
     }
 
     /// Runs `f` with the portable lanes, in what it runs on this thread.
     pub(crate) fn portable<R>(f: impl FnOnce() -> R) -> R {
-        PORTABLE.set(true);
-        let result = f();
-        PORTABLE.set(false);
-        result
+        on(Instructions::Portable, f)
     }
 
     struct Map<'a, F>(&'a [f32], F);

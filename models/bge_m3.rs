@@ -5,7 +5,7 @@
 //! `inference/embedder/encoder_only/m3.py`. Checked against both on random checkpoints of both layouts of names, from
 //! safetensors and from torch zips.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::gelu;
 use kernels::attention::{AttentionParams, Mask, attention};
@@ -92,6 +92,9 @@ impl Config {
     }
 }
 
+/// The heads that lie beside the model, each in a torch zip of this name.
+pub(crate) const HEADS: [&str; 2] = ["sparse_linear", "colbert_linear"];
+
 /// XLM-RoBERTa with the heads that its checkpoint has.
 pub struct BgeM3 {
     embeddings: Embeddings,
@@ -102,13 +105,14 @@ pub struct BgeM3 {
 }
 
 impl BgeM3 {
-    /// Reads the weights that `config` describes, and the heads from `sparse_linear.pt` and `colbert_linear.pt`.
+    /// Reads the weights that `config` describes, and the heads from `sparse_linear.pt` and `colbert_linear.pt` where
+    /// `weights` has them. Heads are not packed.
     ///
     /// # Errors
     ///
     /// A tensor is missing, of another shape, or not used by the model; or the checkpoint pools otherwise than by its
     /// first token.
-    pub fn load(config: &Config, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn load(config: &Config, checkpoint: &Checkpoint, weights: &Weights) -> Result<Self> {
         if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             bail!(
                 "bge_m3: hidden size {}, expected a multiple of the {} attention heads",
@@ -117,7 +121,6 @@ impl BgeM3 {
             )
         }
         Pooling::FirstToken.check(checkpoint)?;
-        let weights = Weights::open_with_heads(checkpoint, &["sparse_linear", "colbert_linear"], dtype, device)?;
         let is_prefixed = weights.pp("roberta").contains("embeddings.word_embeddings.weight");
         let model = if is_prefixed { weights.pp("roberta") } else { weights.clone() };
         let embeddings = Embeddings::load(config, &model.pp("embeddings"))?;
@@ -125,11 +128,12 @@ impl BgeM3 {
             .map(|layer| EncoderLayer::load(config, &model.pp("encoder.layer").pp(layer)))
             .collect::<Result<_>>()?;
         let head = |name: &str, output: usize| {
-            let weights = weights.pp(name);
+            let weights = weights.pp(name).quantized(None)?;
             let is_there = weights.contains("weight");
             is_there.then(|| Linear::load(&weights, config.hidden_size, output, Bias::Present)).transpose()
         };
-        let (sparse_linear, colbert_linear) = (head("sparse_linear", 1)?, head("colbert_linear", config.hidden_size)?);
+        let [sparse, colbert] = HEADS;
+        let (sparse_linear, colbert_linear) = (head(sparse, 1)?, head(colbert, config.hidden_size)?);
         weights.finish(if is_prefixed { &IGNORED_WITH_PREFIX } else { &IGNORED })?;
         let mut special_ids = vec![config.bos_token_id, config.pad_token_id, UNKNOWN_ID];
         special_ids.extend(&config.eos_token_id);

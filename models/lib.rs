@@ -255,13 +255,7 @@ impl Config {
         device: &Device,
         quantization: Option<Quantization>,
     ) -> Result<Box<dyn CausalLm>> {
-        let weights = || {
-            let weights = Weights::open(checkpoint, dtype, device)?;
-            match quantization {
-                Some(quantization) => weights.quantized(quantization),
-                None => Ok(weights),
-            }
-        };
+        let weights = || Weights::open(checkpoint, dtype, device)?.quantized(quantization);
         Ok(match self {
             Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights()?)?),
             Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights()?)?),
@@ -276,9 +270,27 @@ impl Config {
     ///
     /// As [`Config::load`], and if the model is not an encoder.
     pub fn load_encoder(&self, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Box<dyn Encoder>> {
+        self.load_encoder_quantized(checkpoint, dtype, device, None)
+    }
+
+    /// As [`Config::load_encoder`], with matrices packed as by [`Config::load_quantized`]. The sparse and ColBERT heads
+    /// are not: they are small, and what they give is compared as it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Config::load_encoder`] and [`Config::load_quantized`].
+    pub fn load_encoder_quantized(
+        &self,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        device: &Device,
+        quantization: Option<Quantization>,
+    ) -> Result<Box<dyn Encoder>> {
+        let weights =
+            |heads: &[&str]| Weights::open_with_heads(checkpoint, heads, dtype, device)?.quantized(quantization);
         Ok(match self {
-            Self::Qwen3(config) => Box::new(qwen3::Qwen3Embedding::load(config, checkpoint, dtype, device)?),
-            Self::BgeM3(config) => Box::new(bge_m3::BgeM3::load(config, checkpoint, dtype, device)?),
+            Self::Qwen3(config) => Box::new(qwen3::Qwen3Embedding::load(config, checkpoint, &weights(&[])?)?),
+            Self::BgeM3(config) => Box::new(bge_m3::BgeM3::load(config, checkpoint, &weights(&bge_m3::HEADS)?)?),
             Self::Qwen35(_) | Self::Gemma4(_) => bail!(
                 "{}: a language model, expected an encoder such as BAAI/bge-m3 or Qwen/Qwen3-Embedding-0.6B",
                 checkpoint.path("config.json").display()

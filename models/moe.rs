@@ -57,7 +57,7 @@ pub(crate) struct SparseMlp {
 impl SparseMlp {
     /// Router and gate of the shared expert stay as they are stored: they are small, and the router decides.
     pub fn load(weights: &Weights, hidden: usize, config: &Config) -> Result<Self> {
-        let stored = weights.as_stored();
+        let stored = weights.clone().quantized(None)?;
         let shared = config.shared_expert_intermediate_size;
         Ok(Self {
             gate: Linear::load(&stored.pp("gate"), hidden, config.num_experts, Bias::Absent)?,

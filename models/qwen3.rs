@@ -3,7 +3,7 @@
 //! Follows transformers 5.23.0 `models/qwen3/modeling_qwen3.py`. Checked against it on random checkpoints of every
 //! layout that `tests/fixtures` describes: tied and untied, biased, multi-query, with a redundant head.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::Activation;
 use kernels::attention::{AttentionParams, attention, paged_attention, write_kv};
@@ -143,8 +143,7 @@ impl Qwen3Embedding {
     ///
     /// The checkpoint is a language model, pools otherwise than by its last token, or a tensor is missing, of another
     /// shape, or not used by the model.
-    pub fn load(config: &Config, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
-        let weights = Weights::open(checkpoint, dtype, device)?;
+    pub fn load(config: &Config, checkpoint: &Checkpoint, weights: &Weights) -> Result<Self> {
         let has_prefix = !weights.contains("embed_tokens.weight");
         if has_prefix && !checkpoint.has("modules.json") {
             bail!(

@@ -69,21 +69,16 @@ impl Weights {
         })
     }
 
-    /// The same weights, whose matrices [`Weights::packed`] packs.
+    /// The same weights, whose matrices [`Weights::packed`] packs, or with `None` leaves as they are stored.
     ///
     /// # Errors
     ///
-    /// The device is not the CPU.
-    pub fn quantized(self, quantization: Quantization) -> Result<Self> {
-        if !self.device.is_cpu() {
+    /// Weights to pack are not for the CPU.
+    pub fn quantized(self, quantization: Option<Quantization>) -> Result<Self> {
+        if quantization.is_some() && !self.device.is_cpu() {
             bail!("quantised weights run on the CPU so far, not on another device")
         }
-        Ok(Self { quantization: Some(quantization), ..self })
-    }
-
-    /// The same weights, of which [`Weights::packed`] packs none.
-    pub fn as_stored(&self) -> Self {
-        Self { quantization: None, ..self.clone() }
+        Ok(Self { quantization, ..self })
     }
 
     /// The tensors whose names begin with this prefix, a dot and `name`.

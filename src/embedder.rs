@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::Batch;
-use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads};
+use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads, Quantization};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -21,6 +21,8 @@ pub struct EmbedderOptions {
     pub device: DeviceChoice,
     /// Dtype of activations. Default: f32 on the CPU, bf16 elsewhere.
     pub dtype: Option<DType>,
+    /// Pack the weights while loading; the sparse and ColBERT heads stay as they are. On the CPU only.
+    pub quantization: Option<Quantization>,
     /// Where models that are not folders come from.
     pub hub: HubOptions,
     /// Default: every head that the model has.
@@ -41,6 +43,7 @@ impl Default for EmbedderOptions {
         Self {
             device: DeviceChoice::Auto,
             dtype: None,
+            quantization: None,
             hub: HubOptions::from_env(),
             heads: None,
             max_tokens: None,
@@ -122,14 +125,14 @@ impl Embedder {
         let config = Config::read(checkpoint)?;
         let tokenizer = Tokenizer::load(checkpoint)?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
-        let model = config.load_encoder(checkpoint, dtype, &device)?;
+        let model = config.load_encoder_quantized(checkpoint, dtype, &device, options.quantization)?;
         let traits = model.traits();
         if tokenizer.vocab_size() > traits.vocab_size {
             let message = format!("{} tokens, the model's embedding has {}", tokenizer.vocab_size(), traits.vocab_size);
             return Err(Error::Model { path: checkpoint.path("tokenizer.json"), message });
         }
         let end_id = match traits.end_token {
-            Some(end) if tokenizer.encode("")?.last().copied() != tokenizer.token_id(end) => {
+            Some(end) if tokenizer.encode_whole("")?.last().copied() != tokenizer.token_id(end) => {
                 let message = format!("expected the token {end:?}, which ends every text");
                 let path = checkpoint.path("tokenizer.json");
                 Some(tokenizer.token_id(end).ok_or(Error::Model { path, message })?)
@@ -266,8 +269,8 @@ impl Embedder {
 
     fn text(&self, prompt: &str, text: &str) -> Result<Text> {
         let mut ids = match prompt {
-            "" => self.tokenizer.encode(text)?,
-            _ => self.tokenizer.encode(&format!("{prompt}{text}"))?,
+            "" => self.tokenizer.encode_whole(text)?,
+            _ => self.tokenizer.encode_whole(&format!("{prompt}{text}"))?,
         };
         ids.extend(self.end_id);
         let truncated = ids.len().saturating_sub(self.max_tokens);

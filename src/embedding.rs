@@ -24,6 +24,11 @@ pub struct Vectors {
 }
 
 impl Vectors {
+    /// A single vector.
+    pub(crate) fn one(values: Vec<f32>) -> Self {
+        Self { size: values.len(), values }
+    }
+
     /// The vectors in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[f32]> {
         self.values.chunks_exact(self.size.max(1))

@@ -76,19 +76,28 @@ impl Tokenizer {
         Ok(Self { inner, vocab_size, special, bytes, bos, eos_ids })
     }
 
-    /// The ids of a plain text, with the special tokens that the tokenizer puts around one, and never a second BOS
-    /// when the text begins with one.
+    /// The ids of a text to continue, with the special tokens that the tokenizer puts around one, and never a second
+    /// BOS when the text begins with one.
     ///
     /// # Errors
     /// Text with characters that the vocabulary has no token for, not even an unknown one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.ids(text, true)?;
+        let mut ids = self.encode_whole(text)?;
         if let Some(bos) = self.bos
             && ids.starts_with(&[bos, bos])
         {
             ids.remove(0);
         }
         Ok(ids)
+    }
+
+    /// The ids of a text to embed, with the special tokens that the tokenizer puts around one, whatever it begins with:
+    /// what stands in a text is none of ours, and transformers gives the same.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, true)
     }
 
     /// The ids of a rendered chat template, which writes all special tokens itself.

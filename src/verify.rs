@@ -33,9 +33,10 @@ pub struct Entry {
     pub name: String,
     /// Root mean square of the difference over that of the reference.
     pub rms: f64,
-    /// Largest absolute difference; for greedy ids, how many of them were compared.
+    /// Largest absolute difference; for greedy ids, how many of them were compared; for embeddings in reduced precision,
+    /// what the worst vector's cosine lacks to one or, in an entry of its own, its relative difference in length.
     pub largest: f64,
-    /// What `largest` or, for reduced precision, `rms` had to stay within.
+    /// What `largest` or, for logits in reduced precision, `rms` had to stay within.
     pub limit: String,
     pub passed: bool,
 }

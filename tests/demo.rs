@@ -107,16 +107,26 @@ fn a_tool_is_called_and_its_answer_used() {
     assert_eq!(answer, "It is sunny in Paris, 21 degrees.");
 }
 
-/// The answer to every query stands first among all passages, by each head alone and by all together.
 #[test]
 fn every_topic_is_found() {
+    every_topic_is_found_with(None);
+}
+
+#[test]
+fn packed_weights_find_every_topic() {
+    every_topic_is_found_with(Some(Quantization::Q8));
+}
+
+/// The answer to every query stands first among all passages, by each head alone and by all together.
+fn every_topic_is_found_with(quantization: Option<Quantization>) {
     #[derive(serde::Deserialize)]
     struct Topic {
         queries: Vec<String>,
         passages: Vec<String>,
     }
     let topics: Vec<Topic> = serde_json::from_str(include_str!("../examples/demo/embed/topics.json")).expect("JSON");
-    let embedder = Embedder::demo(&EmbedderOptions::default()).expect("the demo is built in");
+    let options = EmbedderOptions { quantization, ..EmbedderOptions::default() };
+    let embedder = Embedder::demo(&options).expect("the demo is built in");
     let all = |of: fn(&Topic) -> &Vec<String>| -> (Vec<usize>, Vec<taper::Embedding>) {
         let pairs =
             topics.iter().enumerate().flat_map(|(topic, texts)| of(texts).iter().map(move |text| (topic, text)));

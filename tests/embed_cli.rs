@@ -202,7 +202,11 @@ fn mistakes_are_refused() {
     write(&folder, "a.txt", "one\n");
     write(&folder, "a.csv", "id,body\n1,one\n");
     write(&folder, "a.parquet", "not parquet");
-    let cases: [(&[&str], &str); 9] = [
+    write(&folder, "empty.csv", "");
+    write(&folder, "binary.csv", b"\x00\x1b[31m\x07,\r\n\"\n");
+    write(&folder, "empty.npy", "");
+    fs::create_dir(folder.path().join("folder.jsonl")).expect("writable");
+    let cases: [(&[&str], &str); 13] = [
         (&["-i", "nowhere.txt"], "nowhere.txt"),
         (&["-i", "*.dat"], "no file has such a name"),
         (&["-i", "a.csv"], "a.csv:1: no column \"text\", only id, body"),
@@ -212,14 +216,110 @@ fn mistakes_are_refused() {
         (&["-i", "a.txt", "--dim", "64"], "not trained"),
         (&["-i", "a.txt", "--max-length", "1000"], "the model's 512"),
         (&["-i", "a.txt", "-o", "nowhere/o.jsonl"], "nowhere/o.jsonl"),
+        (&["-i", "empty.csv"], "empty.csv: empty, expected a line with the columns' names"),
+        (&["-i", "binary.csv"], "no column \"text\", only \\0\\u{1b}[31m\\u{7}, "),
+        (&["-i", "folder.jsonl"], "is a folder: name its files"),
+        (&["-i", "a.txt", "-o", "folder.jsonl"], "is a folder, expected a file to write"),
     ];
     for (args, expected) in cases {
         let error = failure(folder.path(), &[&["embed"], args].concat());
         assert!(error.starts_with("taper: ") && error.contains(expected), "{args:?}: {error} lacks {expected}");
     }
+    assert!(failure(folder.path(), &["search", "empty.npy", "one"]).contains("empty.npy: cut short"));
+    assert!(output(folder.path(), &["embed"], b"").1.contains("there was nothing to embed"));
+    assert_eq!(run(folder.path(), &["embed", "one", "--save-every", "nan"], b"").status.code(), Some(2));
     output(folder.path(), &["embed", "-i", "a.txt", "-o", "o.jsonl"], b"");
     assert!(failure(folder.path(), &["embed", "-i", "a.txt", "-o", "o.jsonl"]).contains("--overwrite"));
     output(folder.path(), &["embed", "-i", "a.txt", "-o", "o.jsonl", "--overwrite"], b"");
+}
+
+/// The end of a run, cut short after each of its steps: the same command ends it, or finds it ended, and tidies up.
+#[test]
+fn the_end_of_a_run_may_be_cut_short() {
+    let folder = folder();
+    write(&folder, "a.txt", "one\ntwo\n");
+    for file in ["o.jsonl", "o.npy", "o.parquet"] {
+        let path = |suffix: &str| folder.path().join(format!("{file}{suffix}"));
+        let names = |folder: &Path| -> Vec<String> {
+            let entries = fs::read_dir(folder).expect("there").map(|entry| entry.expect("readable").file_name());
+            let mut names: Vec<String> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
+            names.sort();
+            names
+        };
+        let args = ["embed", "-i", "a.txt", "-o", file, "--save-every", "0"];
+        output(folder.path(), &args, b"");
+        let (whole, before) = (fs::read(path("")).expect("written"), names(folder.path()));
+        let remove = || {
+            before.iter().filter(|name| name.starts_with(file)).for_each(|name| {
+                fs::remove_file(folder.path().join(name)).expect("there");
+            })
+        };
+        remove();
+        // A folder in the way of the joined file stops the run when all parts are closed.
+        fs::create_dir(path(".partial")).expect("writable");
+        assert!(failure(folder.path(), &args).contains(".partial"));
+        fs::remove_dir(path(".partial")).expect("empty");
+        let parts: Vec<(String, Vec<u8>)> = names(&path(".parts"))
+            .into_iter()
+            .map(|name| (name.clone(), fs::read(path(".parts").join(name)).expect("a part")))
+            .collect();
+        fs::remove_dir_all(path(".parts")).expect("there");
+        assert!(parts.len() >= 3, "{parts:?}"); // part, manifest, lock
+        let is_pending = |name: &str| name == "manifest.json";
+        // What a kill leaves: the joined file half written or whole, and of the folder everything, everything but the
+        // manifest, fewer files yet, or the empty folder.
+        for (is_joined, kept) in [(false, parts.len()), (true, parts.len()), (true, 2), (true, 1), (true, 0)] {
+            let left = parts.iter().filter(|(name, _)| kept == parts.len() || !is_pending(name)).take(kept);
+            fs::create_dir(path(".parts")).expect("writable");
+            left.for_each(|(name, bytes)| fs::write(path(".parts").join(name), bytes).expect("writable"));
+            fs::write(path(if is_joined { "" } else { ".partial" }), if is_joined { &whole[..] } else { b"half" })
+                .expect("writable");
+            if is_joined && file == "o.npy" {
+                fs::write(path(".ids.jsonl"), "0\n1\n").expect("writable");
+            }
+            let place = format!("{file}: joined {is_joined}, {kept} files left");
+            if kept == parts.len() {
+                output(folder.path(), &args, b"");
+            } else {
+                assert!(failure(folder.path(), &args).contains("exists: --overwrite replaces it"), "{place}");
+            }
+            assert_eq!(names(folder.path()), before, "{place}");
+            assert!(fs::read(path("")).expect("written") == whole, "{place}");
+            remove();
+        }
+        // A folder with the name of a part stops the run while it tidies up: the manifest is gone by then.
+        fs::create_dir_all(path(".parts").join("999999")).expect("writable");
+        assert!(failure(folder.path(), &args).contains(".parts"));
+        assert!(fs::read(path("")).expect("written") == whole && !path(".parts").join("manifest.json").exists());
+        fs::remove_dir(path(".parts").join("999999")).expect("empty");
+        assert!(failure(folder.path(), &args).contains("exists: --overwrite replaces it"));
+        assert_eq!(names(folder.path()), before);
+        remove();
+        // Files of others in the folder stay.
+        fs::create_dir(path(".parts")).expect("writable");
+        fs::write(path(".parts").join("notes"), "mine").expect("writable");
+        output(folder.path(), &args, b"");
+        assert_eq!(names(&path(".parts")), ["notes"]);
+        fs::remove_dir_all(path(".parts")).expect("there");
+        remove();
+    }
+}
+
+#[test]
+fn one_run_at_a_time_writes_an_output() {
+    let folder = folder();
+    let args = ["embed", "-o", "o.jsonl"];
+    let mut first = command(folder.path(), &args).stdin(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it runs");
+    while !folder.path().join("o.jsonl.parts/lock").exists() {
+        assert!(first.try_wait().expect("it runs").is_none(), "it waits for its input");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(50)); // from making the file to locking it
+    assert!(failure(folder.path(), &args).contains("another run writes this output"));
+    assert!(failure(folder.path(), &[&args[..], &["--overwrite"]].concat()).contains("another run"));
+    first.stdin.take().expect("piped").write_all(b"one\n").expect("it reads");
+    assert!(first.wait().expect("it ends").success());
+    assert_eq!(lines(&fs::read_to_string(folder.path().join("o.jsonl")).expect("written")).len(), 1);
 }
 
 /// Killed twice, and once more between parts of another command: the same bytes as a run in one piece.

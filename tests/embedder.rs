@@ -8,8 +8,9 @@ use std::path::Path;
 
 use models::Checkpoint;
 use serde_json::Value;
+use taper::embedding::{dot, lexical};
 use taper::verify::verify;
-use taper::{Embedder, EmbedderOptions, Embedding, Heads, instruct};
+use taper::{Embedder, EmbedderOptions, Embedding, Heads, Quantization, instruct};
 use tempfile::TempDir;
 
 fn options() -> EmbedderOptions {
@@ -165,6 +166,50 @@ fn a_text_does_not_depend_on_its_batch() {
             assert_eq!(got.collect::<Vec<_>>(), want, "{family} {batch_tokens}");
         }
     }
+}
+
+/// Vectors from packed weights point where those from the weights as they are stored do. The fixtures are narrow, with
+/// random weights: of a trained model more is left.
+#[test]
+fn packed_weights_give_almost_the_same() {
+    for (quantization, least) in [(Quantization::Q8, 0.999), (Quantization::Q4, 0.85)] {
+        for family in ["bge_m3", "qwen3_embedding"] {
+            let (folder, reference) = reference(family);
+            let texts = texts(&reference);
+            let want = open(&folder, &options()).embed(&texts).expect("embeds");
+            let packed = open(&folder, &EmbedderOptions { quantization: Some(quantization), ..options() });
+            let got = packed.embed(&texts).expect("embeds");
+            assert_ne!(got, want, "nothing was packed");
+            let alone: Vec<_> = texts.iter().map(|text| packed.embed(&[text]).expect("embeds").remove(0)).collect();
+            assert_eq!(got.iter().map(bits).collect::<Vec<_>>(), alone.iter().map(bits).collect::<Vec<_>>());
+            let mut worst = f32::INFINITY;
+            for (got, want) in got.iter().zip(&want) {
+                let colbert = got.colbert.iter().zip(want.colbert.iter()).map(|(got, want)| dot(got, want));
+                worst = colbert.chain([dot(&got.dense, &want.dense)]).fold(worst, f32::min);
+                if !want.sparse.is_empty() {
+                    let length = |weights: &[(u32, f32)]| lexical(weights, weights).sqrt();
+                    worst = worst.min(lexical(&got.sparse, &want.sparse) / length(&got.sparse) / length(&want.sparse));
+                }
+            }
+            println!("{family} {quantization:?}: cosines from {worst}");
+            assert!(worst > least, "{family} {quantization:?}: {worst}");
+        }
+    }
+}
+
+/// As transformers does: what stands in a text is none of the tokens around it.
+#[test]
+fn a_text_may_begin_with_a_special_token() {
+    let (folder, _) = reference("bge_m3");
+    let embedder = open(&folder, &options());
+    let ids = |text: &str| {
+        let tokenizer = tokenizers::Tokenizer::from_file(folder.join("tokenizer.json")).expect("a fixture");
+        tokenizer.encode(text, true).expect("encodes").get_ids().to_vec()
+    };
+    let doubled = ids("<s>token");
+    assert_eq!((&doubled[..2], doubled.len()), (&[0, 0][..], ids("token").len() + 1));
+    let want = embedder.embed_tokens(vec![doubled]).expect("embeds");
+    assert_eq!(embedder.embed(&["<s>token"]).expect("embeds"), want);
 }
 
 #[test]

@@ -49,3 +49,32 @@ fn a_wrong_reference_fails() {
     let failed: Vec<_> = report.entries.iter().filter(|entry| !entry.passed).map(|entry| entry.name.as_str()).collect();
     assert_eq!(failed, [name]);
 }
+
+/// In bf16 the lengths of an encoder's vectors are compared by themselves: their directions stay as they are here.
+#[test]
+fn a_wrong_length_fails() {
+    let fixture = support::fixture("bge_m3", "base", 0);
+    let bf16 = support::derive_bf16(&fixture.join("f32"));
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("reference.safetensors");
+    for head in ["pooled", "dense", "colbert", "sparse"] {
+        let mut tensors = support::reference(&fixture);
+        let json = std::fs::read(fixture.join("reference.json")).expect("a fixture");
+        let mut json: serde_json::Value = serde_json::from_slice(&json).expect("a fixture");
+        // What transformers makes of it in bf16 sets the limit, so both are off by as much.
+        for precision in ["bf16w", "bf16"] {
+            if let Some(tensor) = tensors.get_mut(&format!("1.{precision}.{head}")) {
+                *tensor = (&*tensor * 1.02).expect("a float tensor");
+            }
+            let weights = json[format!("{precision}.sparse")][1].as_object_mut().expect("weights");
+            for weight in weights.values_mut().filter(|_| head == "sparse") {
+                *weight = (1.02 * weight.as_f64().expect("a number")).into();
+            }
+        }
+        candle_core::safetensors::save(&tensors, &path).expect("writable");
+        std::fs::write(path.with_extension("json"), json.to_string()).expect("writable");
+        let report = verify(&Checkpoint::Folder(bf16.path().into()), &path, DType::BF16, &Device::Cpu).expect("runs");
+        let failed: Vec<_> = report.entries.iter().filter(|entry| !entry.passed).map(|entry| &entry.name).collect();
+        assert_eq!(failed, [&format!("1.bf16w.{head} norm"), &format!("batch.1.bf16w.{head} norm")]);
+    }
+}

@@ -1,12 +1,12 @@
 //! The product on the CPU. Few rows: every thread streams its share of the weights once, at memory speed.
-//! Many rows: panels of weights and blocks of `x` are widened and interleaved for the register tile.
+//! Many rows: panels of weights and blocks of `x` are widened and turned for the register tile.
 
 use std::cell::Cell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tile::{Blocked, Group, Interleave, STRETCH, Streamed, pieces};
+use super::tile::{Accumulators, Blocked, Group, Interleave, OUTS, ROWS, STRETCH, Streamed, Turn, pieces};
 use crate::cpu::Shared;
 use crate::simd::{LANES, Stored, dispatch};
 
@@ -32,21 +32,19 @@ pub fn linear<X: Stored, W: Stored>(
     out
 }
 
-/// Up to this many rows, widening weights again for each tile costs less than writing them to a panel.
-const STREAMED_ROWS: usize = 32;
+/// Up to this many rows, widening weights again for each tile costs less than turning them.
+const STREAMED_ROWS: usize = 16;
 /// Weights that are asked for ahead of time stay in the first-level cache if they are no more than these bytes.
 const PREFETCHED_BYTES: usize = 24 << 10;
 
-/// Rows and outputs of the tile for many rows.
-const R: usize = 2;
-const Q: usize = 6;
-/// Outputs of a panel of weights, which stays in the second-level cache.
-const PANEL_OUTS: usize = 8 * Q;
-/// Tiles of a block of rows, which stays in the first-level cache for a stretch of the inner dimension.
-const BLOCK_TILES: usize = 6;
-const BLOCK_ROWS: usize = BLOCK_TILES * R;
-/// Rows that are interleaved at once and share one widening of each panel.
-const MAX_ROWS: usize = 44 * BLOCK_ROWS;
+/// Values of the inner dimension for which a panel of weights, as many tiles as its width allows, stays in the
+/// second-level cache.
+const PANEL_COLUMNS: usize = 2048;
+/// Tiles of rows that meet a stretch of a panel before the next stretch.
+const BLOCK_TILES: usize = 8;
+const BLOCK_ROWS: usize = BLOCK_TILES * ROWS;
+/// Rows that are turned at once and share one turn of each panel.
+const MAX_ROWS: usize = 11 * BLOCK_ROWS;
 
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
 const MIN_TASK: usize = 1 << 16;
@@ -91,20 +89,21 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
 
     fn block(&self) {
         let &Self { n, inner, outer, .. } = self;
-        let groups = inner.div_ceil(LANES);
+        let columns = inner.div_ceil(LANES) * LANES;
+        let panel_outs = OUTS * (PANEL_COLUMNS / columns.min(STRETCH * LANES)).clamp(1, 8);
         let mut scratch = SCRATCH.take();
         for rows in pieces(0..n, MAX_ROWS) {
-            let x = tiles_of(aligned(&mut scratch, rows.len().next_multiple_of(R) * groups * LANES));
-            x.par_chunks_mut(BLOCK_TILES * groups).zip(parallel_pieces(rows.clone(), BLOCK_ROWS)).for_each(
-                |(target, rows)| dispatch(Interleave { source: self.x, inner, rows, columns: 0..inner, target }),
-            );
+            let x = aligned(&mut scratch, rows.len().next_multiple_of(ROWS) * columns).as_chunks_mut().0;
+            x.par_chunks_mut(columns)
+                .zip(parallel_pieces(rows.clone(), ROWS))
+                .for_each(|(target, rows)| dispatch(Turn { source: self.x, inner, rows, target }));
             let x = &*x;
             // A narrow weight has too few panels for all threads: then they share its rows as well.
-            let parts = (2 * rayon::current_num_threads()).div_ceil(outer.div_ceil(PANEL_OUTS).max(1));
-            let part = rows.len().div_ceil(parts).next_multiple_of(BLOCK_ROWS);
-            parallel_pieces(0..outer, PANEL_OUTS).for_each(|outs| {
+            let parts = (2 * rayon::current_num_threads()).div_ceil(outer.div_ceil(panel_outs).max(1));
+            let part = rows.len().div_ceil(parts).next_multiple_of(ROWS);
+            parallel_pieces(0..outer, panel_outs).for_each(|outs| {
                 parallel_pieces(rows.clone(), part).for_each(|part| {
-                    let x = &x[(part.start - rows.start) / R * groups..];
+                    let x = &x[(part.start - rows.start) / ROWS * columns..];
                     let mut scratch = SCRATCH.take();
                     self.panel(x, part, outs.clone(), &mut scratch);
                     SCRATCH.set(scratch);
@@ -114,36 +113,28 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
         SCRATCH.set(scratch);
     }
 
-    /// The outputs `outs` of the rows `rows`, which `x` holds interleaved.
-    fn panel(&self, x: &[[Group<f32>; R]], rows: Range<usize>, outs: Range<usize>, scratch: &mut Vec<f32>) {
+    /// The outputs `outs` of the rows `rows`, which `x` holds turned.
+    fn panel(&self, x: &[[f32; ROWS]], rows: Range<usize>, outs: Range<usize>, scratch: &mut Vec<f32>) {
         let groups = self.inner.div_ceil(LANES);
-        let panels = outs.len().div_ceil(Q);
-        let (panel, accumulators) =
-            aligned(scratch, panels * Q * LANES * (groups + BLOCK_ROWS)).split_at_mut(panels * Q * LANES * groups);
-        let panel = tiles_of::<Q>(panel);
-        // Stretch by stretch, so that the panel is read from end to end.
-        for stretch in pieces(0..groups, STRETCH) {
-            dispatch(Interleave {
-                source: self.weight,
-                inner: self.inner,
-                rows: outs.clone(),
-                columns: stretch.start * LANES..self.inner.min(stretch.end * LANES),
-                target: &mut panel[stretch.start * panels..stretch.end * panels],
-            });
+        let (columns, tiles) = (groups * LANES, outs.len().div_ceil(OUTS));
+        let (weights, rest) = aligned(scratch, tiles * (OUTS * columns + BLOCK_TILES * (LANES + 1) * ROWS * OUTS))
+            .split_at_mut(tiles * OUTS * columns);
+        let weights = weights.as_chunks_mut().0;
+        for (target, rows) in weights.chunks_exact_mut(columns).zip(pieces(outs.clone(), OUTS)) {
+            dispatch(Turn { source: self.weight, inner: self.inner, rows, target });
         }
-        let accumulators = tiles_of::<Q>(accumulators).as_chunks_mut::<R>().0;
-        let mut sums = [[[0.0; Q]; R]; PANEL_OUTS / Q * BLOCK_TILES];
-        for (rows, x) in pieces(rows, BLOCK_ROWS).zip(x.chunks(BLOCK_TILES * groups)) {
-            let tiles = rows.len().div_ceil(R);
-            let x = &x[..tiles * groups];
-            let sums = &mut sums[..panels * tiles];
-            dispatch(Blocked { x, panel, groups, accumulators: &mut accumulators[..panels * tiles], sums });
-            for (i, row) in rows.enumerate() {
-                let mut values = [[0.0; Q]; PANEL_OUTS / Q];
-                for (values, sums) in values.iter_mut().zip(sums.chunks_exact(tiles)) {
-                    *values = sums.as_flattened()[i];
+        let (accumulators, sums) = rest.split_at_mut(tiles * BLOCK_TILES * LANES * ROWS * OUTS);
+        let accumulators: &mut [Accumulators] = accumulators.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
+        let sums: &mut [[[f32; OUTS]; ROWS]] = sums.as_chunks_mut().0.as_chunks_mut().0;
+        for (rows, x) in pieces(rows, BLOCK_ROWS).zip(x.chunks(BLOCK_TILES * columns)) {
+            let count = rows.len().div_ceil(ROWS);
+            let x = &x[..count * columns];
+            let accumulators = &mut accumulators[..count * tiles];
+            dispatch(Blocked { x, weights, groups, accumulators, sums: &mut sums[..count * tiles] });
+            for (row, at) in rows.zip(0..) {
+                for (sums, outs) in sums[at / ROWS * tiles..].iter().zip(pieces(outs.clone(), OUTS)) {
+                    self.write(row, outs.start, &sums[at % ROWS][..outs.len()]);
                 }
-                self.write(row, outs.start, &values.as_flattened()[..outs.len()]);
             }
         }
     }

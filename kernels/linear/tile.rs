@@ -1,9 +1,11 @@
-//! The register tile of the product: `R` rows of `x` times `Q` outputs, eight steps of the inner dimension at once.
+//! The register tiles of the product.
 //!
-//! One output is one accumulator of eight lanes: lane `l` sums the products at `i = l, l + 8, l + 16, ..` in that
-//! order, an inner dimension that is no multiple of eight is padded with zeros, and the lanes are added in one fixed
-//! tree. Whatever tile an output is computed in, it sees the same operations, so its bits do not depend on its
-//! neighbours. They do depend on whether the machine fuses multiply and add.
+//! One output is a dot product in eight lanes: lane `l` sums the products at `i = l, l + 8, l + 16, ..` in that order, an
+//! inner dimension that is no multiple of eight is padded with zeros, and the lanes are added in one fixed tree. With
+//! few rows the lanes stand side by side in a register, as weights are stored. With many, a register holds one lane of
+//! eight outputs, and lanes come one after the other: then a weight serves six rows and a value of `x` sixteen outputs
+//! once they are in registers. Either way an output sees the same operations, so its bits depend neither on its
+//! neighbours nor on how many rows there are. They do depend on whether the machine fuses multiply and add.
 
 use std::ops::Range;
 
@@ -11,9 +13,6 @@ use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch};
 
 /// Eight values along the inner dimension.
 pub type Group<T> = [T; LANES];
-
-/// What a tile sums: `R * Q` accumulators.
-pub type Accumulators<const R: usize, const Q: usize> = [[Group<f32>; Q]; R];
 
 /// `R` rows at a time, the groups of one column side by side; rows missing from the last tile are zero.
 pub struct Interleave<'a, T, const R: usize> {
@@ -88,57 +87,129 @@ impl<W: Stored, const R: usize, const Q: usize> Kernel for Streamed<'_, W, R, Q>
     }
 }
 
-/// Many rows: tiles of interleaved `x` times a panel of interleaved weights.
-pub struct Blocked<'a, const R: usize, const Q: usize> {
-    /// `[tiles, groups]`
-    pub x: &'a [[Group<f32>; R]],
-    /// Stretch by stretch, and in each `[tiles of weights, groups of the stretch]`.
-    pub panel: &'a [[Group<f32>; Q]],
-    pub groups: usize,
-    /// `[tiles of weights, tiles]`, of any content.
-    pub accumulators: &'a mut [Accumulators<R, Q>],
-    /// `[tiles of weights, tiles]`
-    pub sums: &'a mut [[[f32; Q]; R]],
+/// Many rows: `R` rows of `x` or outputs of the weight, turned so that the values that meet the same accumulator lane lie
+/// one after the other: `[LANES, groups, R]`. Missing ones are zero.
+pub struct Turn<'a, T, const R: usize> {
+    /// `[.., inner]`
+    pub source: &'a [T],
+    pub inner: usize,
+    /// `R` at most.
+    pub rows: Range<usize>,
+    pub target: &'a mut [[f32; R]],
 }
 
-/// Groups after which the next tile has its turn, so that the tiles of `x` stay in the first-level cache.
-pub const STRETCH: usize = 48;
-
-impl<const R: usize, const Q: usize> Kernel for Blocked<'_, R, Q> {
+impl<T: Stored, const R: usize> Kernel for Turn<'_, T, R> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let tiles = self.x.len() / self.groups;
-        let panels = self.panel.len() / self.groups;
-        for stretch in pieces(0..self.groups, STRETCH) {
-            let mut panel = &self.panel[stretch.start * panels..stretch.end * panels];
-            for accumulators in self.accumulators.chunks_exact_mut(tiles) {
-                let (weights, rest) = panel.split_at(stretch.len());
-                panel = rest;
-                let next = rest.as_flattened();
-                for (t, (x, stored)) in self.x.chunks_exact(self.groups).zip(accumulators).enumerate() {
-                    let mut accumulators = [[V::splat(0.0); Q]; R];
-                    if stretch.start > 0 {
-                        load_all(&mut accumulators, stored);
-                    }
-                    for (k, (x, weights)) in x[stretch.clone()].iter().zip(weights).enumerate() {
-                        // Every tile of `x` asks for its share of the next weights.
-                        if let Some(next) = next.get(t * stretch.len() + k) {
-                            prefetch(next);
+        let groups = self.inner.div_ceil(LANES);
+        for part in 0..R.div_ceil(LANES) {
+            let lanes = part * LANES..R.min((part + 1) * LANES);
+            let mut sources = [&self.source[..0]; LANES];
+            for (source, row) in sources.iter_mut().zip(self.rows.clone().skip(lanes.start)) {
+                *source = &self.source[row * self.inner..][..self.inner];
+            }
+            for group in 0..groups {
+                let mut rows = [V::splat(0.0); LANES];
+                for i in 0..LANES {
+                    let source = sources[i];
+                    rows[i] = load(&source[source.len().min(group * LANES)..source.len().min((group + 1) * LANES)]);
+                }
+                let turned = V::transpose(rows);
+                for (lane, turned) in turned.into_iter().enumerate() {
+                    let target = &mut self.target[lane * groups + group][lanes.clone()];
+                    match target.first_chunk_mut() {
+                        Some(target) => turned.store(target),
+                        None => {
+                            let mut values = [0.0; LANES];
+                            turned.store(&mut values);
+                            target.iter_mut().zip(values).for_each(|(target, value)| *target = value);
                         }
-                        step(&mut accumulators, x, weights.each_ref());
                     }
-                    store_all(&accumulators, stored);
+                }
+            }
+        }
+    }
+}
+
+/// Rows and outputs of the tile for many rows: twelve accumulators, two loads of weights and a broadcast of `x` fill the
+/// sixteen registers of AVX2.
+pub const ROWS: usize = 6;
+pub const OUTS: usize = 2 * LANES;
+
+/// The accumulators of a tile: each lane of a dot product is summed on its own.
+pub type Accumulators = [[[f32; OUTS]; ROWS]; LANES];
+
+/// Many rows: tiles of turned `x` times tiles of turned weights.
+pub struct Blocked<'a> {
+    /// `[tiles, LANES, groups]`
+    pub x: &'a [[f32; ROWS]],
+    /// `[panel, LANES, groups]`
+    pub weights: &'a [[f32; OUTS]],
+    pub groups: usize,
+    /// `[tiles, panel]`, of any content.
+    pub accumulators: &'a mut [Accumulators],
+    /// `[tiles, panel]`
+    pub sums: &'a mut [[[f32; OUTS]; ROWS]],
+}
+
+/// Groups after which the next lane has its turn, so that the weights of a lane stay in the first-level cache for all
+/// tiles, and the stretch of all operands in the second.
+pub const STRETCH: usize = 192;
+
+impl Kernel for Blocked<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let whole = LANES * self.groups;
+        let panel = self.weights.len() / whole;
+        for stretch in pieces(0..self.groups, STRETCH) {
+            let fresh = stretch.start == 0;
+            for lane in 0..LANES {
+                let part = lane * self.groups + stretch.start..lane * self.groups + stretch.end;
+                for (t, weights) in self.weights.chunks_exact(whole).enumerate() {
+                    let tiles = self.x.chunks_exact(whole).zip(self.accumulators.chunks_exact_mut(panel));
+                    for (x, accumulators) in tiles {
+                        multiply::<V>(&x[part.clone()], &weights[part.clone()], fresh, &mut accumulators[t][lane]);
+                    }
                 }
             }
         }
         for (accumulators, sums) in self.accumulators.iter().zip(self.sums) {
-            let mut lanes = [[V::splat(0.0); Q]; R];
-            load_all(&mut lanes, accumulators);
-            total(&lanes, sums);
+            for row in 0..ROWS {
+                for (half, sums) in sums[row].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                    let mut lanes = [V::splat(0.0); LANES];
+                    for lane in 0..LANES {
+                        lanes[lane] = V::load(&accumulators[lane][row].as_chunks().0[half]);
+                    }
+                    let [a, b, c, d, e, f, g, h] = lanes;
+                    let upper = a.add(b).add(c.add(d));
+                    upper.add(e.add(f).add(g.add(h))).store(sums);
+                }
+            }
         }
     }
+}
+
+/// Adds the products of one lane of a dot product.
+#[inline(always)]
+fn multiply<V: Lanes>(x: &[[f32; ROWS]], weights: &[[f32; OUTS]], fresh: bool, stored: &mut [[f32; OUTS]; ROWS]) {
+    let mut sums = [[V::splat(0.0); 2]; ROWS];
+    if !fresh {
+        load_all(&mut sums, stored);
+    }
+    for (x, weights) in x.iter().zip(weights) {
+        let halves = weights.as_chunks::<LANES>().0;
+        let (first, second) = (V::load(&halves[0]), V::load(&halves[1]));
+        for row in 0..ROWS {
+            let x = V::splat(x[row]);
+            sums[row][0] = x.mul_add(first, sums[row][0]);
+            sums[row][1] = x.mul_add(second, sums[row][1]);
+        }
+    }
+    store_all(&sums, stored);
 }
 
 /// Adds the products of one column. Whichever of rows and outputs is fewer stays in registers while the other is
@@ -177,19 +248,19 @@ fn step<V: Lanes, W: Stored, const R: usize, const Q: usize>(
 // Element by element: a copy of whole arrays of lanes would go through memory.
 
 #[inline(always)]
-fn load_all<V: Lanes, const R: usize, const Q: usize>(lanes: &mut [[V; Q]; R], stored: &Accumulators<R, Q>) {
-    for r in 0..R {
-        for q in 0..Q {
-            lanes[r][q] = V::load(&stored[r][q]);
+fn load_all<V: Lanes>(sums: &mut [[V; 2]; ROWS], stored: &[[f32; OUTS]; ROWS]) {
+    for row in 0..ROWS {
+        for (half, stored) in stored[row].as_chunks().0.iter().enumerate() {
+            sums[row][half] = V::load(stored);
         }
     }
 }
 
 #[inline(always)]
-fn store_all<V: Lanes, const R: usize, const Q: usize>(lanes: &[[V; Q]; R], stored: &mut Accumulators<R, Q>) {
-    for r in 0..R {
-        for q in 0..Q {
-            lanes[r][q].store(&mut stored[r][q]);
+fn store_all<V: Lanes>(sums: &[[V; 2]; ROWS], stored: &mut [[f32; OUTS]; ROWS]) {
+    for row in 0..ROWS {
+        for (half, stored) in stored[row].as_chunks_mut().0.iter_mut().enumerate() {
+            sums[row][half].store(stored);
         }
     }
 }

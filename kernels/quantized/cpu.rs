@@ -1,27 +1,26 @@
-//! The product on the CPU: tiles of weights as they are packed, times rows of `x` rounded to bytes. Lanes are outputs,
+//! The product on the CPU: panels of weights as they are packed, times rows of `x` rounded to bytes. Lanes are outputs,
 //! so nothing is ever added across them.
 
-use half::bf16;
 use rayon::prelude::*;
 
-use super::{OUTS, Quantization, QuantizedMatrix, Tile};
+use super::dot::{self, Affine, Dot, Four};
+use super::{Blocks, OUTS, Q4Block, Q8Block, QuantizedMatrix};
 use crate::cpu::Shared;
-use crate::simd::{Bytes, Kernel, LANES, Lanes, Stored, dispatch, load};
+use crate::simd::{Instructions, Kernel, LANES, Lanes, Stored, dispatch, instructions, load, prefetch};
 
 /// `x` `[n, inner]`; returns `[n, outer]`.
 pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix) -> Vec<X> {
-    let QuantizedMatrix { outer, inner, .. } = *weight;
+    let QuantizedMatrix { outer, inner, ref blocks } = *weight;
     if inner == 0 {
         return vec![X::round(0.0); x.len()];
     }
     let n = x.len() / inner;
     let mut out = vec![X::round(0.0); n * outer];
-    let x = Rounded::new(x, inner, weight.format.group() / GROUP);
-    let product = Product { x: &x, weight, n, out: Shared::new(&mut out) };
-    match n {
-        1 => product.run::<1, 4>(),
-        2 | 3 => product.run::<2, 3>(),
-        _ => product.run::<4, 2>(),
+    let x = Rounded::new(x, inner, weight.format().group() / GROUP);
+    let product = Product { x: &x, n, inner, outer, instructions: instructions(), out: Shared::new(&mut out) };
+    match blocks {
+        Blocks::Q8(blocks) => product.run(blocks),
+        Blocks::Q4(blocks) => product.run(blocks),
     }
     out
 }
@@ -32,8 +31,8 @@ const GROUP: usize = 32;
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
 const MIN_TASK: usize = 1 << 17;
 
-/// A group as the kernels take it: the four bytes that meet a load of weights, eight times.
-type Fours = [[i8; 4]; GROUP / 4];
+/// A group as the kernels take it: the four bytes that meet a step's codes, eight times.
+type Fours = [Four; GROUP / 4];
 
 /// Rows of `x` rounded to bytes.
 struct Rounded {
@@ -41,8 +40,8 @@ struct Rounded {
     codes: Vec<Fours>,
     /// `[n, groups]`
     scales: Vec<f32>,
-    /// `[n, groups]`: what the rounded values of each group add up to.
-    sums: Vec<f32>,
+    /// `[n, groups]`: what the codes of each group add up to.
+    sums: Vec<i32>,
     groups: usize,
 }
 
@@ -51,15 +50,20 @@ impl Rounded {
         let groups = inner.div_ceil(GROUP).next_multiple_of(multiple);
         let count = x.len() / inner * groups;
         let mut rounded =
-            Self { codes: vec![[[0; 4]; GROUP / 4]; count], scales: vec![0.0; count], sums: vec![0.0; count], groups };
+            Self { codes: vec![[[0; 4]; GROUP / 4]; count], scales: vec![0.0; count], sums: vec![0; count], groups };
         let Self { codes, scales, sums, .. } = &mut rounded;
         let rows = (MIN_TASK / 16 / inner).max(1);
-        x.par_chunks(rows * inner)
-            .zip(codes.par_chunks_mut(rows * groups))
+        let tasks = x.par_chunks(rows * inner).zip(codes.par_chunks_mut(rows * groups));
+        tasks
             .zip(scales.par_chunks_mut(rows * groups))
             .zip(sums.par_chunks_mut(rows * groups))
             .for_each(|(((x, codes), scales), sums)| dispatch(Round { x, inner, groups, codes, scales, sums }));
         rounded
+    }
+
+    fn row(&self, row: usize) -> Row<'_> {
+        let groups = row * self.groups..(row + 1) * self.groups;
+        Row { codes: &self.codes[groups.clone()], scales: &self.scales[groups.clone()], sums: &self.sums[groups] }
     }
 }
 
@@ -69,7 +73,7 @@ struct Round<'a, X> {
     groups: usize,
     codes: &'a mut [Fours],
     scales: &'a mut [f32],
-    sums: &'a mut [f32],
+    sums: &'a mut [i32],
 }
 
 impl<X: Stored> Kernel for Round<'_, X> {
@@ -77,6 +81,8 @@ impl<X: Stored> Kernel for Round<'_, X> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        // Adding 1.5 * 2^23 leaves the nearest integer in the lower bits.
+        const ROUND: f32 = 12_582_912.0;
         for (row, x) in self.x.chunks_exact(self.inner).enumerate() {
             for (group, x) in x.chunks(GROUP).enumerate() {
                 let index = row * self.groups + group;
@@ -89,191 +95,164 @@ impl<X: Stored> Kernel for Round<'_, X> {
                 }
                 let scale = largest.greatest() / 127.0;
                 let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
-                let mut sum = 0;
-                for (value, code) in values.iter().zip(self.codes[index].as_flattened_mut()) {
-                    *code = (value * inverse).round_ties_even() as i8;
-                    sum += i32::from(*code);
+                for values in values.as_chunks_mut::<LANES>().0 {
+                    V::load(values).mul(V::splat(inverse)).add(V::splat(ROUND)).store(values);
                 }
+                let codes = values.map(|value| value.to_bits() as i8);
+                self.codes[index].as_flattened_mut().copy_from_slice(&codes);
                 self.scales[index] = scale;
-                self.sums[index] = sum as f32 * scale;
+                self.sums[index] = codes.into_iter().map(i32::from).sum();
             }
         }
     }
 }
 
+/// A row of `x`, by group.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    codes: &'a [Fours],
+    scales: &'a [f32],
+    sums: &'a [i32],
+}
+
 struct Product<'a, X> {
     x: &'a Rounded,
-    weight: &'a QuantizedMatrix,
     n: usize,
+    inner: usize,
+    outer: usize,
+    instructions: Instructions,
     out: Shared<'a, X>,
 }
 
 impl<X: Stored> Product<'_, X> {
-    /// Tiles of `R` rows and `P` times eight outputs.
-    fn run<const R: usize, const P: usize>(&self) {
-        let (outer, groups) = (self.weight.outer, self.weight.groups());
-        let tile_rows = outer.div_ceil(OUTS);
-        let panels = tile_rows.div_ceil(P);
-        let products = self.n * self.weight.inner * P * OUTS;
-        let panels_of_task = panels.div_ceil(8 * rayon::current_num_threads()).max(MIN_TASK / products.max(1)).max(1);
-        (0..panels.div_ceil(panels_of_task)).into_par_iter().for_each(|task| {
-            for panel in task * panels_of_task..panels.min((task + 1) * panels_of_task) {
-                // Beyond the last output the tile computes it again.
-                let tile_row = |p: usize| (panel * P + p).min(tile_rows - 1) * groups;
-                let weights = Panel::<P> {
-                    tiles: std::array::from_fn(|p| &self.weight.tiles[tile_row(p)..][..groups]),
-                    scales: std::array::from_fn(|p| &self.weight.scales[tile_row(p)..][..groups]),
-                    minima: std::array::from_fn(|p| match self.weight.format {
-                        Quantization::Q8 => &[][..],
-                        Quantization::Q4 => &self.weight.minima[tile_row(p)..][..groups],
-                    }),
-                };
-                let mut row = 0;
-                while row + R <= self.n {
-                    self.tile::<R, P>(row, panel, &weights);
-                    row += R;
+    fn run<B: Block>(&self, blocks: &[B]) {
+        let panels = self.outer.div_ceil(OUTS);
+        let threads = rayon::current_num_threads();
+        // A narrow weight has too few panels for all threads: then they share its rows as well.
+        let parts = (4 * threads).div_ceil(panels).min(self.n.div_ceil(ROWS)).max(1);
+        let rows = self.n.div_ceil(parts).next_multiple_of(ROWS);
+        let task = panels.div_ceil(8 * threads).max(MIN_TASK / (rows.min(self.n).max(1) * self.inner * OUTS)).max(1);
+        (0..self.n.div_ceil(rows.max(1)) * panels.div_ceil(task)).into_par_iter().for_each(|index| {
+            let (part, first) = (index / panels.div_ceil(task), index % panels.div_ceil(task) * task);
+            for panel in first..panels.min(first + task) {
+                let groups = blocks.len() / panels;
+                let (ahead, blocks) = (&blocks[panel * groups..], &blocks[panel * groups..(panel + 1) * groups]);
+                let mut row = part * rows;
+                let end = self.n.min(row + rows);
+                while row + ROWS <= end {
+                    self.tile::<B, ROWS>(blocks, &[], panel, row);
+                    row += ROWS;
                 }
-                while row < self.n {
-                    self.tile::<1, P>(row, panel, &weights);
+                while row < end {
+                    self.tile::<B, 1>(blocks, ahead, panel, row);
                     row += 1;
                 }
             }
         });
     }
 
-    fn tile<const R: usize, const P: usize>(&self, row: usize, panel: usize, weights: &Panel<P>) {
-        let outer = self.weight.outer;
-        let groups = self.x.groups;
-        let mut out = [[[0.0; OUTS]; P]; R];
-        let rows = Rows::<R> {
-            codes: std::array::from_fn(|r| &self.x.codes[(row + r) * groups..][..groups]),
-            scales: std::array::from_fn(|r| &self.x.scales[(row + r) * groups..][..groups]),
-            sums: std::array::from_fn(|r| &self.x.sums[(row + r) * groups..][..groups]),
-        };
-        match self.weight.format {
-            Quantization::Q8 => dispatch(Q8Tile { rows, weights, out: &mut out }),
-            Quantization::Q4 => dispatch(Q4Tile { rows, weights, out: &mut out }),
-        }
-        let first = panel * P * OUTS;
-        let len = (P * OUTS).min(outer - first);
-        for (r, values) in out.iter().enumerate() {
-            // SAFETY: every task has outputs of its own.
-            let target = unsafe { self.out.part((row + r) * outer + first, len) };
-            target.iter_mut().zip(values.as_flattened()).for_each(|(target, &value)| *target = X::round(value));
+    fn tile<B: Block, const R: usize>(&self, blocks: &[B], ahead: &[B], panel: usize, row: usize) {
+        let mut totals = [[0.0; OUTS]; R];
+        let rows: [Row; R] = std::array::from_fn(|r| self.x.row(row + r));
+        dot::dispatch(self.instructions, Sweep { blocks, ahead, rows, totals: &mut totals });
+        let first = panel * OUTS;
+        for (r, totals) in totals.iter().enumerate() {
+            // SAFETY: every task has outputs and rows of its own.
+            let out = unsafe { self.out.part((row + r) * self.outer + first, OUTS.min(self.outer - first)) };
+            out.iter_mut().zip(totals).for_each(|(out, &total)| *out = X::round(total));
         }
     }
 }
 
-/// `P` tile rows of a weight, by group.
-struct Panel<'a, const P: usize> {
-    tiles: [&'a [Tile]; P],
-    scales: [&'a [[bf16; OUTS]]; P],
-    minima: [&'a [[bf16; OUTS]]; P],
+/// Rows that share the loads of a panel.
+const ROWS: usize = 2;
+
+/// Blocks that are asked for ahead of use: about as many bytes as memory delivers within its latency.
+const AHEAD: usize = 4;
+
+/// A panel from its first group to its last, for `R` rows.
+struct Sweep<'a, B, const R: usize> {
+    blocks: &'a [B],
+    /// The blocks and what lies behind them, to be brought near in time.
+    ahead: &'a [B],
+    rows: [Row<'a>; R],
+    totals: &'a mut [[f32; OUTS]; R],
 }
 
-/// `R` rows of `x`, by group.
-struct Rows<'a, const R: usize> {
-    codes: [&'a [Fours]; R],
-    scales: [&'a [f32]; R],
-    sums: [&'a [f32]; R],
-}
-
-struct Q8Tile<'a, const R: usize, const P: usize> {
-    rows: Rows<'a, R>,
-    weights: &'a Panel<'a, P>,
-    out: &'a mut [[[f32; OUTS]; P]; R],
-}
-
-impl<const R: usize, const P: usize> Kernel for Q8Tile<'_, R, P> {
-    type Output = ();
-
+impl<B: Block, const R: usize> dot::Kernel for Sweep<'_, B, R> {
     #[inline(always)]
-    fn run<V: Lanes>(self) {
-        let Self { rows, weights, out } = self;
-        let mut totals = [[V::splat(0.0); P]; R];
-        for g in 0..rows.codes[0].len() {
-            let mut sums = [[V::Bytes::no_sums(); P]; R];
-            for i in 0..GROUP / 4 {
-                let mut codes = [V::Bytes::repeat([0; 4]); P];
-                for (codes, tiles) in codes.iter_mut().zip(&weights.tiles) {
-                    *codes = V::Bytes::load(&tiles[g].0[i]);
-                }
-                for (sums, row) in sums.iter_mut().zip(&rows.codes) {
-                    let x = V::Bytes::repeat(row[g][i]);
-                    for (sum, codes) in sums.iter_mut().zip(codes) {
-                        *sum = V::Bytes::add_products(*sum, codes, x);
-                    }
-                }
+    fn run<D: Dot>(self) {
+        for (group, block) in self.blocks.iter().enumerate() {
+            if let Some(ahead) = self.ahead.get(group + AHEAD) {
+                prefetch(std::slice::from_ref(ahead));
             }
-            for p in 0..P {
-                let scale = V::load_bf16(&weights.scales[p][g]);
-                for r in 0..R {
-                    let sum = V::Bytes::to_lanes(sums[r][p]).mul(V::splat(rows.scales[r][g]));
-                    totals[r][p] = sum.mul_add(scale, totals[r][p]);
-                }
-            }
+            block.add::<D, R>(group, &self.rows, self.totals);
         }
-        store(&totals, out);
     }
 }
 
-struct Q4Tile<'a, const R: usize, const P: usize> {
-    rows: Rows<'a, R>,
-    weights: &'a Panel<'a, P>,
-    out: &'a mut [[[f32; OUTS]; P]; R],
-}
-
-impl<const R: usize, const P: usize> Kernel for Q4Tile<'_, R, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Lanes>(self) {
-        let Self { rows, weights, out } = self;
-        let mut totals = [[V::splat(0.0); P]; R];
-        for g in 0..weights.tiles[0].len() {
-            let mut parts = [[V::splat(0.0); P]; R];
-            for half in 0..2 {
-                let mut words = [[V::Bytes::no_words(); P]; R];
-                for i in 0..4 {
-                    let mut codes = [[V::Bytes::repeat([0; 4]); 2]; P];
-                    for (codes, tiles) in codes.iter_mut().zip(&weights.tiles) {
-                        *codes = V::Bytes::load(&tiles[g].0[4 * half + i]).nibbles();
-                    }
-                    for (words, row) in words.iter_mut().zip(&rows.codes) {
-                        let x = &row[2 * g + half];
-                        let (first, second) = (V::Bytes::repeat(x[2 * i]), V::Bytes::repeat(x[2 * i + 1]));
-                        for (words, [low, high]) in words.iter_mut().zip(codes) {
-                            *words = V::Bytes::add_small_products(*words, low, first);
-                            *words = V::Bytes::add_small_products(*words, high, second);
-                        }
-                    }
-                }
-                for r in 0..R {
-                    let scale = V::splat(rows.scales[r][2 * g + half]);
-                    for p in 0..P {
-                        let sums = V::Bytes::add_words(V::Bytes::no_sums(), words[r][p]);
-                        parts[r][p] = V::Bytes::to_lanes(sums).mul_add(scale, parts[r][p]);
-                    }
-                }
-            }
-            for p in 0..P {
-                let scale = V::load_bf16(&weights.scales[p][g]);
-                let minimum = V::load_bf16(&weights.minima[p][g]);
-                for r in 0..R {
-                    let sum = V::splat(rows.sums[r][2 * g] + rows.sums[r][2 * g + 1]);
-                    totals[r][p] = sum.mul_add(minimum, parts[r][p].mul_add(scale, totals[r][p]));
-                }
-            }
-        }
-        store(&totals, out);
-    }
-}
-
+/// The codes of `group` in each row.
 #[inline(always)]
-fn store<V: Lanes, const R: usize, const P: usize>(totals: &[[V; P]; R], out: &mut [[[f32; OUTS]; P]; R]) {
+fn each<'a, const R: usize>(rows: &[Row<'a>; R], group: usize) -> [&'a Fours; R] {
+    let mut codes = [&rows[0].codes[group]; R];
+    for r in 1..R {
+        codes[r] = &rows[r].codes[group];
+    }
+    codes
+}
+
+/// The four codes of step `i` in each row.
+#[inline(always)]
+fn step<const R: usize>(x: [&Fours; R], i: usize) -> [Four; R] {
+    let mut fours = [[0; 4]; R];
     for r in 0..R {
-        for p in 0..P {
-            totals[r][p].store(&mut out[r][p]);
+        fours[r] = x[r][i];
+    }
+    fours
+}
+
+/// A block of a packed weight.
+trait Block: Sync {
+    /// Adds its products with `group` of the rows.
+    fn add<D: Dot, const R: usize>(&self, group: usize, rows: &[Row; R], totals: &mut [[f32; OUTS]; R]);
+}
+
+impl Block for Q8Block {
+    #[inline(always)]
+    fn add<D: Dot, const R: usize>(&self, group: usize, rows: &[Row; R], totals: &mut [[f32; OUTS]; R]) {
+        let mut sums = [D::no_sums(0); R];
+        for r in 0..R {
+            sums[r] = D::no_sums(rows[r].sums[group]);
+        }
+        let x = each(rows, group);
+        for (i, codes) in self.codes.iter().enumerate() {
+            D::add_signed(&mut sums, codes, step(x, i));
+        }
+        for r in 0..R {
+            D::add_scaled(sums[r], rows[r].scales[group], &self.scales, &mut totals[r]);
+        }
+    }
+}
+
+impl Block for Q4Block {
+    #[inline(always)]
+    fn add<D: Dot, const R: usize>(&self, group: usize, rows: &[Row; R], totals: &mut [[f32; OUTS]; R]) {
+        let mut sums = [[D::no_sums(0); 2]; R];
+        for (half, codes) in self.codes.as_chunks::<4>().0.iter().enumerate() {
+            let mut words = [D::no_words(); R];
+            let x = each(rows, 2 * group + half);
+            for (i, codes) in codes.iter().enumerate() {
+                D::add_nibbles(&mut words, codes, step(x, 2 * i), step(x, 2 * i + 1));
+            }
+            for r in 0..R {
+                sums[r][half] = D::total(words[r]);
+            }
+        }
+        for r in 0..R {
+            let factors = [rows[r].scales[2 * group], rows[r].scales[2 * group + 1]];
+            let part = |half: usize| rows[r].sums[2 * group + half] as f32 * factors[half];
+            let affine = Affine { factors, sum: part(0) + part(1), scales: &self.scales, minima: &self.minima };
+            D::add_affine(sums[r], affine, &mut totals[r]);
         }
     }
 }

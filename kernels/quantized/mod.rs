@@ -1,6 +1,7 @@
 //! Products with weight matrices that are packed to 8 or 4 bits.
 
 pub(crate) mod cpu;
+mod dot;
 mod pack;
 #[cfg(test)]
 mod reference;
@@ -28,12 +29,11 @@ pub enum Quantization {
 impl Quantization {
     /// Bytes that a packed weight `[outer, inner]` takes.
     pub fn bytes(self, [outer, inner]: [usize; 2]) -> usize {
-        let factors = match self {
-            Self::Q8 => 1,
-            Self::Q4 => 2,
+        let block = match self {
+            Self::Q8 => size_of::<Q8Block>(),
+            Self::Q4 => size_of::<Q4Block>(),
         };
-        let tile = size_of::<Tile>() + factors * OUTS * size_of::<bf16>();
-        outer.div_ceil(OUTS) * inner.div_ceil(self.group()) * tile
+        outer.div_ceil(OUTS) * inner.div_ceil(self.group()) * block
     }
 
     /// Weights that share their factors.
@@ -47,28 +47,39 @@ impl Quantization {
 
 /// A weight `[O, I]`, packed for the CPU.
 ///
-/// Eight outputs and one group make a tile of 256 bytes, thirty-two at a time as the kernels load them: four weights
-/// of the first output, four of the second, and so on; for Q4 the next four are in the upper halves of the bytes. Rows
-/// and columns missing from the last tiles are zero.
+/// Thirty-two outputs make a panel, a panel and one group make a block, and blocks lie in the order in which a product
+/// reads them: panel by panel, from the first group to the last. Rows and columns missing from the last blocks are zero.
 pub struct QuantizedMatrix {
-    format: Quantization,
     outer: usize,
     inner: usize,
-    /// `[O / 8, groups]`
-    tiles: Vec<Tile>,
-    /// `[O / 8, groups]`
-    scales: Vec<[bf16; OUTS]>,
-    /// `[O / 8, groups]` for Q4, else empty.
-    minima: Vec<[bf16; OUTS]>,
+    blocks: Blocks,
 }
 
-/// Outputs of a tile.
-const OUTS: usize = 8;
+/// `[O / 32, groups]`
+enum Blocks {
+    Q8(Vec<Q8Block>),
+    Q4(Vec<Q4Block>),
+}
 
-/// Two cache lines' worth of loads never straddle a third.
+/// Outputs of a panel.
+const OUTS: usize = 32;
+
+/// Thirty-two inputs, four at a time.
 #[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Tile([[u8; 32]; 8]);
+#[repr(C, align(64))]
+struct Q8Block {
+    codes: [[[u8; 4]; OUTS]; 8],
+    scales: [bf16; OUTS],
+}
+
+/// Sixty-four inputs, eight at a time: four in the lower halves of the bytes, the next four in the upper.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Q4Block {
+    codes: [[[u8; 4]; OUTS]; 8],
+    scales: [bf16; OUTS],
+    minima: [bf16; OUTS],
+}
 
 impl QuantizedMatrix {
     /// Packs a weight `[outer, inner]`, on all threads. `row(o, values)` writes its row `o`.
@@ -91,12 +102,18 @@ impl QuantizedMatrix {
 
     /// How it is packed.
     pub fn format(&self) -> Quantization {
-        self.format
+        match self.blocks {
+            Blocks::Q8(_) => Quantization::Q8,
+            Blocks::Q4(_) => Quantization::Q4,
+        }
     }
 
     /// Memory that it takes.
     pub fn bytes(&self) -> usize {
-        size_of_val(&self.tiles[..]) + size_of_val(&self.scales[..]) + size_of_val(&self.minima[..])
+        match &self.blocks {
+            Blocks::Q8(blocks) => size_of_val(&blocks[..]),
+            Blocks::Q4(blocks) => size_of_val(&blocks[..]),
+        }
     }
 
     /// The rows `ids` `[N]` (u32), as `[N, I]` in f32: an embedding.
@@ -114,25 +131,27 @@ impl QuantizedMatrix {
         Tensor::from_vec(out, (ids.len(), self.inner), &Device::Cpu)
     }
 
-    /// Tiles and factors of an output's tile row, by group.
-    fn groups(&self) -> usize {
-        self.inner.div_ceil(self.format.group())
-    }
-
     fn unpack(&self, row: usize, out: &mut [f32]) {
-        let (first, lane) = (row / OUTS * self.groups(), row % OUTS);
-        for (group, out) in out.chunks_mut(self.format.group()).enumerate() {
-            let tile = &self.tiles[first + group].0;
-            let scale = self.scales[first + group][lane].to_f32();
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = match self.format {
-                    Quantization::Q8 => scale * f32::from(tile[i / 4][4 * lane + i % 4] as i8),
-                    Quantization::Q4 => {
-                        let pair = tile[i / 8][4 * lane + i % 4];
-                        let code = if i % 8 < 4 { pair & 15 } else { pair >> 4 };
-                        scale.mul_add(f32::from(code), self.minima[first + group][lane].to_f32())
+        let groups = self.inner.div_ceil(self.format().group());
+        let (first, lane) = (row / OUTS * groups, row % OUTS);
+        match &self.blocks {
+            Blocks::Q8(blocks) => {
+                for (block, out) in blocks[first..].iter().zip(out.chunks_mut(32)) {
+                    let scale = block.scales[lane].to_f32();
+                    for (i, out) in out.iter_mut().enumerate() {
+                        *out = scale * f32::from(block.codes[i / 4][lane][i % 4] as i8);
                     }
-                };
+                }
+            }
+            Blocks::Q4(blocks) => {
+                for (block, out) in blocks[first..].iter().zip(out.chunks_mut(64)) {
+                    let (scale, minimum) = (block.scales[lane].to_f32(), block.minima[lane].to_f32());
+                    for (i, out) in out.iter_mut().enumerate() {
+                        let pair = block.codes[i / 8][lane][i % 4];
+                        let code = if i % 8 < 4 { pair & 15 } else { pair >> 4 };
+                        *out = scale.mul_add(f32::from(code), minimum);
+                    }
+                }
             }
         }
     }

@@ -4,7 +4,8 @@ use candle_core::{Result, bail};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{OUTS, Quantization, QuantizedMatrix, Tile};
+use super::{Blocks, OUTS, Q4Block, Q8Block, Quantization, QuantizedMatrix};
+use crate::memory;
 use crate::simd::{Kernel, LANES, Lanes, dispatch};
 
 pub fn pack(
@@ -12,24 +13,27 @@ pub fn pack(
     [outer, inner]: [usize; 2],
     row: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Result<QuantizedMatrix> {
-    let group = format.group();
-    let groups = inner.div_ceil(group);
+    let blocks = match format {
+        Quantization::Q8 => Blocks::Q8(blocks([outer, inner], row)?),
+        Quantization::Q4 => Blocks::Q4(blocks([outer, inner], row)?),
+    };
+    Ok(QuantizedMatrix { outer, inner, blocks })
+}
+
+fn blocks<B: Block>([outer, inner]: [usize; 2], row: impl Fn(usize, &mut [f32]) + Sync) -> Result<Vec<B>> {
+    let groups = inner.div_ceil(B::GROUP);
     let count = outer.div_ceil(OUTS) * groups;
-    let mut tiles = vec![Tile([[0; 32]; 8]); count];
-    let mut scales = vec![[bf16::ZERO; OUTS]; count];
-    let mut minima = vec![[bf16::ZERO; OUTS]; count];
-    let width = groups.max(1);
-    let finite = tiles
-        .par_chunks_mut(width)
-        .zip(scales.par_chunks_mut(width))
-        .zip(minima.par_chunks_mut(width))
+    let mut blocks = memory::with_capacity(count);
+    blocks.resize(count, B::ZERO);
+    let finite = blocks
+        .par_chunks_mut(groups.max(1))
         .enumerate()
         .map_init(
-            || vec![0.0; groups * group],
-            |values, (first, ((tiles, scales), minima))| {
-                (first * OUTS..outer.min((first + 1) * OUTS)).zip(0..).all(|(o, lane)| {
+            || vec![0.0; groups * B::GROUP],
+            |values, (panel, blocks)| {
+                (panel * OUTS..outer.min((panel + 1) * OUTS)).zip(0..).all(|(o, lane)| {
                     row(o, &mut values[..inner]);
-                    dispatch(Row { format, values, lane, tiles, scales, minima })
+                    dispatch(Row { values, lane, blocks })
                 })
             },
         )
@@ -37,58 +41,68 @@ pub fn pack(
     if !finite {
         bail!("quantized: a weight is NaN or infinite")
     }
-    if format == Quantization::Q8 {
-        minima = vec![];
-    }
-    Ok(QuantizedMatrix { format, outer, inner, tiles, scales, minima })
+    Ok(blocks)
 }
 
-/// One row of the weight, which is lane `lane` of its tiles.
-struct Row<'a> {
-    format: Quantization,
+trait Block: Clone + Send {
+    /// Inputs.
+    const GROUP: usize;
+    const ZERO: Self;
+
+    /// Packs the inputs of one output, which lie between `least` and `largest`.
+    fn set(&mut self, lane: usize, values: &[f32], least: f32, largest: f32);
+}
+
+impl Block for Q8Block {
+    const GROUP: usize = 32;
+    const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; 8], scales: [bf16::ZERO; OUTS] };
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, values: &[f32], least: f32, largest: f32) {
+        let scale = round_up(largest.max(-least) / 127.0);
+        let inverse = inverse(scale);
+        for (four, codes) in values.as_chunks::<4>().0.iter().zip(&mut self.codes) {
+            codes[lane] = four.map(|value| (value * inverse).round_ties_even() as i32 as u8);
+        }
+        self.scales[lane] = scale;
+    }
+}
+
+impl Block for Q4Block {
+    const GROUP: usize = 64;
+    const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; 8], scales: [bf16::ZERO; OUTS], minima: [bf16::ZERO; OUTS] };
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, values: &[f32], least: f32, largest: f32) {
+        let minimum = -round_up(-least);
+        let low = minimum.to_f32();
+        let scale = round_up((largest - low) / 15.0);
+        let inverse = inverse(scale);
+        let code = |value: f32| ((value - low) * inverse).round_ties_even() as i32 as u8;
+        for (eight, codes) in values.as_chunks::<8>().0.iter().zip(&mut self.codes) {
+            codes[lane] = std::array::from_fn(|i| code(eight[i]) | code(eight[i + 4]) << 4);
+        }
+        (self.scales[lane], self.minima[lane]) = (scale, minimum);
+    }
+}
+
+/// One row of the weight, which is lane `lane` of its blocks.
+struct Row<'a, B> {
     values: &'a [f32],
     lane: usize,
-    tiles: &'a mut [Tile],
-    scales: &'a mut [[bf16; OUTS]],
-    minima: &'a mut [[bf16; OUTS]],
+    blocks: &'a mut [B],
 }
 
-impl Kernel for Row<'_> {
+impl<B: Block> Kernel for Row<'_, B> {
     /// Whether every value is finite.
     type Output = bool;
 
     #[inline(always)]
     fn run<V: Lanes>(self) -> bool {
-        let Self { format, lane, .. } = self;
         let mut finite = true;
-        for (g, values) in self.values.chunks_exact(format.group()).enumerate() {
+        for (values, block) in self.values.chunks_exact(B::GROUP).zip(self.blocks) {
             let (least, largest) = range::<V>(values);
-            let tile = &mut self.tiles[g].0;
-            let place = 4 * lane..4 * lane + 4;
-            match format {
-                Quantization::Q8 => {
-                    let scale = round_up(largest.max(-least) / 127.0);
-                    let inverse = inverse(scale);
-                    for (four, bytes) in values.as_chunks::<4>().0.iter().zip(tile) {
-                        let code = four.map(|value| (value * inverse).round_ties_even() as i32 as u8);
-                        bytes[place.clone()].copy_from_slice(&code);
-                    }
-                    self.scales[g][lane] = scale;
-                }
-                Quantization::Q4 => {
-                    let minimum = -round_up(-least);
-                    let low = minimum.to_f32();
-                    let scale = round_up((largest - low) / 15.0);
-                    let inverse = inverse(scale);
-                    let code = |value: f32| ((value - low) * inverse).round_ties_even() as i32 as u8;
-                    for (eight, bytes) in values.as_chunks::<8>().0.iter().zip(tile) {
-                        for (i, byte) in bytes[place.clone()].iter_mut().enumerate() {
-                            *byte = code(eight[i]) | code(eight[i + 4]) << 4;
-                        }
-                    }
-                    (self.scales[g][lane], self.minima[g][lane]) = (scale, minimum);
-                }
-            }
+            block.set(self.lane, values, least, largest);
             // Infinity shows in the range; NaN may not.
             finite &= least.is_finite() && largest.is_finite() && !values.iter().any(|value| value.is_nan());
         }

@@ -1,7 +1,8 @@
 use candle_core::{DType, Device};
 
 use super::*;
-use crate::simd::tests::portable;
+use crate::simd::Instructions;
+use crate::simd::tests::{available, on};
 use crate::testing::{Random, assert_close, values};
 
 const FORMATS: [Quantization; 2] = [Quantization::Q8, Quantization::Q4];
@@ -89,10 +90,11 @@ fn products_are_the_reference() -> Result<()> {
                 let want = reference::linear(&values(&x)?, &unpacked, inner, outer);
                 let limit = crate::testing::op_limit(dtype);
                 let name = format!("{format:?} [{n}, {inner}] {dtype:?} by [{outer}, {inner}]");
-                let got = linear(&x, &matrix)?;
-                assert_eq!((got.dims(), got.dtype()), (&[n, outer][..], dtype));
-                assert_close(&name, &values(&got)?, &want, limit);
-                assert_close(&name, &values(&portable(|| linear(&x, &matrix))?)?, &want, limit);
+                for instructions in available() {
+                    let got = on(instructions, || linear(&x, &matrix))?;
+                    assert_eq!((got.dims(), got.dtype()), (&[n, outer][..], dtype));
+                    assert_close(&format!("{name} on {instructions:?}"), &values(&got)?, &want, limit);
+                }
             }
         }
     }
@@ -112,10 +114,25 @@ fn the_largest_codes_add_up() -> Result<()> {
             let mut unpacked = [0.0; 128];
             matrix.unpack(0, &mut unpacked);
             let want = -unpacked.iter().sum::<f32>();
-            for got in [linear(&x, &matrix)?, portable(|| linear(&x, &matrix))?] {
-                assert_close(&format!("{format:?}"), &values(&got)?, &[want; 32], 1e-5);
+            for instructions in available() {
+                let got = on(instructions, || linear(&x, &matrix))?;
+                assert_close(&format!("{format:?} on {instructions:?}"), &values(&got)?, &[want; 32], 1e-5);
             }
         }
+    }
+    Ok(())
+}
+
+/// Sums of products are integers and the rest is fused alike.
+#[test]
+fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
+    let mut random = Random::new(5);
+    for format in FORMATS {
+        let (_, matrix, _) = packed(format, [70, 300], &mut random);
+        let x = random.tensor(&[3, 300], 1.0, DType::F32, &Device::Cpu)?;
+        let fused = available().filter(|&instructions| instructions > Instructions::Portable);
+        let results: Vec<_> = fused.map(|set| Ok(bits(&on(set, || linear(&x, &matrix))?))).collect::<Result<_>>()?;
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{format:?}");
     }
     Ok(())
 }

@@ -73,7 +73,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let row = |name: &str, value: String| println!("{name:<22}{value}");
     row("model", format!("{} ({})", args.model, description.family));
     let kinds = if recurrent > 0 { format!(" ({recurrent} recurrent, {attention} attention)") } else { String::new() };
-    row("layers", format!("{}{kinds}, hidden size {}", specs.len(), description.hidden_size));
+    match specs.len() {
+        0 => row("hidden size", description.hidden_size.to_string()),
+        layers => row("layers", format!("{layers}{kinds}, hidden size {}", description.hidden_size)),
+    }
     row("context", format!("{} tokens", description.max_positions));
     row("vocabulary", format!("{} tokens", description.vocab_size));
     if let Some(ExpertCount { total, per_token }) = description.experts {
@@ -89,7 +92,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for (quantization, bytes) in parts.packed.iter().flatten() {
         row(&format!("  with --quant {quantization}"), format!("{} in memory", bytes_of(*bytes)));
     }
-    row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
+    if per_token > 0 {
+        row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
+    }
     if per_window > 0 {
         row("  in the window", format!("{} per sequence for the last {window} tokens", bytes_of(per_window as u64)));
     }
@@ -100,6 +105,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let fits = |bytes: u64| (bytes as usize).saturating_add(per_sequence + per_window) < free;
     let packed = parts.packed.iter().flatten().find(|(_, bytes)| fits(*bytes));
     let fits = match (fits(parts.resident), packed) {
+        (true, _) if specs.is_empty() => format!("yes, with texts of up to {context} tokens"),
         (true, _) => format!("yes, with a context of up to {context} tokens"),
         (false, Some((quantization, _))) => format!("with --quant {quantization}; not as they are stored"),
         (false, None) => "no: the weights alone need more memory than is free".into(),
@@ -172,12 +178,13 @@ const ON_DISK: &str = "read from the file";
 const EMBEDDING: &str = "embedding";
 const HEAD: &str = "head";
 const EXPERTS: &str = "experts";
+const POSITIONS: &str = "positions";
 
 /// What a tensor takes in memory under `--quant`.
 fn packed_bytes(tensor: &weights::TensorSize, quantization: Quantization) -> u64 {
     let is_router = ["mlp.gate.weight", "shared_expert_gate.weight"].iter().any(|name| tensor.name.ends_with(name));
     match *tensor.shape {
-        [outer, inner] if !is_router => quantization.bytes([outer, inner]) as u64,
+        [outer, inner] if !is_router && part(&tensor.name) != POSITIONS => quantization.bytes([outer, inner]) as u64,
         [count, outer, inner] if part(&tensor.name) == EXPERTS => (count * quantization.bytes([outer, inner])) as u64,
         _ => tensor.bytes as u64,
     }
@@ -185,7 +192,7 @@ fn packed_bytes(tensor: &weights::TensorSize, quantization: Quantization) -> u64
 
 /// The part of the model that a tensor belongs to.
 fn part(name: &str) -> &'static str {
-    const PARTS: [(&str, &str); 14] = [
+    const PARTS: [(&str, &str); 22] = [
         ("mtp.", UNUSED),
         ("visual.", UNUSED),
         ("vision_tower.", UNUSED),
@@ -200,6 +207,15 @@ fn part(name: &str) -> &'static str {
         ("linear_attn", "delta net"),
         ("mlp.experts.", EXPERTS),
         ("mlp", "mlp"),
+        // XLM-RoBERTa's, the first that fits.
+        ("LayerNorm", "norms"),
+        ("word_embeddings", EMBEDDING),
+        ("position_embeddings", POSITIONS),
+        ("token_type_embeddings", POSITIONS),
+        (".attention.", "attention"),
+        (".intermediate.", "mlp"),
+        (".output.", "mlp"),
+        ("pooler.", UNUSED),
     ];
     PARTS.iter().find(|(marker, _)| name.contains(marker)).map_or("norms", |(_, part)| part)
 }
@@ -234,6 +250,11 @@ mod tests {
         assert_eq!(part("mtp.layers.0.mlp.down_proj.weight"), "not used");
         assert_eq!(part("model.language_model.layers.0.mlp.experts.gate_up_proj"), EXPERTS);
         assert_eq!(part("model.layers.0.mlp.shared_expert.gate_proj.weight"), "mlp");
+        assert_eq!(part("encoder.layer.0.attention.output.LayerNorm.weight"), "norms");
+        assert_eq!(part("encoder.layer.0.attention.output.dense.weight"), "attention");
+        assert_eq!(part("roberta.encoder.layer.0.output.dense.bias"), "mlp");
+        assert_eq!(part("embeddings.position_embeddings.weight"), POSITIONS);
+        assert_eq!(part("pooler.dense.weight"), UNUSED);
     }
 
     #[test]

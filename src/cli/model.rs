@@ -72,6 +72,16 @@ pub enum Quant {
     Q4,
 }
 
+impl Quant {
+    pub fn quantization(self) -> Option<Quantization> {
+        match self {
+            Self::None => None,
+            Self::Q8 => Some(Quantization::Q8),
+            Self::Q4 => Some(Quantization::Q4),
+        }
+    }
+}
+
 impl DeviceArgs {
     pub fn choice(&self) -> DeviceChoice {
         match self.device {
@@ -116,11 +126,7 @@ impl ModelArgs {
     /// Loads the model; without one, the demo, with a line that says so.
     pub fn load(&self) -> Result<Llm> {
         let engine = EngineOptions { memory: self.memory, max_context: self.max_context, ..EngineOptions::default() };
-        let quantization = match self.quant {
-            Quant::None => None,
-            Quant::Q8 => Some(Quantization::Q8),
-            Quant::Q4 => Some(Quantization::Q4),
-        };
+        let quantization = self.quant.quantization();
         let (device, dtype, hub) = (self.device.choice(), self.device.dtype(), self.source.hub());
         let options = Options { device, dtype, quantization, engine, hub };
         match &self.model {

@@ -50,7 +50,7 @@ pub struct Args {
     #[arg(long, help_heading = "Output")]
     overwrite: bool,
     /// Seconds of work that an interruption may cost: how often what is done is brought to the disk
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, help_heading = "Output")]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "10", help_heading = "Output")]
     save_every: f64,
     /// Keep the texts beside their vectors, in .jsonl and .parquet
     #[arg(long, help_heading = "Output")]
@@ -134,6 +134,9 @@ fn inputs(args: &Args) -> Result<Vec<Input>> {
                     return Err(Error::Usage(format!("{pattern}: no file has such a name")));
                 }
             }
+            folder if Path::new(folder).is_dir() => {
+                return Err(Error::Usage(format!("{folder} is a folder: name its files, such as '{folder}/*.jsonl'")));
+            }
             file => inputs.push(Input::File(file.into())),
         }
     }
@@ -141,6 +144,13 @@ fn inputs(args: &Args) -> Result<Vec<Input>> {
         inputs.push(Input::Stdin);
     }
     Ok(inputs)
+}
+
+fn parse_seconds(text: &str) -> std::result::Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if seconds >= 0.0 => Ok(seconds),
+        _ => Err("expected a number of seconds".into()),
+    }
 }
 
 /// Bytes, where they are known beforehand.
@@ -253,6 +263,9 @@ impl Run<'_> {
         if let Some(first) = first_truncated {
             let limit = self.embedder.max_tokens();
             eprintln!("taper: {truncated} of {written} texts were cut to {limit} tokens, the first at {first}");
+        }
+        if *read == 0 {
+            eprintln!("taper: there was nothing to embed");
         }
         if *skipped > 0 {
             eprintln!("taper: {skipped} of {read} rows were skipped");

@@ -1,7 +1,7 @@
 //! The records of a file that `taper embed` wrote, one at a time.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -81,7 +81,10 @@ fn jsonl(path: &Path) -> Result<(Heads, Entries)> {
 
 fn npy(path: &Path) -> Result<(Heads, Entries)> {
     let mut rows = BufReader::new(file(path)?);
-    let damaged = |error: std::io::Error| fault(path, error);
+    let damaged = |error: std::io::Error| match error.kind() {
+        ErrorKind::UnexpectedEof => fault(path, "cut short"),
+        _ => fault(path, error),
+    };
     let mut head = [0; 10];
     rows.read_exact(&mut head).map_err(damaged)?;
     let mut header = vec![0; usize::from(u16::from_le_bytes([head[8], head[9]]))];

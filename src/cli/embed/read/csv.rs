@@ -10,14 +10,16 @@ use super::{Content, Fields, Item, Lines, at, utf8};
 
 pub fn rows(lines: Lines, fields: &Fields) -> Result<impl Iterator<Item = Result<Item>> + use<>> {
     let mut records = Records { lines, reader: Reader::new() };
-    let names = match records.next()? {
-        Some((_, names)) => names,
-        None => vec![],
+    let Some((_, names)) = records.next()? else {
+        let name = records.lines.name.display();
+        return Err(Error::Usage(format!("{name}: empty, expected a line with the columns' names")));
     };
     let find = |name: &str| names.iter().position(|field| field == name.as_bytes());
     let missing = |name: &str| {
+        // Anything may stand there, if this is no CSV at all.
         let names: Vec<_> = names.iter().map(|name| String::from_utf8_lossy(name)).collect();
-        Error::Usage(format!("{}:1: no column {name:?}, only {}", records.lines.name.display(), names.join(", ")))
+        let shown: String = names.join(", ").escape_debug().take(200).collect();
+        Error::Usage(format!("{}:1: no column {name:?}, only {shown}", records.lines.name.display()))
     };
     let text = find(&fields.text).ok_or_else(|| missing(&fields.text))?;
     let id = match (find(fields.id_name()), &fields.id) {
