@@ -172,3 +172,44 @@ fn single_experts_are_packed_like_stacked_ones() {
         assert_eq!(bits(unfused.path()), bits(&fixture), "{quantization:?}");
     }
 }
+
+/// Two experts that the router cannot tell apart, and the same two in the other order.
+#[test]
+fn a_tie_between_experts_excuses_what_follows_and_nothing_before() {
+    let swap = |tensors: &mut HashMap<String, Tensor>, name: &str, order: [u32; 8]| {
+        let order = Tensor::new(&order, &Device::Cpu).expect("memory");
+        let swapped = tensors[name].index_select(&order, 0).expect("eight experts");
+        tensors.insert(name.into(), swapped);
+    };
+    let router = "model.language_model.layers.1.mlp.gate.weight";
+    let tied = derive(|tensors, _| swap(tensors, router, [0, 0, 2, 3, 4, 5, 6, 7]));
+    let swapped = support::derive(tied.path(), |tensors, _| {
+        for name in ["gate_up_proj", "down_proj"] {
+            swap(tensors, &format!("{EXPERTS}.{name}"), [1, 0, 2, 3, 4, 5, 6, 7]);
+        }
+    });
+    let run = |folder: &TempDir, reference: &Path| {
+        let checkpoint = Checkpoint::Folder(folder.path().into());
+        verify(&checkpoint, reference, DType::F32, &Device::Cpu).expect("a reference")
+    };
+    let fixture = support::fixture("qwen3_5_moe", "base", 4);
+    let mut reference = support::reference(&fixture);
+    reference.retain(|name, _| name.ends_with(".ids") || name == "batch.mask" || name.ends_with(".greedy"));
+    reference.extend(run(&tied, &fixture.join("reference.safetensors")).computed);
+    let path = tied.path().join("reference.safetensors");
+    candle_core::safetensors::save(&reference, &path).expect("writable");
+
+    let report = run(&swapped, &path);
+    assert!(report.passed(), "{:#?}", report.entries);
+    let excused = report.entries.iter().find(|entry| entry.limit.contains(" rows: then experts tie"));
+    let name = &excused.unwrap_or_else(|| panic!("no array notices: {:#?}", report.entries)).name;
+
+    let rows = reference[name].dim(0).expect("rows");
+    let first = (Tensor::zeros((rows, 1), DType::F32, &Device::Cpu))
+        .and_then(|zeros| zeros.slice_assign(&[0..1, 0..1], &Tensor::full(0.01f32, (1, 1), &Device::Cpu)?))
+        .and_then(|first| reference[name].broadcast_add(&first));
+    reference.insert(name.clone(), first.expect("memory"));
+    candle_core::safetensors::save(&reference, &path).expect("writable");
+    let failed: Vec<_> = run(&swapped, &path).entries.into_iter().filter(|entry| !entry.passed).collect();
+    assert!(failed.len() == 1 && failed[0].name == *name, "{failed:#?}");
+}
