@@ -1,9 +1,9 @@
 //! Decode time of sparse models by how many experts they have, and by how many of them a token goes to.
 //!
 //! `cargo bench --bench moe -- none|q8|q4 FOLDER..` with cuts of Qwen3.5-35B-A3B in their real shape, such as
-//! `make_fullsize.py Qwen3.5-35B-A3B --layers 4 --set num_experts=64 --set vocab_size=8192` writes. Every folder is held
-//! in memory; rounds go through them in turn, and the median counts, spread beside it. Seconds are those on the clock and
-//! those of the process on all its cores, which a busy machine changes less.
+//! `make_fullsize.py Qwen3.5-35B-A3B --layers 4 --set num_experts=64 --set vocab_size=8192` writes. Every folder is
+//! held in memory; rounds go through them in turn, and the median counts, spread beside it. Seconds are those on the
+//! clock and those of the process on all its cores, which a busy machine changes less.
 
 use std::path::Path;
 use std::time::Instant;

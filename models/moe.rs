@@ -1,7 +1,7 @@
 //! The sparse MLP of Qwen3.5's larger models: a few of many experts for each token, and one that all tokens share.
 //!
-//! Follows transformers 5.23.0 `models/qwen3_5_moe/modeling_qwen3_5_moe.py`, `Qwen3_5MoeSparseMoeBlock`. Checkpoints hold
-//! the experts of a layer in two stacks or, as exports do, one by one.
+//! Follows transformers 5.23.0 `models/qwen3_5_moe/modeling_qwen3_5_moe.py`, `Qwen3_5MoeSparseMoeBlock`. Checkpoints
+//! hold the experts of a layer in two stacks or, as exports do, one by one.
 
 use candle_core::{Result, Tensor, bail};
 use candle_nn::ops::sigmoid;

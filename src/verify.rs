@@ -52,9 +52,9 @@ impl Report {
 ///
 /// With f32 weights, logits and hidden states must agree to 1e-3 in each element; with bf16 weights under f32
 /// activations likewise, with the reference that did the same. Under bf16 activations the logits are compared with that
-/// same f32 computation, and their root mean square error must stay within 3e-2 or, if larger, twice that of transformers'
-/// own bf16 run: two roundings of one computation differ by that much on a few tokens. Greedy ids are compared up to the
-/// first step at which the two best logits are closer than the error allowed.
+/// same f32 computation, and their root mean square error must stay within 3e-2 or, if larger, twice that of
+/// transformers' own bf16 run: two roundings of one computation differ by that much on a few tokens. Greedy ids are
+/// compared up to the first step at which the two best logits are closer than the error allowed.
 ///
 /// Where a router finds two experts nearly equal, rounding decides between them, and that token and those after it may
 /// come out differently. An array that disagrees is then compared up to the first such token.

@@ -145,8 +145,8 @@ fn logits(folder: &Path, prompt: &[u32], quantization: Option<Quantization>) -> 
     model.logits(&hidden).and_then(|logits| logits.flatten_all()?.to_vec1()).expect("logits")
 }
 
-/// With random weights the recurrent layers enlarge every error, in sparse models no more than in dense ones; logits that
-/// have nothing to do with each other are 1.4 apart.
+/// With random weights the recurrent layers enlarge every error, in sparse models no more than in dense ones; logits
+/// that have nothing to do with each other are 1.4 apart.
 #[test]
 fn packed_logits_stay_near() {
     for (family, seed) in [("qwen3_5", 0), ("qwen3_5_moe", 4)] {

@@ -31,8 +31,8 @@ pub struct Routing {
 /// w = cast(p[e] / sum(p[e]))
 /// ```
 ///
-/// `logits` `[N, E]` in f32, f16 or bf16. Weights have their dtype. A row that holds NaN gets some experts, with weights
-/// of NaN.
+/// `logits` `[N, E]` in f32, f16 or bf16. Weights have their dtype. A row that holds NaN gets some experts, with
+/// weights of NaN.
 ///
 /// # Errors
 ///
@@ -176,8 +176,8 @@ impl Locked<'_> {
 /// experts' indices. `x` `[N, H]` in f32, f16 or bf16, `routing` of `N` tokens with weights in `x`'s dtype. Returns
 /// `[N, H]` of the same dtype.
 ///
-/// Tokens are grouped by expert by counting, and an expert without tokens is not read. Beside the result it takes memory
-/// for `N k` rows. A row does not depend on the others or on threads.
+/// Tokens are grouped by expert by counting, and an expert without tokens is not read. Beside the result it takes
+/// memory for `N k` rows. A row does not depend on the others or on threads.
 ///
 /// # Errors
 ///

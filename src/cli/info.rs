@@ -122,8 +122,8 @@ struct Parts {
     /// As `resident`, with the weights packed; `None` where only the files' sizes are known.
     packed: Option<[(&'static str, u64); 2]>,
     parameters: Option<u64>,
-    /// What a token's step computes with: without the experts that it does not go to, and the embedding, of which it reads
-    /// a row.
+    /// What a token's step computes with: without the experts that it does not go to, and the embedding, of which it
+    /// reads a row.
     active: Option<u64>,
     by_part: BTreeMap<&'static str, u64>,
 }
