@@ -10,9 +10,11 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Result};
+use candle_nn::ops::softmax_last_dim;
 use candle_nn::{LayerNorm, Module};
 use kernels::activation::gelu;
 use kernels::linear::linear;
+use kernels::moe::{Experts, Stack, route, sparse_mlp};
 use kernels::norm::add_layer_norm;
 use kernels::quantized::{self, Quantization, QuantizedMatrix};
 use kernels::softcap::softcap;
@@ -76,6 +78,9 @@ fn cases() -> Vec<Case> {
     for dtype in [DType::F32, DType::BF16] {
         cases.push(softcap_case(262_144, dtype));
     }
+    for (k, num_experts) in [(8, 32), (8, 128), (4, 128), (2, 128)] {
+        cases.push(sparse_mlp_case(k, num_experts));
+    }
     cases.extend([1, 512].map(gelu_case));
     cases.extend([1, 512].map(add_layer_norm_case));
     cases
@@ -131,6 +136,45 @@ fn softcap_case(vocab: usize, dtype: DType) -> Case {
             Ok(Contenders {
                 ours: Box::new(move || softcap(&x, 30.0).map(drop_result)),
                 candle: Some(Box::new(move || ((&candle_x / 30.0)?.tanh()? * 30.0).map(drop_result))),
+            })
+        }),
+    }
+}
+
+/// One token and experts of Qwen3.5-35B-A3B's size, of which it has 256. Candle's way is a product with all of them.
+fn sparse_mlp_case(k: usize, num_experts: usize) -> Case {
+    const HIDDEN: usize = 2048;
+    const INTERMEDIATE: usize = 512;
+    Case {
+        name: format!("sparse_mlp 1x{HIDDEN} {k} of {num_experts} f32"),
+        bytes: 4 * k * 3 * HIDDEN * INTERMEDIATE,
+        flops: 2 * k * 3 * HIDDEN * INTERMEDIATE,
+        build: Box::new(move || {
+            let mut random = Random::new(0);
+            let x = random.tensor(&[1, HIDDEN], 1.0, DType::F32, &Device::Cpu)?;
+            let logits = random.tensor(&[1, num_experts], 1.0, DType::F32, &Device::Cpu)?;
+            let mut stack = |outer: usize, inner: usize| {
+                random.tensor(&[1, outer, inner], 0.02, DType::F32, &Device::Cpu)?.repeat((num_experts, 1, 1))
+            };
+            let (gate_up, down) = (stack(2 * INTERMEDIATE, HIDDEN)?, stack(HIDDEN, INTERMEDIATE)?);
+            let experts = Experts::new(Stack::Dense(gate_up.clone()), Stack::Dense(down.clone()))?;
+            let (candle_x, candle_logits) = (x.clone(), logits.clone());
+            let candle = move || {
+                let p = softmax_last_dim(&candle_logits)?;
+                let chosen = p.arg_sort_last_dim(false)?.narrow(1, 0, k)?.contiguous()?;
+                let weights = p.gather(&chosen, 1)?;
+                let weights = weights.broadcast_div(&weights.sum_keepdim(1)?)?;
+                let weights = p.zeros_like()?.scatter_add(&chosen, &weights, 1)?;
+                let flat = gate_up.reshape((num_experts * 2 * INTERMEDIATE, HIDDEN))?;
+                let both = candle_x.matmul(&flat.t()?)?.reshape((1, num_experts, 2 * INTERMEDIATE))?;
+                let activated =
+                    (both.narrow(2, 0, INTERMEDIATE)?.silu()? * both.narrow(2, INTERMEDIATE, INTERMEDIATE)?)?;
+                let weighted = activated.broadcast_mul(&weights.unsqueeze(2)?)?.transpose(0, 1)?.contiguous()?;
+                weighted.matmul(&down.t()?)?.sum(0).map(drop_result)
+            };
+            Ok(Contenders {
+                ours: Box::new(move || sparse_mlp(&x, &route(&logits, k)?, &experts).map(drop_result)),
+                candle: Some(Box::new(candle)),
             })
         }),
     }

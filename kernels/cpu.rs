@@ -66,6 +66,14 @@ impl<'a> Operand<'a> {
         }
     }
 
+    /// The stored elements.
+    pub fn elements<T: WithDType>(&self) -> Result<&[T]> {
+        match &*self.storage {
+            Storage::Cpu(storage) => view(storage.as_slice()?, self.layout),
+            _ => bail!("operand is not on the cpu"),
+        }
+    }
+
     /// The whole storage of an operand that [`as_rows`] returned, and where its rows lie in it.
     pub fn rows<T: Element>(&self) -> Result<(&[T], RowStarts<'_>)> {
         match &*self.storage {

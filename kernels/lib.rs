@@ -19,6 +19,7 @@
 //! | `D` | attention head size |
 //! | `K V` | key and value size of a recurrent head |
 //! | `C` | channels of a convolution |
+//! | `E` | experts of a sparse MLP |
 //! | `S` | recurrent state slots |
 //!
 //! # Ops that write in place
@@ -39,6 +40,7 @@ pub mod conv;
 pub mod gated_delta;
 pub mod linear;
 pub mod memory;
+pub mod moe;
 pub mod norm;
 pub mod quantized;
 pub mod rope;

@@ -78,6 +78,7 @@ impl Config {
             max_positions: self.max_tokens(),
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: vec![],
+            experts: None,
         }
     }
 

@@ -24,7 +24,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{self, RopeParameters};
 use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
 use crate::weights::{Ignored, MappedRows, Weights};
-use crate::{CausalLm, Description};
+use crate::{CausalLm, Description, Observed, Observer};
 
 /// The text part of `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -202,6 +202,7 @@ impl Config {
             max_positions: self.max_position_embeddings,
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: self.cache_specs(),
+            experts: None,
         }
     }
 
@@ -367,7 +368,7 @@ impl Gemma4 {
         x: Tensor,
         batch: &Batch,
         cache: &Cache,
-        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+        observe: &mut Observer,
     ) -> Result<Tensor> {
         if layers.is_empty() {
             return Ok(x);
@@ -378,7 +379,7 @@ impl Gemma4 {
             self.per_layer.as_ref().map(|per_layer| per_layer.forward(embedded, batch, layers.clone())).transpose()?;
         let mut x = x;
         for (position, layer) in layers.enumerate() {
-            observe(layer, &x)?;
+            observe(Observed::Hidden(layer, &x))?;
             let input = inputs.as_ref().map(|inputs| inputs.i((.., position))).transpose()?;
             x = self.layers[layer].forward(&x, input.as_ref(), &rotations, batch, cache)?;
         }
@@ -391,22 +392,17 @@ impl CausalLm for Gemma4 {
         self.cache_specs.clone()
     }
 
-    fn forward_observed(
-        &self,
-        batch: &Batch,
-        cache: &mut Cache,
-        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
+    fn forward_observed(&self, batch: &Batch, cache: &mut Cache, observe: &mut Observer) -> Result<Tensor> {
         let embedded = self.embed(batch)?;
         let x = self.run(0..self.layers.len(), &embedded, embedded.clone(), batch, cache, observe)?;
         let x = self.norm.forward(&x)?;
-        observe(self.layers.len(), &x)?;
+        observe(Observed::Hidden(self.layers.len(), &x))?;
         Ok(x)
     }
 
     fn forward_last(&self, batch: &Batch, cache: &mut Cache, sequences: &[u32]) -> Result<Option<Tensor>> {
         let embedded = self.embed(batch)?;
-        let unobserved = &mut |_: usize, _: &Tensor| Ok(());
+        let unobserved = &mut |_: Observed| Ok(());
         let x = self.run(0..self.first_shared, &embedded, embedded.clone(), batch, cache, unobserved)?;
         if sequences.is_empty() {
             return Ok(None);

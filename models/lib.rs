@@ -10,6 +10,7 @@ pub mod checkpoint;
 mod config;
 pub mod gemma4;
 pub mod layers;
+mod moe;
 mod pooling;
 pub mod qwen3;
 pub mod qwen3_5;
@@ -36,21 +37,15 @@ pub trait CausalLm: Send {
     ///
     /// The cache was made for other specs, a token lies beyond the vocabulary, or the device has no memory left.
     fn forward(&self, batch: &Batch, cache: &mut Cache) -> Result<Tensor> {
-        self.forward_observed(batch, cache, &mut |_, _| Ok(()))
+        self.forward_observed(batch, cache, &mut |_| Ok(()))
     }
 
-    /// As [`CausalLm::forward`], showing `observe` the residual stream `[N, H]` that enters each layer, by layer
-    /// index, and last the result under the number of layers.
+    /// As [`CausalLm::forward`], showing `observe` what is computed on the way.
     ///
     /// # Errors
     ///
     /// As [`CausalLm::forward`]; also what `observe` returns.
-    fn forward_observed(
-        &self,
-        batch: &Batch,
-        cache: &mut Cache,
-        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
-    ) -> Result<Tensor>;
+    fn forward_observed(&self, batch: &Batch, cache: &mut Cache, observe: &mut Observer) -> Result<Tensor>;
 
     /// As [`CausalLm::forward`], for the last tokens of `sequences` alone, by index in the batch:
     /// `[sequences.len(), H]`, `None` if there are none. A family that can leaves out what the others do not need.
@@ -73,6 +68,19 @@ pub trait CausalLm: Send {
     /// `hidden` has another width.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
 }
+
+/// What [`CausalLm::forward_observed`] shows of a step.
+#[derive(Clone, Copy, Debug)]
+pub enum Observed<'a> {
+    /// The residual stream `[N, H]` that enters a layer, by layer index, and last what the final norm makes of it, under
+    /// the number of layers.
+    Hidden(usize, &'a Tensor),
+    /// A layer's logits `[N, E]` over experts, of which each token goes to the greatest `chosen`.
+    Router { logits: &'a Tensor, chosen: usize },
+}
+
+/// Is shown what a step computes on the way; an error ends the step.
+pub type Observer<'a> = dyn FnMut(Observed) -> Result<()> + 'a;
 
 /// An encoder: packed texts in, what they are compared by out.
 pub trait Encoder: Send + Sync {
@@ -165,10 +173,20 @@ pub struct Description {
     pub eos_token_ids: Vec<u32>,
     /// By layer index.
     pub cache_specs: Vec<CacheSpec>,
+    /// Of each MLP, if they are sparse.
+    pub experts: Option<ExpertCount>,
+}
+
+/// How many experts there are, and to how many of them a token goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertCount {
+    pub total: usize,
+    pub per_token: usize,
 }
 
 /// The values of `model_type` that [`Config::read`] takes.
-pub const SUPPORTED: &[&str] = &["qwen3", "qwen3_5", "qwen3_5_text", "gemma4", "gemma4_text", "xlm-roberta"];
+pub const SUPPORTED: &[&str] =
+    &["qwen3", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "gemma4", "gemma4_text", "xlm-roberta"];
 
 impl Config {
     /// Reads `config.json` and picks the family by `model_type`.
@@ -188,7 +206,9 @@ impl Config {
         };
         match value.get("model_type").and_then(Value::as_str) {
             Some("qwen3") => Ok(Self::Qwen3(config::parse(checkpoint, &value)?)),
-            Some("qwen3_5" | "qwen3_5_text") => Ok(Self::Qwen35(qwen3_5::Config::parse(checkpoint, &value)?)),
+            Some("qwen3_5" | "qwen3_5_text" | "qwen3_5_moe" | "qwen3_5_moe_text") => {
+                Ok(Self::Qwen35(qwen3_5::Config::parse(checkpoint, &value)?))
+            }
             Some("gemma4" | "gemma4_text") => Ok(Self::Gemma4(gemma4::Config::parse(checkpoint, &value)?)),
             Some("xlm-roberta") => Ok(Self::BgeM3(config::parse(checkpoint, &value)?)),
             Some(other) => {
@@ -223,7 +243,7 @@ impl Config {
     }
 
     /// As [`Config::load`], with the matrices of linear layers and embeddings packed on the way from the file. Norms,
-    /// convolutions, decays and tables that stay in their file are not.
+    /// convolutions, decays, routers and tables that stay in their file are not.
     ///
     /// # Errors
     ///

@@ -15,7 +15,7 @@ use crate::config::{self, HiddenAct, RopeParameters};
 use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
 use crate::pooling::Pooling;
 use crate::weights::{Ignored, Weights};
-use crate::{CausalLm, Description, Encoded, Encoder, EncoderTraits, Heads};
+use crate::{CausalLm, Description, Encoded, Encoder, EncoderTraits, Heads, Observed, Observer};
 
 /// `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -62,6 +62,7 @@ impl Config {
             max_positions: self.max_position_embeddings,
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: vec![self.cache_spec(); self.num_hidden_layers],
+            experts: None,
         }
     }
 
@@ -117,12 +118,7 @@ impl CausalLm for Qwen3 {
         vec![self.cache_spec; self.model.layers.len()]
     }
 
-    fn forward_observed(
-        &self,
-        batch: &Batch,
-        cache: &mut Cache,
-        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
+    fn forward_observed(&self, batch: &Batch, cache: &mut Cache, observe: &mut Observer) -> Result<Tensor> {
         self.model.forward(batch, Some(cache), observe)
     }
 
@@ -181,7 +177,7 @@ impl Encoder for Qwen3Embedding {
         if !heads.within(Heads::DENSE) {
             bail!("qwen3: {heads:?} asked for, the model has a dense head alone")
         }
-        let x = self.model.forward(batch, None, &mut |_, _| Ok(()))?;
+        let x = self.model.forward(batch, None, &mut |_| Ok(()))?;
         let dense = heads.dense.then(|| x.index_select(&batch.last, 0)).transpose()?;
         Ok(Encoded { dense, ..Encoded::default() })
     }
@@ -219,20 +215,15 @@ impl Model {
     }
 
     /// Without a cache, each sequence of the batch is whole.
-    fn forward(
-        &self,
-        batch: &Batch,
-        cache: Option<&Cache>,
-        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
+    fn forward(&self, batch: &Batch, cache: Option<&Cache>, observe: &mut Observer) -> Result<Tensor> {
         let rotations = self.rotary.rotations(batch)?;
         let mut x = self.embed_tokens.forward(&batch.tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            observe(index, &x)?;
+            observe(Observed::Hidden(index, &x))?;
             x = layer.forward(&x, &rotations, batch, cache)?;
         }
         let x = self.norm.forward(&x)?;
-        observe(self.layers.len(), &x)?;
+        observe(Observed::Hidden(self.layers.len(), &x))?;
         Ok(x)
     }
 }

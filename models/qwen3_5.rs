@@ -1,8 +1,8 @@
-//! Qwen3.5, dense hybrid: three Gated DeltaNet layers to one gated attention layer.
+//! Qwen3.5, a hybrid: three Gated DeltaNet layers to one gated attention layer, with dense or sparse MLPs.
 //!
-//! Follows transformers 5.23.0 `models/qwen3_5/modeling_qwen3_5.py`, text only. Checked against it on random
-//! checkpoints of every layout that `tests/fixtures` describes: nested and flat configurations, tied and untied,
-//! one to three value heads per key head.
+//! Follows transformers 5.23.0 `models/qwen3_5/modeling_qwen3_5.py` and `models/qwen3_5_moe`, text only. Checked against
+//! it on random checkpoints of every layout that `tests/fixtures` describes: nested and flat configurations, tied and
+//! untied, one to three value heads per key head, experts stacked and one by one.
 
 use candle_core::{Result, Tensor, bail};
 use candle_nn::ops::sigmoid;
@@ -18,8 +18,9 @@ use crate::cache::{Cache, CacheSpec};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, HiddenAct, RopeParameters};
 use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
+use crate::moe::{self, SparseMlp};
 use crate::weights::{Ignored, Weights};
-use crate::{CausalLm, Description};
+use crate::{CausalLm, Description, Observed, Observer};
 
 /// The text part of `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -28,8 +29,12 @@ pub struct Config {
     vocab_size: usize,
     #[serde(deserialize_with = "config::size")]
     hidden_size: usize,
-    #[serde(deserialize_with = "config::size")]
-    intermediate_size: usize,
+    /// Of dense models.
+    #[serde(default, deserialize_with = "config::optional_size")]
+    intermediate_size: Option<usize>,
+    /// Of sparse models, from the same fields.
+    #[serde(skip)]
+    moe: Option<moe::Config>,
     #[serde(deserialize_with = "config::size")]
     num_hidden_layers: usize,
     #[serde(deserialize_with = "config::size")]
@@ -84,11 +89,17 @@ fn default_interval() -> usize {
 impl Config {
     /// Reads the nested layout of the published checkpoints or the flat one of text-only exports.
     pub(crate) fn parse(checkpoint: &Checkpoint, value: &Value) -> Result<Self> {
-        let mut config: Self = config::parse(checkpoint, value.get("text_config").unwrap_or(value))?;
+        let text = value.get("text_config").unwrap_or(value);
+        let mut config: Self = config::parse(checkpoint, text)?;
         if config.tie_word_embeddings.is_none() {
             config.tie_word_embeddings = value.get("tie_word_embeddings").and_then(Value::as_bool);
         }
         let path = checkpoint.path("config.json");
+        if matches!(value.get("model_type").and_then(Value::as_str), Some("qwen3_5_moe" | "qwen3_5_moe_text")) {
+            config.moe = Some(moe::Config::parse(checkpoint, text)?);
+        } else if config.intermediate_size.is_none() {
+            bail!("{}: missing field `intermediate_size`", path.display())
+        }
         let Config { num_attention_heads: nh, num_key_value_heads: kv, .. } = config;
         let heads = (config.linear_num_value_heads, config.linear_num_key_heads);
         if !nh.is_multiple_of(kv) || !heads.0.is_multiple_of(heads.1) {
@@ -117,12 +128,13 @@ impl Config {
 
     pub(crate) fn describe(&self) -> Description {
         Description {
-            family: "Qwen3.5",
+            family: if self.moe.is_some() { "Qwen3.5 MoE" } else { "Qwen3.5" },
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
             max_positions: self.max_position_embeddings,
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: self.cache_specs(),
+            experts: self.moe.as_ref().map(moe::Config::experts),
         }
     }
 
@@ -220,20 +232,15 @@ impl CausalLm for Qwen35 {
         self.cache_specs.clone()
     }
 
-    fn forward_observed(
-        &self,
-        batch: &Batch,
-        cache: &mut Cache,
-        observe: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
+    fn forward_observed(&self, batch: &Batch, cache: &mut Cache, observe: &mut Observer) -> Result<Tensor> {
         let rotations = self.rotary.rotations(batch)?;
         let mut x = self.embed_tokens.forward(&batch.tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            observe(index, &x)?;
-            x = layer.forward(&x, &rotations, batch, cache)?;
+            observe(Observed::Hidden(index, &x))?;
+            x = layer.forward(&x, &rotations, batch, cache, observe)?;
         }
         let x = self.norm.forward(&x)?;
-        observe(self.layers.len(), &x)?;
+        observe(Observed::Hidden(self.layers.len(), &x))?;
         Ok(x)
     }
 
@@ -246,12 +253,17 @@ struct DecoderLayer {
     input_layernorm: RmsNorm,
     mixer: Mixer,
     post_attention_layernorm: RmsNorm,
-    mlp: GatedMlp,
+    mlp: Mlp,
 }
 
 enum Mixer {
     SelfAttn(Attention),
     LinearAttn(GatedDeltaNet),
+}
+
+enum Mlp {
+    Dense(GatedMlp),
+    Sparse(SparseMlp),
 }
 
 impl DecoderLayer {
@@ -267,19 +279,44 @@ impl DecoderLayer {
                 }
             },
             post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: GatedMlp::load(&weights.pp("mlp"), hidden, config.intermediate_size, Activation::Silu)?,
+            mlp: Mlp::load(config, &weights.pp("mlp"))?,
         })
     }
 
-    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        rotations: &Rotations,
+        batch: &Batch,
+        cache: &Cache,
+        observe: &mut Observer,
+    ) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(x)?;
         let mixed = match &self.mixer {
             Mixer::SelfAttn(attention) => attention.forward(&normed, rotations, batch, cache)?,
             Mixer::LinearAttn(delta_net) => delta_net.forward(&normed, batch, cache)?,
         };
         let x = (x + mixed)?;
-        let y = self.mlp.forward(&self.post_attention_layernorm.forward(&x)?)?;
+        let y = self.mlp.forward(&self.post_attention_layernorm.forward(&x)?, observe)?;
         x + y
+    }
+}
+
+impl Mlp {
+    fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        let hidden = config.hidden_size;
+        if let Some(moe) = &config.moe {
+            return Ok(Self::Sparse(SparseMlp::load(weights, hidden, moe)?));
+        }
+        let intermediate = config.intermediate_size.expect("checked by Config::parse");
+        Ok(Self::Dense(GatedMlp::load(weights, hidden, intermediate, Activation::Silu)?))
+    }
+
+    fn forward(&self, x: &Tensor, observe: &mut Observer) -> Result<Tensor> {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x),
+            Self::Sparse(mlp) => mlp.forward(x, observe),
+        }
     }
 }
 

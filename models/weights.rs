@@ -3,6 +3,9 @@
 //! Families read tensors through [`Weights`], which knows the prefix it stands at, converts once on the way to
 //! the device, and remembers what was read: [`Weights::finish`] refuses a checkpoint that holds anything nobody
 //! asked for.
+//!
+//! A tensor `name` `[E, O, I]` is a stack of matrices, which can be read one by one as `name.0` to `name.<E - 1>`. It
+//! counts as read when its last matrix is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -131,10 +134,10 @@ impl Weights {
         }
         let parts: Vec<&[u8]> = entries.iter().map(|entry| entry.bytes).collect();
         let shape = (rows.iter().sum::<usize>(), columns);
-        let Some(tensor) = decode_tensor(stored, &parts, shape, &self.device)? else {
+        let release = |part: usize| entries[part].file.release(&entries[part].range);
+        let Some(tensor) = decode_tensor(stored, &parts, release, shape, &self.device)? else {
             bail!("{}: {} is {stored:?}, expected f32, f16 or bf16", entries[0].path.display(), entries[0].name)
         };
-        entries.iter().for_each(|entry| entry.file.release(&entry.range));
         let keep = self.device.is_cpu() && tensor.dtype().size_in_bytes() <= self.dtype.size_in_bytes();
         if keep { Ok(tensor) } else { tensor.to_dtype(self.dtype) }
     }
@@ -185,9 +188,9 @@ impl Weights {
         let entry = self.entry(name, shape)?;
         let parts = [entry.bytes];
         let values = match entry.dtype {
-            Dtype::F32 => decode(&parts, f32::from_le_bytes),
-            Dtype::F16 => decode(&parts, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => decode(&parts, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F32 => decode(&parts, |_| (), f32::from_le_bytes),
+            Dtype::F16 => decode(&parts, |_| (), |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => decode(&parts, |_| (), |b| bf16::from_le_bytes(b).to_f32()),
             other => bail!("{}: {} is {other:?}, expected f32, f16 or bf16", entry.path.display(), entry.name),
         };
         Tensor::from_vec(values, shape, &self.device)
@@ -207,7 +210,7 @@ impl Weights {
         };
         let Entry { name, dtype: stored, range, .. } = entry;
         Ok(MappedRows {
-            file: self.tensors.entries[&name].0,
+            file: self.tensors.find(&name).expect("an entry").file,
             tensors: self.tensors.clone(),
             name,
             range,
@@ -257,14 +260,16 @@ impl Weights {
 
     fn entry(&self, name: &str, shape: &[usize]) -> Result<Entry<'_>> {
         let name = self.name(name);
-        let Some((file, info)) = self.tensors.entries.get(&name) else {
+        let Some(Found { file, info, read }) = self.tensors.find(&name) else {
             bail!("{}: no tensor {name}, expected {shape:?}", self.tensors.files[0].path.display())
         };
-        let file = &self.tensors.files[*file];
+        let file = &self.tensors.files[file];
         if info.shape != shape {
             bail!("{}: {name} is {:?}, expected {shape:?}", file.path.display(), info.shape)
         }
-        self.tensors.unread.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+        if let Some(read) = read {
+            self.tensors.unread.lock().unwrap_or_else(PoisonError::into_inner).remove(read);
+        }
         let (start, end) = info.data_offsets;
         let range = file.data + start..file.data + end;
         Ok(Entry { path: &file.path, name, dtype: info.dtype, bytes: &file.bytes()[range.clone()], range, file })
@@ -307,7 +312,7 @@ impl MappedRows {
             rows.iter().map(|&row| &matrix[row as usize * self.row_bytes..][bytes.clone()]).collect();
         let shape = (rows.len(), columns.len());
         let tensor =
-            decode_tensor(self.stored, &parts, shape, &self.device)?.expect("a float dtype, checked by mapped");
+            decode_tensor(self.stored, &parts, |_| (), shape, &self.device)?.expect("a float dtype, checked by mapped");
         file.release(&self.range);
         tensor.to_dtype(self.dtype)
     }
@@ -336,23 +341,34 @@ struct Entry<'a> {
     file: &'a WeightFile,
 }
 
-/// The elements of `parts`, one after the other, as they are stored; `None` if that is no float dtype.
-fn decode_tensor(stored: Dtype, parts: &[&[u8]], shape: (usize, usize), device: &Device) -> Result<Option<Tensor>> {
+/// The elements of `parts`, one after the other, as they are stored; `None` if that is no float dtype. `done(i)` is told
+/// of each part that is copied.
+fn decode_tensor(
+    stored: Dtype,
+    parts: &[&[u8]],
+    done: impl Fn(usize),
+    shape: (usize, usize),
+    device: &Device,
+) -> Result<Option<Tensor>> {
     Ok(Some(match stored {
-        Dtype::F32 => Tensor::from_vec(decode(parts, f32::from_le_bytes), shape, device)?,
-        Dtype::F16 => Tensor::from_vec(decode(parts, f16::from_le_bytes), shape, device)?,
-        Dtype::BF16 => Tensor::from_vec(decode(parts, bf16::from_le_bytes), shape, device)?,
+        Dtype::F32 => Tensor::from_vec(decode(parts, done, f32::from_le_bytes), shape, device)?,
+        Dtype::F16 => Tensor::from_vec(decode(parts, done, f16::from_le_bytes), shape, device)?,
+        Dtype::BF16 => Tensor::from_vec(decode(parts, done, bf16::from_le_bytes), shape, device)?,
         _ => return Ok(None),
     }))
 }
 
 /// The elements of `parts`, one after the other, converted in parallel.
-fn decode<T: WithDType + Send, const SIZE: usize>(parts: &[&[u8]], element: impl Fn([u8; SIZE]) -> T + Sync) -> Vec<T> {
+fn decode<T: WithDType + Send, const SIZE: usize>(
+    parts: &[&[u8]],
+    done: impl Fn(usize),
+    element: impl Fn([u8; SIZE]) -> T + Sync,
+) -> Vec<T> {
     const CHUNK: usize = 1 << 18;
     let len = parts.iter().map(|part| part.len() / SIZE).sum();
     let mut values: Vec<T> = kernels::memory::with_capacity(len);
     let mut rest = &mut values.spare_capacity_mut()[..len];
-    for part in parts {
+    for (i, part) in parts.iter().enumerate() {
         let (head, tail) = rest.split_at_mut(part.len() / SIZE);
         rest = tail;
         head.par_chunks_mut(CHUNK).zip(part.par_chunks(CHUNK * SIZE)).for_each(|(values, bytes)| {
@@ -360,6 +376,7 @@ fn decode<T: WithDType + Send, const SIZE: usize>(parts: &[&[u8]], element: impl
                 value.write(element(*bytes));
             }
         });
+        done(i);
     }
     // SAFETY: the loop above wrote each of the first `len` elements: every part fills its own share of them.
     unsafe { values.set_len(len) };
@@ -417,6 +434,30 @@ impl Tensors {
         self.files.push(file);
         Ok(())
     }
+
+    fn find(&self, name: &str) -> Option<Found<'_>> {
+        if let Some((name, (file, info))) = self.entries.get_key_value(name) {
+            return Some(Found { file: *file, info: info.clone(), read: Some(name) });
+        }
+        let (stack, index) = name.rsplit_once('.')?;
+        let (stack, (file, info)) = self.entries.get_key_value(stack)?;
+        let index = index.parse::<usize>().ok()?;
+        let [count, rows, columns] = *info.shape else { return None };
+        let (start, end) = info.data_offsets;
+        let bytes = (end - start).checked_div(count)?;
+        let start = start + index * bytes;
+        let info = TensorInfo { dtype: info.dtype, shape: vec![rows, columns], data_offsets: (start, start + bytes) };
+        let read = (index + 1 == count).then_some(stack.as_str());
+        (index < count).then_some(Found { file: *file, info, read })
+    }
+}
+
+/// A tensor, or a matrix of a stack.
+struct Found<'a> {
+    file: usize,
+    info: TensorInfo,
+    /// The tensor that has been read when this has been.
+    read: Option<&'a str>,
 }
 
 /// Names, shapes and bytes of a checkpoint's tensors, read from the headers alone.

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use candle_core::{D, DType, Device, Tensor};
 use kernels::{Batch, Segment};
-use models::{Cache, CacheConfig, CausalLm, Checkpoint, Config, weights};
+use models::{Cache, CacheConfig, CausalLm, Checkpoint, Config, Observed, weights};
 
 use crate::engine::{Engine, EngineOptions, ModelLimits, Request};
 use crate::sampler::SamplingParams;
@@ -52,9 +52,12 @@ impl Report {
 ///
 /// With f32 weights, logits and hidden states must agree to 1e-3 in each element; with bf16 weights under f32
 /// activations likewise, with the reference that did the same. Under bf16 activations the logits are compared with that
-/// same f32 computation, and their root mean square error must stay within 3e-2 or, if larger, twice that of transformers'
-/// own bf16 run: two roundings of one computation differ by that much on a few tokens. Greedy ids are compared up to the first step at which the two best logits are closer than the
-/// error allowed.
+/// same f32 computation, and their root mean square error must stay within 3e-2 or, if larger, twice that of
+/// transformers' own bf16 run: two roundings of one computation differ by that much on a few tokens. Greedy ids are
+/// compared up to the first step at which the two best logits are closer than the error allowed.
+///
+/// Where a router finds two experts nearly equal, rounding decides between them, and that token and those after it may
+/// come out differently. An array that disagrees is then compared up to the first such token.
 ///
 /// # Errors
 ///
@@ -77,22 +80,33 @@ pub fn verify(checkpoint: &Checkpoint, reference: &Path, dtype: DType, device: &
     if prompts.is_empty() {
         return Err(Error::Model { path: reference.path, message: "holds no prompts (names ending in .ids)".into() });
     }
+    // By prompt, its first near tie when the reference's ids follow it.
+    let mut ties = vec![];
     for prompt in &prompts {
-        let ids = reference.ids(&format!("{prompt}.ids"))?;
+        let mut ids = reference.ids(&format!("{prompt}.ids"))?;
         let layers = run(&mut *model, &[&ids], dtype, device)?;
-        let logits = layers.logits[0].clone();
-        report.compare(&reference, &format!("{prompt}.{}logits", precision.prefix()), logits, precision)?;
+        let (logits, tie) = (layers.logits[0].clone(), layers.tie(0, precision));
+        report.compare(&reference, &format!("{prompt}.{}logits", precision.prefix()), logits, tie, precision)?;
         if precision == Precision::F32 {
             for (index, hidden) in layers.hidden.into_iter().enumerate() {
-                report.compare(&reference, &format!("{prompt}.hidden.{index}"), hidden, precision)?;
+                report.compare(&reference, &format!("{prompt}.hidden.{index}"), hidden, tie, precision)?;
             }
+        }
+        let greedy = precision.greedy(prompt);
+        if config.describe().experts.is_some() && reference.tensors.contains_key(&greedy) {
+            ids.extend(reference.ids(&greedy)?);
+            ties.push(run(&mut *model, &[&ids], dtype, device)?.tie(0, precision));
+        } else {
+            ties.push(None);
         }
     }
     if precision == Precision::F32 && reference.tensors.contains_key("batch.ids") {
         let rows = reference.batch_rows()?;
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-        for (row, logits) in run(&mut *model, &rows, dtype, device)?.logits.into_iter().enumerate() {
-            report.compare(&reference, &format!("batch.logits.{row}"), logits, precision)?;
+        let layers = run(&mut *model, &rows, dtype, device)?;
+        for (row, logits) in layers.logits.iter().enumerate() {
+            let tie = layers.tie(row, precision);
+            report.compare(&reference, &format!("batch.logits.{row}"), logits.clone(), tie, precision)?;
         }
     }
     let description = config.describe();
@@ -105,8 +119,8 @@ pub fn verify(checkpoint: &Checkpoint, reference: &Path, dtype: DType, device: &
     let options =
         EngineOptions { memory: Some(1 << 30), max_tokens_per_step: 48, block_size: 16, ..Default::default() };
     let mut engine = Engine::new(model, limits, dtype, device, &options)?;
-    for prompt in &prompts {
-        report.compare_greedy(&reference, prompt, precision, &mut engine)?;
+    for (prompt, tie) in prompts.iter().zip(ties) {
+        report.compare_greedy(&reference, prompt, tie, precision, &mut engine)?;
     }
     Ok(report)
 }
@@ -134,25 +148,74 @@ impl Precision {
             Self::F32 | Self::Bf16Weights => 4e-3,
         }
     }
+
+    /// Two experts whose probabilities are closer than this may change places.
+    fn router_margin(self) -> f32 {
+        match self {
+            // Logits of 2 to 4 are 2^-6 apart in bf16, and come from values that were rounded a few times.
+            Self::Bf16 => 2e-2,
+            Self::F32 | Self::Bf16Weights => 1e-5,
+        }
+    }
+
+    /// The reference's greedy ids of a prompt.
+    fn greedy(self, prompt: &str) -> String {
+        match self {
+            Self::F32 => format!("{prompt}.greedy"),
+            Self::Bf16Weights | Self::Bf16 => format!("{prompt}.bf16w.greedy"),
+        }
+    }
+
+    /// Whether an array agrees; `theirs` is what transformers made of it in the same precision. Also by how much it
+    /// differs, and the limit.
+    fn judge(self, got: &Tensor, want: &Tensor, theirs: Option<&Tensor>) -> Result<(bool, (f64, f64), String)> {
+        if want.dims() != got.dims() {
+            return Ok((false, (f64::NAN, f64::NAN), format!("shape {:?}", want.dims())));
+        }
+        let (rms, largest) = difference(got, want)?;
+        let (passed, limit) = match self {
+            Self::F32 | Self::Bf16Weights => (largest <= 1e-3, "largest 1e-3".into()),
+            Self::Bf16 => {
+                let theirs = theirs.map(|theirs| difference(theirs, want)).transpose()?;
+                let limit = theirs.map_or(3e-2, |(rms, _)| (2.0 * rms).max(3e-2));
+                (rms <= limit, format!("rms {limit:.1e}"))
+            }
+        };
+        Ok((passed, (rms, largest), limit))
+    }
 }
 
 impl Report {
-    fn compare(&mut self, reference: &Reference, name: &str, got: Tensor, precision: Precision) -> Result<()> {
+    /// `tie` is the first token of the prompt at which experts nearly tie.
+    fn compare(
+        &mut self,
+        reference: &Reference,
+        name: &str,
+        got: Tensor,
+        tie: Option<usize>,
+        precision: Precision,
+    ) -> Result<()> {
         let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         let exact = name.replace(".bf16.", ".bf16w.");
         if let Some(want) = reference.tensors.get(&exact) {
             // A reference may hold the last positions alone.
             let rows = got.dim(0)?.min(want.dim(0)?);
-            let got = got.narrow(0, got.dim(0)? - rows, rows)?;
-            let (rms, largest) = if want.dims() == got.dims() { difference(&got, want)? } else { (f64::NAN, f64::NAN) };
-            let (passed, limit) = match precision {
-                Precision::F32 | Precision::Bf16Weights => (largest <= 1e-3, "largest 1e-3".into()),
-                Precision::Bf16 => {
-                    let theirs = reference.tensors.get(name).map(|theirs| difference(theirs, want)).transpose()?;
-                    let limit = theirs.map_or(3e-2, |(rms, _)| (2.0 * rms).max(3e-2));
-                    (rms <= limit, format!("rms {limit:.1e}"))
+            let first = got.dim(0)? - rows;
+            let got = got.narrow(0, first, rows)?;
+            let theirs = reference.tensors.get(name);
+            let (mut passed, (mut rms, mut largest), mut limit) = precision.judge(&got, want, theirs)?;
+            // A NaN, which a wrong shape counts as, is not what a tie explains.
+            if let Some(tie) = tie.filter(|_| !passed && !largest.is_nan()) {
+                let before = tie.saturating_sub(first).min(rows);
+                let head = |tensor: &Tensor| tensor.narrow(0, 0, before);
+                if before == 0 {
+                    (passed, rms, largest, limit) = (true, 0.0, 0.0, "nothing compared: experts tie before".into());
+                } else {
+                    let theirs = theirs.map(head).transpose()?;
+                    (passed, (rms, largest), limit) = precision.judge(&head(&got)?, &head(want)?, theirs.as_ref())?;
+                    limit += &format!(" in {before} of {rows} rows: then experts tie");
                 }
-            };
+            }
             self.entries.push(Entry { name: name.into(), rms, largest, limit, passed });
         }
         self.computed.insert(name.into(), got);
@@ -163,19 +226,20 @@ impl Report {
         &mut self,
         reference: &Reference,
         prompt: &str,
+        tie: Option<usize>,
         precision: Precision,
         engine: &mut Engine,
     ) -> Result<()> {
-        let name = match precision {
-            Precision::F32 => format!("{prompt}.greedy"),
-            Precision::Bf16Weights | Precision::Bf16 => format!("{prompt}.bf16w.greedy"),
-        };
+        let name = precision.greedy(prompt);
         if !reference.tensors.contains_key(&name) {
             return Ok(());
         }
         let want = reference.ids(&name)?;
         let params = SamplingParams { max_tokens: want.len(), logprobs: Some(2), ..SamplingParams::default() };
-        engine.add(Request { prompt: reference.ids(&format!("{prompt}.ids"))?, stable_len: 0, params })?;
+        let ids = reference.ids(&format!("{prompt}.ids"))?;
+        // The token at which experts tie is the first to give another id than the reference's.
+        let before_tie = tie.map_or(want.len(), |tie| (tie + 1).saturating_sub(ids.len()));
+        engine.add(Request { prompt: ids, stable_len: 0, params })?;
         let (mut ids, mut margins) = (vec![], vec![]);
         while !engine.is_idle() {
             for output in engine.step()? {
@@ -186,9 +250,10 @@ impl Report {
             }
         }
         let compared = margins.iter().take_while(|&&margin| margin > precision.margin()).count();
+        let agree = ids.iter().zip(&want).take_while(|(got, want)| got == want).count();
+        let compared = if agree < compared { compared.min(before_tie) } else { compared };
         let passed = ids.len() == want.len() && ids[..compared] == want[..compared];
         let limit = format!("{} ids, {compared} compared", want.len());
-        let agree = ids.iter().zip(&want).take_while(|(got, want)| got == want).count();
         self.entries.push(Entry { name: name.clone(), rms: 0.0, largest: agree as f64, limit, passed });
         self.computed.insert(name, Tensor::new(ids, &Device::Cpu)?);
         Ok(())
@@ -251,6 +316,16 @@ struct Layers {
     logits: Vec<Tensor>,
     /// By layer, over all prompts, the final norm's output last.
     hidden: Vec<Tensor>,
+    /// By prompt and token, how close a router came to picking another expert: in probability, the closest of all
+    /// layers.
+    margins: Vec<Vec<f32>>,
+}
+
+impl Layers {
+    /// The first token of a prompt at which rounding may decide between experts.
+    fn tie(&self, prompt: usize, precision: Precision) -> Option<usize> {
+        self.margins[prompt].iter().position(|&margin| margin < precision.router_margin())
+    }
 }
 
 /// Runs whole prompts packed in one step, on a cache full of NaN.
@@ -275,17 +350,34 @@ fn run(model: &mut dyn CausalLm, prompts: &[&[u32]], dtype: DType, device: &Devi
         .collect();
     let batch = Batch::new(&segments, BLOCK_SIZE, device)?;
     let mut hidden = vec![];
-    let output = model.forward_observed(&batch, &mut cache, &mut |_, x| {
-        hidden.push(x.clone());
+    let mut margins = vec![f32::INFINITY; prompts.iter().map(|prompt| prompt.len()).sum()];
+    let output = model.forward_observed(&batch, &mut cache, &mut |observed| {
+        match observed {
+            Observed::Hidden(_, x) => hidden.push(x.clone()),
+            Observed::Router { logits, chosen } => {
+                let logits = logits.to_dtype(DType::F32)?.to_vec2()?;
+                margins.iter_mut().zip(&logits).for_each(|(least, logits)| *least = margin(logits, chosen).min(*least));
+            }
+        }
         Ok(())
     })?;
     let mut start = 0;
-    let mut logits = vec![];
+    let (mut logits, mut margins_of) = (vec![], vec![]);
     for prompt in prompts {
         logits.push(model.logits(&output.narrow(0, start, prompt.len())?)?);
+        margins_of.push(margins[start..start + prompt.len()].to_vec());
         start += prompt.len();
     }
-    Ok(Layers { logits, hidden })
+    Ok(Layers { logits, hidden, margins: margins_of })
+}
+
+/// By how much the last of the `chosen` most probable experts leads the next.
+fn margin(logits: &[f32], chosen: usize) -> f32 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut p: Vec<f32> = logits.iter().map(|logit| (logit - largest).exp()).collect();
+    let sum: f32 = p.iter().sum();
+    p.sort_by(|a, b| b.total_cmp(a));
+    p.get(chosen).map_or(f32::INFINITY, |next| (p[chosen - 1] - next) / sum)
 }
 
 /// RMS of the difference over that of `want`, and the largest difference. NaN if there is one.

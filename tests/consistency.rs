@@ -8,10 +8,16 @@ use kernels::testing::Random;
 use models::{Cache, CacheConfig, CausalLm, Checkpoint, Config};
 use taper::{Engine, EngineOptions, ModelLimits, Request, SamplingParams};
 
-const FAMILIES: [(&str, &str); 4] = [("qwen3", "base"), ("qwen3_5", "base"), ("qwen3_5", "ratio1"), ("gemma4", "base")];
+const FIXTURES: [(&str, &str, u32); 5] = [
+    ("qwen3", "base", 0),
+    ("qwen3_5", "base", 0),
+    ("qwen3_5", "ratio1", 0),
+    ("qwen3_5_moe", "base", 4),
+    ("gemma4", "base", 0),
+];
 
-fn engine(family: &str, variant: &str, options: &EngineOptions) -> Engine {
-    let checkpoint = Checkpoint::Folder(support::fixture(family, variant, 0).join("f32"));
+fn engine((family, variant, seed): (&str, &str, u32), options: &EngineOptions) -> Engine {
+    let checkpoint = Checkpoint::Folder(support::fixture(family, variant, seed).join("f32"));
     let config = Config::read(&checkpoint).expect("a fixture");
     let model = config.load(&checkpoint, DType::F32, &Device::Cpu).expect("a fixture");
     let vocab_size = config.describe().vocab_size;
@@ -65,11 +71,11 @@ fn requests(count: u64) -> Vec<Request> {
 #[test]
 fn a_reply_does_not_depend_on_its_schedule() {
     let requests = requests(12);
-    for (family, variant) in FAMILIES {
+    for fixture in FIXTURES {
         let alone: Vec<Reply> = requests
             .iter()
             .map(|request| {
-                run(&mut engine(family, variant, &EngineOptions::default()), std::slice::from_ref(request), 1).remove(0)
+                run(&mut engine(fixture, &EngineOptions::default()), std::slice::from_ref(request), 1).remove(0)
             })
             .collect();
         for (tokens, block_size, sequences, memory) in
@@ -84,10 +90,10 @@ fn a_reply_does_not_depend_on_its_schedule() {
                 checkpoint_interval: 32,
                 ..EngineOptions::default()
             };
-            let mut engine = engine(family, variant, &options);
+            let mut engine = engine(fixture, &options);
             for (round, stagger) in [2, 3].into_iter().enumerate() {
                 for (index, reply) in run(&mut engine, &requests, stagger).into_iter().enumerate() {
-                    assert_eq!(reply, alone[index], "{family}-{variant}, request {index}, {options:?}, round {round}");
+                    assert_eq!(reply, alone[index], "{fixture:?}, request {index}, {options:?}, round {round}");
                 }
             }
         }
@@ -152,8 +158,9 @@ fn logits(
 fn whole_is_chunked_is_token_by_token_is_packed() {
     let mut random = Random::new(3);
     let prompt: Vec<u32> = (0..133).map(|_| random.below(400) as u32).collect();
-    for (family, variant) in FAMILIES {
-        let checkpoint = Checkpoint::Folder(support::fixture(family, variant, 0).join("f32"));
+    for fixture in FIXTURES {
+        let (family, variant, seed) = fixture;
+        let checkpoint = Checkpoint::Folder(support::fixture(family, variant, seed).join("f32"));
         let config = Config::read(&checkpoint).expect("a fixture");
         let model = config.load(&checkpoint, DType::F32, &Device::Cpu).expect("a fixture");
         let whole = logits(&*model, &prompt, &[133], false, false, &mut random);
@@ -162,7 +169,7 @@ fn whole_is_chunked_is_token_by_token_is_packed() {
             for (strangers, last_only) in [(false, false), (true, false), (false, true), (true, true)] {
                 let cut = logits(&*model, &prompt, &sizes, strangers, last_only, &mut random);
                 let case = format!("{sizes:?}, strangers {strangers}, last_only {last_only}");
-                assert_eq!(cut, whole, "{family}-{variant}: {case}");
+                assert_eq!(cut, whole, "{fixture:?}: {case}");
             }
         }
     }
@@ -173,7 +180,7 @@ fn a_prompt_that_never_fits_is_refused_with_the_numbers() {
     let prompt = |len| Request { prompt: vec![1; len], ..Request::default() };
     let small =
         EngineOptions { memory: Some(1 << 17), max_sequences: 1, max_checkpoints: 0, ..EngineOptions::default() };
-    let mut engine = engine("qwen3", "base", &small);
+    let mut engine = engine(FIXTURES[0], &small);
     let holds = engine.max_context();
     assert!(holds < 256);
     engine.add(prompt(holds - 1)).expect("it fits");

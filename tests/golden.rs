@@ -1,5 +1,5 @@
 //! Every committed fixture through [`taper::verify`]: logits, hidden states, batch rows and greedy ids of transformers
-//! 5.23, on f32 weights, the same in shards, and bf16 weights under f32 and bf16 activations.
+//! 5.23, on f32 weights, the same in shards and with single experts, and bf16 weights under f32 and bf16 activations.
 
 mod support;
 
@@ -26,6 +26,9 @@ fn fixtures_agree_with_transformers() {
         compared += check(&fixture.join("f32"), &reference, DType::F32).entries.len();
         let sharded = support::derive_sharded(&fixture.join("f32"), 3);
         check(sharded.path(), &reference, DType::F32);
+        if let Some(unfused) = support::derive_unfused(&fixture.join("f32")) {
+            check(unfused.path(), &reference, DType::F32);
+        }
         let bf16 = support::derive_bf16(&fixture.join("f32"));
         compared += check(bf16.path(), &reference, DType::F32).entries.len();
         compared += check(bf16.path(), &reference, DType::BF16).entries.len();

@@ -1,6 +1,6 @@
 //! The activations of MLPs: gated, and GELU by itself.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
 #[cfg(test)]

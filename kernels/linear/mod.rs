@@ -1,6 +1,6 @@
 //! Products with weight matrices.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]

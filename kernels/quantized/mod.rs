@@ -1,6 +1,6 @@
 //! Products with weight matrices that are packed to 8 or 4 bits.
 
-mod cpu;
+pub(crate) mod cpu;
 mod dot;
 mod pack;
 #[cfg(test)]

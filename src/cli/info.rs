@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
-use models::{CacheSpec, Checkpoint, Config, Quantization, cache, weights};
+use models::{CacheSpec, Checkpoint, Config, ExpertCount, Quantization, cache, weights};
 use serde_json::json;
 use taper::hub::{self, Metadata};
 
@@ -31,7 +31,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let description = Config::read(&checkpoint)?.describe();
     let device = args.device.choice().open()?;
     let dtype = args.device.dtype().unwrap_or_else(|| taper::default_dtype(&device));
-    let parts = Parts::read(&checkpoint, &metadata)?;
+    let parts = Parts::read(&checkpoint, &metadata, description.experts)?;
     let specs = &description.cache_specs;
     let per_token = cache::bytes_per_block(specs, 1, dtype);
     let per_sequence = cache::bytes_per_slot(specs);
@@ -54,6 +54,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "max_positions": description.max_positions,
             "weight_bytes": parts.bytes,
             "parameters": parts.parameters,
+            "active_parameters": parts.active,
+            "experts": description.experts.map(|experts| experts.total),
+            "experts_per_token": description.experts.map(|experts| experts.per_token),
             "bytes_by_part": parts.by_part,
             "packed_bytes": parts.packed.map(BTreeMap::from),
             "cache_dtype": dtype.as_str(),
@@ -76,8 +79,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     row("context", format!("{} tokens", description.max_positions));
     row("vocabulary", format!("{} tokens", description.vocab_size));
-    let parameters = parts.parameters.map(|count| format!("{}, ", count_of(count))).unwrap_or_default();
-    row("weights", format!("{parameters}{}", bytes_of(parts.bytes)));
+    if let Some(ExpertCount { total, per_token }) = description.experts {
+        row("experts", format!("{total} a layer, {per_token} for each token"));
+    }
+    let active = parts.active.filter(|_| description.experts.is_some());
+    let active = active.map(|count| format!(" ({} for each token)", count_of(count))).unwrap_or_default();
+    let parameters = parts.parameters.map(|count| format!("{} parameters{active}, ", count_of(count)));
+    row("weights", format!("{}{}", parameters.unwrap_or_default(), bytes_of(parts.bytes)));
     for (part, bytes) in &parts.by_part {
         row(&format!("  {part}"), bytes_of(*bytes));
     }
@@ -94,10 +102,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         row("recurrent state", format!("{} per sequence in f32", bytes_of(per_sequence as u64)));
     }
     row("free memory", bytes_of(free as u64));
-    let fits = match parts.resident as usize + per_sequence + per_window < free {
-        true if specs.is_empty() => format!("yes, with texts of up to {context} tokens"),
-        true => format!("yes, with a context of up to {context} tokens"),
-        false => "no: the weights alone need more memory than is free".into(),
+    let fits = |bytes: u64| (bytes as usize).saturating_add(per_sequence + per_window) < free;
+    let packed = parts.packed.iter().flatten().find(|(_, bytes)| fits(*bytes));
+    let fits = match (fits(parts.resident), packed) {
+        (true, _) if specs.is_empty() => format!("yes, with texts of up to {context} tokens"),
+        (true, _) => format!("yes, with a context of up to {context} tokens"),
+        (false, Some((quantization, _))) => format!("with --quant {quantization}; not as they are stored"),
+        (false, None) => "no: the weights alone need more memory than is free".into(),
     };
     row("fits", fits);
     Ok(ExitCode::SUCCESS)
@@ -111,22 +122,34 @@ struct Parts {
     /// As `resident`, with the weights packed; `None` where only the files' sizes are known.
     packed: Option<[(&'static str, u64); 2]>,
     parameters: Option<u64>,
+    /// What a token's step computes with: without the experts that it does not go to, and the embedding, of which it
+    /// reads a row.
+    active: Option<u64>,
     by_part: BTreeMap<&'static str, u64>,
 }
 
 impl Parts {
-    fn read(checkpoint: &Checkpoint, metadata: &Metadata) -> Result<Self> {
+    fn read(checkpoint: &Checkpoint, metadata: &Metadata, experts: Option<ExpertCount>) -> Result<Self> {
         let local = metadata.weights.iter().all(|file| metadata.folder.join(&file.name).exists());
-        let tensors = match (local, metadata.weights.as_slice()) {
+        let headers = metadata.weights.iter().map(|file| Some((Path::new(&file.name), file.header.as_deref()?)));
+        let tensors = match (local, headers.collect::<Option<Vec<_>>>()) {
             (true, _) => Some(weights::tensor_sizes(checkpoint)?),
-            (false, [file]) => {
-                file.header.as_deref().map(|header| weights::header_sizes(Path::new(&file.name), header)).transpose()?
+            (false, Some(headers)) => {
+                let files = headers.into_iter().map(|(path, header)| weights::header_sizes(path, header));
+                Some(files.collect::<candle_core::Result<Vec<_>>>()?.concat())
             }
-            (false, _) => None,
+            (false, None) => None,
         };
         let Some(tensors) = tensors else {
             let bytes = metadata.weights.iter().map(|file| file.bytes).sum();
-            return Ok(Self { bytes, resident: bytes, packed: None, parameters: None, by_part: BTreeMap::new() });
+            return Ok(Self {
+                bytes,
+                resident: bytes,
+                packed: None,
+                parameters: None,
+                active: None,
+                by_part: BTreeMap::new(),
+            });
         };
         let mut by_part = BTreeMap::new();
         for tensor in &tensors {
@@ -136,25 +159,40 @@ impl Parts {
         let bytes = by_part.values().sum();
         let elsewhere: u64 = [UNUSED, ON_DISK].iter().filter_map(|part| by_part.get(part)).sum();
         let parameters = Some(tensors.iter().map(elements).sum());
-        let packed = [("q8", Quantization::Q8), ("q4", Quantization::Q4)].map(|(name, quantization)| {
-            let used = tensors.iter().filter(|tensor| ![UNUSED, ON_DISK].contains(&part(&tensor.name)));
-            let bytes = used.map(|tensor| match *tensor.shape {
-                [outer, inner] if part(&tensor.name) != POSITIONS => quantization.bytes([outer, inner]) as u64,
-                _ => tensor.bytes as u64,
-            });
-            (name, bytes.sum())
+        let used = || tensors.iter().filter(|tensor| ![UNUSED, ON_DISK].contains(&part(&tensor.name)));
+        let packed = [("q8", Quantization::Q8), ("q4", Quantization::Q4)]
+            .map(|(name, quantization)| (name, used().map(|tensor| packed_bytes(tensor, quantization)).sum()));
+        let has_head = used().any(|tensor| part(&tensor.name) == HEAD);
+        let active = used().map(|tensor| match (part(&tensor.name), experts) {
+            (EMBEDDING, _) if has_head => 0,
+            (EXPERTS, Some(ExpertCount { total, per_token })) => elements(tensor) * per_token as u64 / total as u64,
+            _ => elements(tensor),
         });
-        Ok(Self { bytes, resident: bytes - elsewhere, packed: Some(packed), parameters, by_part })
+        let active = Some(active.sum());
+        Ok(Self { bytes, resident: bytes - elsewhere, packed: Some(packed), parameters, active, by_part })
     }
 }
 
 const UNUSED: &str = "not used";
 const ON_DISK: &str = "read from the file";
+const EMBEDDING: &str = "embedding";
+const HEAD: &str = "head";
+const EXPERTS: &str = "experts";
 const POSITIONS: &str = "positions";
+
+/// What a tensor takes in memory under `--quant`.
+fn packed_bytes(tensor: &weights::TensorSize, quantization: Quantization) -> u64 {
+    let is_router = ["mlp.gate.weight", "shared_expert_gate.weight"].iter().any(|name| tensor.name.ends_with(name));
+    match *tensor.shape {
+        [outer, inner] if !is_router && part(&tensor.name) != POSITIONS => quantization.bytes([outer, inner]) as u64,
+        [count, outer, inner] if part(&tensor.name) == EXPERTS => (count * quantization.bytes([outer, inner])) as u64,
+        _ => tensor.bytes as u64,
+    }
+}
 
 /// The part of the model that a tensor belongs to.
 fn part(name: &str) -> &'static str {
-    const PARTS: [(&str, &str); 21] = [
+    const PARTS: [(&str, &str); 22] = [
         ("mtp.", UNUSED),
         ("visual.", UNUSED),
         ("vision_tower.", UNUSED),
@@ -163,14 +201,15 @@ fn part(name: &str) -> &'static str {
         ("embed_audio.", UNUSED),
         ("embed_tokens_per_layer", ON_DISK),
         ("per_layer_", "per-layer input"),
-        ("embed_tokens", "embedding"),
-        ("lm_head", "head"),
+        ("embed_tokens", EMBEDDING),
+        ("lm_head", HEAD),
         ("self_attn", "attention"),
         ("linear_attn", "delta net"),
+        ("mlp.experts.", EXPERTS),
         ("mlp", "mlp"),
         // XLM-RoBERTa's, the first that fits.
         ("LayerNorm", "norms"),
-        ("word_embeddings", "embedding"),
+        ("word_embeddings", EMBEDDING),
         ("position_embeddings", POSITIONS),
         ("token_type_embeddings", POSITIONS),
         (".attention.", "attention"),
@@ -193,8 +232,8 @@ pub fn bytes_of(bytes: u64) -> String {
 
 fn count_of(count: u64) -> String {
     match count as f64 {
-        count if count >= 1e9 => format!("{:.2} G parameters", count / 1e9),
-        count => format!("{:.1} M parameters", count / 1e6),
+        count if count >= 1e9 => format!("{:.2} G", count / 1e9),
+        count => format!("{:.1} M", count / 1e6),
     }
 }
 
@@ -209,6 +248,8 @@ mod tests {
         assert_eq!(part("model.language_model.embed_tokens_per_layer.weight"), ON_DISK);
         assert_eq!(part("model.language_model.layers.0.post_per_layer_input_norm.weight"), "per-layer input");
         assert_eq!(part("mtp.layers.0.mlp.down_proj.weight"), "not used");
+        assert_eq!(part("model.language_model.layers.0.mlp.experts.gate_up_proj"), EXPERTS);
+        assert_eq!(part("model.layers.0.mlp.shared_expert.gate_proj.weight"), "mlp");
         assert_eq!(part("encoder.layer.0.attention.output.LayerNorm.weight"), "norms");
         assert_eq!(part("encoder.layer.0.attention.output.dense.weight"), "attention");
         assert_eq!(part("roberta.encoder.layer.0.output.dense.bias"), "mlp");
@@ -221,6 +262,6 @@ mod tests {
         assert_eq!(bytes_of(512), "512 bytes");
         assert_eq!(bytes_of(6 * 1024), "6.0 KiB");
         assert_eq!(bytes_of(5 << 30), "5.00 GiB");
-        assert_eq!(count_of(596_049_920), "596.0 M parameters");
+        assert_eq!(count_of(596_049_920), "596.0 M");
     }
 }

@@ -1,8 +1,11 @@
 //! The Hub client against a server on this machine: what it fetches, where it puts it, and what can go wrong on the way.
 
 mod cached;
+mod info;
 mod refused;
 mod server;
+#[path = "../support/mod.rs"]
+mod support;
 mod transfer;
 
 use std::{

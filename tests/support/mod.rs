@@ -100,6 +100,31 @@ pub fn derive(folder: &Path, change: impl FnOnce(&mut HashMap<String, Tensor>, &
     derived
 }
 
+/// The checkpoint in `folder` with the matrices of its experts one by one, as some exports have them; `None` if it has no
+/// experts.
+pub fn derive_unfused(folder: &Path) -> Option<TempDir> {
+    if !weights(folder).keys().any(|name| name.ends_with("experts.gate_up_proj")) {
+        return None;
+    }
+    Some(derive(folder, |tensors, _| {
+        let stacks = std::mem::take(tensors).into_iter();
+        let (stacks, others): (Vec<_>, Vec<_>) = stacks.partition(|(name, _)| name.contains(".experts."));
+        tensors.extend(others);
+        for (name, stack) in stacks {
+            let (prefix, name) = name.rsplit_once('.').expect("a path");
+            for expert in 0..stack.dim(0).expect("a stack") {
+                let matrix = stack.get(expert).expect("an expert");
+                let parts = matrix.chunk(if name == "gate_up_proj" { 2 } else { 1 }, 0).expect("halves");
+                let names = if name == "gate_up_proj" { &["gate_proj", "up_proj"][..] } else { &["down_proj"] };
+                for (name, part) in names.iter().zip(parts) {
+                    let part = part.contiguous().expect("memory");
+                    tensors.insert(format!("{prefix}.{expert}.{name}.weight"), part);
+                }
+            }
+        }
+    }))
+}
+
 /// The checkpoint in `folder` with its weights dealt out by name to `shards` files.
 pub fn derive_sharded(folder: &Path, shards: usize) -> TempDir {
     let derived = copy_but_weights(folder);
