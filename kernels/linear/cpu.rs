@@ -2,13 +2,16 @@
 //! Many rows: panels of weights and blocks of `x` are widened and turned for the register tile.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tile::{Accumulators, Blocked, Group, Interleave, OUTS, ROWS, STRETCH, Streamed, Turn, pieces};
+#[cfg(target_arch = "x86_64")]
+use super::tile::Wide;
+use super::tile::{Accumulators, Blocked, Group, Interleave, Narrow, Streamed, Tile, Turn, pieces};
 use crate::cpu::Shared;
-use crate::simd::{LANES, Stored, dispatch};
+use crate::simd::{Instructions, LANES, Stored, dispatch, instructions};
 
 /// `x` `[n, inner]`, `weight` `[outer, inner]`, `bias` `[outer]`; returns `[n, outer]`.
 pub fn linear<X: Stored, W: Stored>(
@@ -26,7 +29,11 @@ pub fn linear<X: Stored, W: Stored>(
             2 => product.stream::<2, 6>(),
             3 | 5 | 6 | 9 => product.stream::<3, 3>(),
             4..=STREAMED_ROWS => product.stream::<4, 3>(),
-            _ => product.block(),
+            _ => match instructions() {
+                #[cfg(target_arch = "x86_64")]
+                Instructions::Avx512 => product.block::<Wide, 12, 32>(),
+                _ => product.block::<Narrow, 6, 16>(),
+            },
         }
     }
     out
@@ -37,12 +44,10 @@ const STREAMED_ROWS: usize = 16;
 /// Weights that are asked for ahead of time stay in the first-level cache if they are no more than these bytes.
 const PREFETCHED_BYTES: usize = 24 << 10;
 
-/// Values of the inner dimension for which a panel of weights, as many tiles as its width allows, stays in the
-/// second-level cache.
-const PANEL_COLUMNS: usize = 2048;
-/// Tiles of rows that meet a stretch of a panel before the next stretch.
-const BLOCK_TILES: usize = 8;
-const BLOCK_ROWS: usize = BLOCK_TILES * ROWS;
+/// Weights of a stretch that stay in the second-level cache.
+const PANEL: usize = 1 << 15;
+/// Rows that meet a stretch of a panel before the next stretch.
+const BLOCK_ROWS: usize = 48;
 /// Rows that are turned at once and share one turn of each panel.
 const MAX_ROWS: usize = 11 * BLOCK_ROWS;
 
@@ -87,25 +92,25 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
         });
     }
 
-    fn block(&self) {
+    fn block<T: Tile<R, O>, const R: usize, const O: usize>(&self) {
         let &Self { n, inner, outer, .. } = self;
         let columns = inner.div_ceil(LANES) * LANES;
-        let panel_outs = OUTS * (PANEL_COLUMNS / columns.min(STRETCH * LANES)).clamp(1, 8);
+        let panel_outs = O * (PANEL / (O * columns.min(T::STRETCH * LANES))).clamp(1, 8);
         let mut scratch = SCRATCH.take();
         for rows in pieces(0..n, MAX_ROWS) {
-            let x = aligned(&mut scratch, rows.len().next_multiple_of(ROWS) * columns).as_chunks_mut().0;
+            let x = aligned(&mut scratch, rows.len().next_multiple_of(R) * columns).as_chunks_mut().0;
             x.par_chunks_mut(columns)
-                .zip(parallel_pieces(rows.clone(), ROWS))
+                .zip(parallel_pieces(rows.clone(), R))
                 .for_each(|(target, rows)| dispatch(Turn { source: self.x, inner, rows, target }));
             let x = &*x;
             // A narrow weight has too few panels for all threads: then they share its rows as well.
             let parts = (2 * rayon::current_num_threads()).div_ceil(outer.div_ceil(panel_outs).max(1));
-            let part = rows.len().div_ceil(parts).next_multiple_of(ROWS);
+            let part = rows.len().div_ceil(parts).next_multiple_of(R);
             parallel_pieces(0..outer, panel_outs).for_each(|outs| {
                 parallel_pieces(rows.clone(), part).for_each(|part| {
-                    let x = &x[(part.start - rows.start) / ROWS * columns..];
+                    let x = &x[(part.start - rows.start) / R * columns..];
                     let mut scratch = SCRATCH.take();
-                    self.panel(x, part, outs.clone(), &mut scratch);
+                    self.panel::<T, R, O>(x, part, outs.clone(), &mut scratch);
                     SCRATCH.set(scratch);
                 })
             });
@@ -114,26 +119,40 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
     }
 
     /// The outputs `outs` of the rows `rows`, which `x` holds turned.
-    fn panel(&self, x: &[[f32; ROWS]], rows: Range<usize>, outs: Range<usize>, scratch: &mut Vec<f32>) {
+    fn panel<T: Tile<R, O>, const R: usize, const O: usize>(
+        &self,
+        x: &[[f32; R]],
+        rows: Range<usize>,
+        outs: Range<usize>,
+        scratch: &mut Vec<f32>,
+    ) {
         let groups = self.inner.div_ceil(LANES);
-        let (columns, tiles) = (groups * LANES, outs.len().div_ceil(OUTS));
-        let (weights, rest) = aligned(scratch, tiles * (OUTS * columns + BLOCK_TILES * (LANES + 1) * ROWS * OUTS))
-            .split_at_mut(tiles * OUTS * columns);
+        let (columns, tiles) = (groups * LANES, outs.len().div_ceil(O));
+        let (weights, rest) =
+            aligned(scratch, tiles * O * (columns + (LANES + 1) * BLOCK_ROWS)).split_at_mut(tiles * O * columns);
         let weights = weights.as_chunks_mut().0;
-        for (target, rows) in weights.chunks_exact_mut(columns).zip(pieces(outs.clone(), OUTS)) {
+        for (target, rows) in weights.chunks_exact_mut(columns).zip(pieces(outs.clone(), O)) {
             dispatch(Turn { source: self.weight, inner: self.inner, rows, target });
         }
-        let (accumulators, sums) = rest.split_at_mut(tiles * BLOCK_TILES * LANES * ROWS * OUTS);
-        let accumulators: &mut [Accumulators] = accumulators.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
-        let sums: &mut [[[f32; OUTS]; ROWS]] = sums.as_chunks_mut().0.as_chunks_mut().0;
-        for (rows, x) in pieces(rows, BLOCK_ROWS).zip(x.chunks(BLOCK_TILES * columns)) {
-            let count = rows.len().div_ceil(ROWS);
+        let (accumulators, sums) = rest.split_at_mut(tiles * O * LANES * BLOCK_ROWS);
+        let accumulators: &mut [Accumulators<R, O>] =
+            accumulators.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
+        let sums: &mut [[[f32; O]; R]] = sums.as_chunks_mut().0.as_chunks_mut().0;
+        for (rows, x) in pieces(rows, BLOCK_ROWS).zip(x.chunks(BLOCK_ROWS / R * columns)) {
+            let count = rows.len().div_ceil(R);
             let x = &x[..count * columns];
             let accumulators = &mut accumulators[..count * tiles];
-            dispatch(Blocked { x, weights, groups, accumulators, sums: &mut sums[..count * tiles] });
+            dispatch(Blocked {
+                tile: PhantomData::<T>,
+                x,
+                weights,
+                groups,
+                accumulators,
+                sums: &mut sums[..count * tiles],
+            });
             for (row, at) in rows.zip(0..) {
-                for (sums, outs) in sums[at / ROWS * tiles..].iter().zip(pieces(outs.clone(), OUTS)) {
-                    self.write(row, outs.start, &sums[at % ROWS][..outs.len()]);
+                for (sums, outs) in sums[at / R * tiles..].iter().zip(pieces(outs.clone(), O)) {
+                    self.write(row, outs.start, &sums[at % R][..outs.len()]);
                 }
             }
         }

@@ -1,6 +1,8 @@
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::simd::Instructions;
+use crate::simd::tests::{available, on};
 use crate::testing::{Random, assert_close, op_limit, values};
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -92,5 +94,22 @@ fn shapes_that_do_not_fit_are_refused() -> Result<()> {
         (Tensor::zeros((4, 3), DType::F32, &Device::Cpu)?, Tensor::zeros(5, DType::F32, &Device::Cpu)?);
     let error = linear_with_bias(&x, &weight, &bias).expect_err("5 is not 4").to_string();
     assert!(error.contains("linear: bias is [5] F32, expected F32 [4]"), "{error}");
+    Ok(())
+}
+
+/// The tile for many rows is another one with AVX-512, and must not show.
+#[test]
+fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
+    let mut random = Random::new(7);
+    for (n, inner, outer) in [(17, 64, 16), (40, 300, 70), (131, 2100, 33)] {
+        let x = random.tensor(&[n, inner], 1.0, DType::F32, &Device::Cpu)?;
+        let weight = random.tensor(&[outer, inner], 1.0, DType::BF16, &Device::Cpu)?;
+        let alone: Vec<Vec<u32>> =
+            (0..n).map(|row| Ok(bits(&linear(&x.narrow(0, row, 1)?, &weight)?))).collect::<Result<_>>()?;
+        for instructions in available().filter(|&instructions| instructions > Instructions::Portable) {
+            let got = bits(&on(instructions, || linear(&x, &weight))?);
+            assert_eq!(got, alone.concat(), "[{n}, {inner}] by [{outer}, {inner}] on {instructions:?}");
+        }
+    }
     Ok(())
 }

@@ -7,6 +7,7 @@
 //! once they are in registers. Either way an output sees the same operations, so its bits depend neither on its
 //! neighbours nor on how many rows there are. They do depend on whether the machine fuses multiply and add.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch};
@@ -133,56 +134,58 @@ impl<T: Stored, const R: usize> Kernel for Turn<'_, T, R> {
     }
 }
 
-/// Rows and outputs of the tile for many rows: twelve accumulators, two loads of weights and a broadcast of `x` fill the
-/// sixteen registers of AVX2.
-pub const ROWS: usize = 6;
-pub const OUTS: usize = 2 * LANES;
+/// A register tile for many rows: `R` of them times `O` outputs.
+pub trait Tile<const R: usize, const O: usize> {
+    /// Groups after which the next lane has its turn, so that the weights of a lane stay in the first-level cache for all
+    /// tiles, and the stretch of all operands in the second.
+    const STRETCH: usize;
 
-/// The accumulators of a tile: each lane of a dot product is summed on its own.
-pub type Accumulators = [[[f32; OUTS]; ROWS]; LANES];
-
-/// Many rows: tiles of turned `x` times tiles of turned weights.
-pub struct Blocked<'a> {
-    /// `[tiles, LANES, groups]`
-    pub x: &'a [[f32; ROWS]],
-    /// `[panel, LANES, groups]`
-    pub weights: &'a [[f32; OUTS]],
-    pub groups: usize,
-    /// `[tiles, panel]`, of any content.
-    pub accumulators: &'a mut [Accumulators],
-    /// `[tiles, panel]`
-    pub sums: &'a mut [[[f32; OUTS]; ROWS]],
+    /// Adds the products of one lane of a dot product to `stored`, which is zero if `fresh`.
+    fn multiply<V: Lanes>(x: &[[f32; R]], weights: &[[f32; O]], fresh: bool, stored: &mut [[f32; O]; R]);
 }
 
-/// Groups after which the next lane has its turn, so that the weights of a lane stay in the first-level cache for all
-/// tiles, and the stretch of all operands in the second.
-pub const STRETCH: usize = 192;
+/// The accumulators of a tile: each lane of a dot product is summed on its own.
+pub type Accumulators<const R: usize, const O: usize> = [[[f32; O]; R]; LANES];
 
-impl Kernel for Blocked<'_> {
+/// Many rows: tiles of turned `x` times tiles of turned weights.
+pub struct Blocked<'a, T, const R: usize, const O: usize> {
+    pub tile: PhantomData<T>,
+    /// `[tiles, LANES, groups]`
+    pub x: &'a [[f32; R]],
+    /// `[panel, LANES, groups]`
+    pub weights: &'a [[f32; O]],
+    pub groups: usize,
+    /// `[tiles, panel]`, of any content.
+    pub accumulators: &'a mut [Accumulators<R, O>],
+    /// `[tiles, panel]`
+    pub sums: &'a mut [[[f32; O]; R]],
+}
+
+impl<T: Tile<R, O>, const R: usize, const O: usize> Kernel for Blocked<'_, T, R, O> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let whole = LANES * self.groups;
         let panel = self.weights.len() / whole;
-        for stretch in pieces(0..self.groups, STRETCH) {
+        for stretch in pieces(0..self.groups, T::STRETCH) {
             let fresh = stretch.start == 0;
             for lane in 0..LANES {
                 let part = lane * self.groups + stretch.start..lane * self.groups + stretch.end;
                 for (t, weights) in self.weights.chunks_exact(whole).enumerate() {
                     let tiles = self.x.chunks_exact(whole).zip(self.accumulators.chunks_exact_mut(panel));
                     for (x, accumulators) in tiles {
-                        multiply::<V>(&x[part.clone()], &weights[part.clone()], fresh, &mut accumulators[t][lane]);
+                        T::multiply::<V>(&x[part.clone()], &weights[part.clone()], fresh, &mut accumulators[t][lane]);
                     }
                 }
             }
         }
         for (accumulators, sums) in self.accumulators.iter().zip(self.sums) {
-            for row in 0..ROWS {
-                for (half, sums) in sums[row].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            for row in 0..R {
+                for (eight, sums) in sums[row].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
                     let mut lanes = [V::splat(0.0); LANES];
                     for lane in 0..LANES {
-                        lanes[lane] = V::load(&accumulators[lane][row].as_chunks().0[half]);
+                        lanes[lane] = V::load(&accumulators[lane][row].as_chunks().0[eight]);
                     }
                     let [a, b, c, d, e, f, g, h] = lanes;
                     let upper = a.add(b).add(c.add(d));
@@ -193,23 +196,85 @@ impl Kernel for Blocked<'_> {
     }
 }
 
-/// Adds the products of one lane of a dot product.
-#[inline(always)]
-fn multiply<V: Lanes>(x: &[[f32; ROWS]], weights: &[[f32; OUTS]], fresh: bool, stored: &mut [[f32; OUTS]; ROWS]) {
-    let mut sums = [[V::splat(0.0); 2]; ROWS];
-    if !fresh {
-        load_all(&mut sums, stored);
-    }
-    for (x, weights) in x.iter().zip(weights) {
-        let halves = weights.as_chunks::<LANES>().0;
-        let (first, second) = (V::load(&halves[0]), V::load(&halves[1]));
-        for row in 0..ROWS {
-            let x = V::splat(x[row]);
-            sums[row][0] = x.mul_add(first, sums[row][0]);
-            sums[row][1] = x.mul_add(second, sums[row][1]);
+/// On [`Lanes`]: twelve accumulators, two loads of weights and a broadcast of `x` fill the sixteen registers of AVX2.
+pub struct Narrow;
+
+impl Tile<6, 16> for Narrow {
+    const STRETCH: usize = 192;
+
+    #[inline(always)]
+    fn multiply<V: Lanes>(x: &[[f32; 6]], weights: &[[f32; 16]], fresh: bool, stored: &mut [[f32; 16]; 6]) {
+        let mut sums = [[V::splat(0.0); 2]; 6];
+        if !fresh {
+            for row in 0..6 {
+                for (half, stored) in stored[row].as_chunks().0.iter().enumerate() {
+                    sums[row][half] = V::load(stored);
+                }
+            }
+        }
+        for (x, weights) in x.iter().zip(weights) {
+            let halves = weights.as_chunks::<LANES>().0;
+            let (first, second) = (V::load(&halves[0]), V::load(&halves[1]));
+            for row in 0..6 {
+                let x = V::splat(x[row]);
+                sums[row][0] = x.mul_add(first, sums[row][0]);
+                sums[row][1] = x.mul_add(second, sums[row][1]);
+            }
+        }
+        for row in 0..6 {
+            for (half, stored) in stored[row].as_chunks_mut().0.iter_mut().enumerate() {
+                sums[row][half].store(stored);
+            }
         }
     }
-    store_all(&sums, stored);
+}
+
+/// On AVX-512: twenty-four accumulators of its thirty-two registers. Only where the machine has it.
+#[cfg(target_arch = "x86_64")]
+pub struct Wide;
+
+#[cfg(target_arch = "x86_64")]
+impl Tile<12, 32> for Wide {
+    const STRETCH: usize = 128;
+
+    #[inline(always)]
+    fn multiply<V: Lanes>(x: &[[f32; 12]], weights: &[[f32; 32]], fresh: bool, stored: &mut [[f32; 32]; 12]) {
+        // SAFETY: whoever names the type has found the feature.
+        unsafe { multiply_avx512(x, weights, fresh, stored) }
+    }
+}
+
+/// # Safety
+///
+/// The machine has AVX-512 F.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_avx512(x: &[[f32; 12]], weights: &[[f32; 32]], fresh: bool, stored: &mut [[f32; 32]; 12]) {
+    use std::arch::x86_64::*;
+    let mut sums = [[_mm512_setzero_ps(); 2]; 12];
+    // SAFETY of the blocks below: loads and stores cover exactly half of a borrowed array of 32.
+    if !fresh {
+        for row in 0..12 {
+            let source = stored[row].as_ptr();
+            sums[row] = unsafe { [_mm512_loadu_ps(source), _mm512_loadu_ps(source.add(16))] };
+        }
+    }
+    for (x, weights) in x.iter().zip(weights) {
+        let source = weights.as_ptr();
+        let (first, second) = unsafe { (_mm512_loadu_ps(source), _mm512_loadu_ps(source.add(16))) };
+        for row in 0..12 {
+            let x = _mm512_set1_ps(x[row]);
+            sums[row][0] = _mm512_fmadd_ps(x, first, sums[row][0]);
+            sums[row][1] = _mm512_fmadd_ps(x, second, sums[row][1]);
+        }
+    }
+    for row in 0..12 {
+        let target = stored[row].as_mut_ptr();
+        unsafe {
+            _mm512_storeu_ps(target, sums[row][0]);
+            _mm512_storeu_ps(target.add(16), sums[row][1]);
+        }
+    }
 }
 
 /// Adds the products of one column. Whichever of rows and outputs is fewer stays in registers while the other is
@@ -241,26 +306,6 @@ fn step<V: Lanes, W: Stored, const R: usize, const Q: usize>(
             for q in 0..Q {
                 accumulators[r][q] = x.mul_add(column[q], accumulators[r][q]);
             }
-        }
-    }
-}
-
-// Element by element: a copy of whole arrays of lanes would go through memory.
-
-#[inline(always)]
-fn load_all<V: Lanes>(sums: &mut [[V; 2]; ROWS], stored: &[[f32; OUTS]; ROWS]) {
-    for row in 0..ROWS {
-        for (half, stored) in stored[row].as_chunks().0.iter().enumerate() {
-            sums[row][half] = V::load(stored);
-        }
-    }
-}
-
-#[inline(always)]
-fn store_all<V: Lanes>(sums: &[[V; 2]; ROWS], stored: &mut [[f32; OUTS]; ROWS]) {
-    for row in 0..ROWS {
-        for (half, stored) in stored[row].as_chunks_mut().0.iter_mut().enumerate() {
-            sums[row][half].store(stored);
         }
     }
 }

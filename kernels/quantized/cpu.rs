@@ -125,7 +125,16 @@ struct Product<'a, X> {
 }
 
 impl<X: Stored> Product<'_, X> {
+    /// Rows that share the loads of a panel are as many as the registers hold sums for.
     fn run<B: Block>(&self, blocks: &[B]) {
+        match self.instructions {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => self.run_by::<B, 6>(blocks),
+            _ => self.run_by::<B, 2>(blocks),
+        }
+    }
+
+    fn run_by<B: Block, const ROWS: usize>(&self, blocks: &[B]) {
         let panels = self.outer.div_ceil(OUTS);
         let threads = rayon::current_num_threads();
         // A narrow weight has too few panels for all threads: then they share its rows as well.
@@ -163,9 +172,6 @@ impl<X: Stored> Product<'_, X> {
         }
     }
 }
-
-/// Rows that share the loads of a panel.
-const ROWS: usize = 2;
 
 /// Blocks that are asked for ahead of use: about as many bytes as memory delivers within its latency.
 const AHEAD: usize = 4;
