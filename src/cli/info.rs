@@ -93,7 +93,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         row(&format!("  with --quant {quantization}"), format!("{} in memory", bytes_of(*bytes)));
     }
     if per_token > 0 {
-        row("keys and values", format!("{} per token in {}", bytes_of(per_token as u64), dtype.as_str()));
+        let halved = if device.is_cpu() && dtype == candle_core::DType::F32 { ", half of it with --quant" } else { "" };
+        row("keys and values", format!("{} per token in {}{halved}", bytes_of(per_token as u64), dtype.as_str()));
     }
     if per_window > 0 {
         row("  in the window", format!("{} per sequence for the last {window} tokens", bytes_of(per_window as u64)));
