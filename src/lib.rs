@@ -55,7 +55,7 @@ pub use error::{Error, Result};
 pub use generation::{Piece, Usage};
 pub use llm::{Llm, Options, Stream, Streams};
 pub use message::{Message, Role, Tool, ToolCall};
-pub use models::{Heads, Quantization};
+pub use models::{Heads, PackCache, Quantization};
 pub use reply::{Channel, Reply};
 pub use sampler::{Logprobs, Sampled, Sampler, SamplingParams};
 pub use sequence::{Reuse, SequenceId, Shortfall};
