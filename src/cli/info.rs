@@ -148,12 +148,12 @@ impl Parts {
     }
 }
 
-const UNUSED: &str = "not used";
-const ON_DISK: &str = "read from the file";
-const POSITIONS: &str = "positions";
+pub const UNUSED: &str = "not used";
+pub const ON_DISK: &str = "read from the file";
+pub const POSITIONS: &str = "positions";
 
 /// The part of the model that a tensor belongs to.
-fn part(name: &str) -> &'static str {
+pub fn part(name: &str) -> &'static str {
     const PARTS: [(&str, &str); 21] = [
         ("mtp.", UNUSED),
         ("visual.", UNUSED),
