@@ -16,6 +16,7 @@ use kernels::activation::gelu;
 use kernels::linear::linear;
 use kernels::moe::{Experts, Stack, route, sparse_mlp};
 use kernels::norm::add_layer_norm;
+use kernels::probe::{self, Memory};
 use kernels::quantized::{self, Quantization, QuantizedMatrix};
 use kernels::softcap::softcap;
 use kernels::testing::Random;
@@ -309,19 +310,19 @@ impl Samples {
 
 /// The machine's ceilings, measured again in every round.
 struct Machine {
-    memory: Vec<u64>,
+    memory: Memory,
     bandwidth: Samples,
     flops: Samples,
 }
 
 impl Machine {
     fn new() -> Self {
-        Self { memory: vec![1; 32 << 20], bandwidth: Samples::default(), flops: Samples::default() }
+        Self { memory: Memory::new(), bandwidth: Samples::default(), flops: Samples::default() }
     }
 
     fn measure(&mut self) {
-        self.bandwidth.0.push(kernels::probe::read_bandwidth(&self.memory));
-        self.flops.0.push(kernels::probe::peak_flops());
+        self.bandwidth.0.push(self.memory.read_bandwidth());
+        self.flops.0.push(probe::peak_flops());
     }
 
     fn report(&self) {

@@ -1,4 +1,39 @@
-//! Memory for weights.
+//! Memory for weights: their own, or that of a file.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+
+use memmap2::Mmap;
+
+/// A file, mapped for reading. It stays open, so a lock on it lasts as long as the mapping.
+pub struct Mapped {
+    bytes: Mmap,
+    _file: File,
+}
+
+impl Mapped {
+    /// Maps the whole file. It must not become shorter while it is mapped.
+    ///
+    /// # Errors
+    ///
+    /// The system refuses.
+    pub fn new(file: File) -> io::Result<Self> {
+        // SAFETY: whoever keeps weights in files replaces them by new ones and never writes to one that is there. A
+        // file that another process cuts short all the same ends this one with a bus error, which no reader of a
+        // mapping can prevent.
+        let bytes = unsafe { Mmap::map(&file)? };
+        Ok(Self { bytes, _file: file })
+    }
+}
+
+impl Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
 
 /// An empty vector with room for `capacity` elements, on huge pages where the system grants them: a product reads its
 /// weights from end to end, and with small pages it waits for address translation at every one of them.

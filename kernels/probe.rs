@@ -5,6 +5,9 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
+use crate::memory;
+use crate::simd::{Kernel, LANES, Lanes, dispatch, prefetch};
+
 /// Floating point operations per second of all threads together in independent f32 multiply-adds.
 pub fn peak_flops() -> f64 {
     const STEPS: usize = 1_000_000;
@@ -14,21 +17,55 @@ pub fn peak_flops() -> f64 {
     flops as f64 / start.elapsed().as_secs_f64()
 }
 
-/// Bytes per second that all threads together read from `values`, which should be larger than every cache.
-pub fn read_bandwidth(values: &[u64]) -> f64 {
-    let start = Instant::now();
-    let chunk = values.len().div_ceil(4 * rayon::current_num_threads());
-    black_box(values.par_chunks(chunk).map(total).reduce(|| 0, u64::wrapping_add));
-    size_of_val(values) as f64 / start.elapsed().as_secs_f64()
+/// Memory to read, larger than every cache, on huge pages where the system grants them.
+pub struct Memory(Vec<f32>);
+
+impl Memory {
+    #[expect(clippy::new_without_default, reason = "a quarter of a gibibyte is no default")]
+    pub fn new() -> Self {
+        const VALUES: usize = 64 << 20;
+        let mut values = memory::with_capacity(VALUES);
+        values.resize(VALUES, 1.0);
+        Self(values)
+    }
+
+    /// Bytes per second that all threads together read.
+    pub fn read_bandwidth(&self) -> f64 {
+        let Self(values) = self;
+        let chunk = values.len().div_ceil(4 * rayon::current_num_threads());
+        let start = Instant::now();
+        black_box(values.par_chunks(chunk).map(|values| dispatch(Total { values })).sum::<f32>());
+        size_of_val(&values[..]) as f64 / start.elapsed().as_secs_f64()
+    }
 }
 
-fn total(values: &[u64]) -> u64 {
-    let (groups, rest) = values.as_chunks::<32>();
-    let mut lanes = [0u64; 32];
-    for group in groups {
-        lanes.iter_mut().zip(group).for_each(|(lane, value)| *lane = lane.wrapping_add(*value));
+struct Total<'a> {
+    values: &'a [f32],
+}
+
+impl Kernel for Total<'_> {
+    type Output = f32;
+
+    /// Four streams, each asked for early, keep more reads under way than one does.
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> f32 {
+        const LINE: usize = 64 / size_of::<f32>();
+        const AHEAD: usize = 2048 / size_of::<f32>();
+        let streams: [&[[f32; LINE]]; 4] = {
+            let quarter = self.values.len() / 4;
+            std::array::from_fn(|i| self.values[i * quarter..][..quarter].as_chunks().0)
+        };
+        let mut sums = [[V::splat(0.0); LINE / LANES]; 4];
+        for line in 0..streams[0].len() {
+            for (stream, sums) in streams.iter().zip(&mut sums) {
+                prefetch(stream.get(line + AHEAD / LINE).map_or(&[][..], |line| line));
+                for (sum, values) in sums.iter_mut().zip(stream[line].as_chunks::<LANES>().0) {
+                    *sum = sum.add(V::load(values));
+                }
+            }
+        }
+        sums.into_iter().flatten().map(V::sum).sum()
     }
-    lanes.iter().chain(rest).fold(0, |sum, value| sum.wrapping_add(*value))
 }
 
 /// Runs `steps` rounds of multiply-adds and returns how many operations that were.

@@ -11,6 +11,7 @@ mod config;
 pub mod gemma4;
 pub mod layers;
 mod moe;
+mod pack_cache;
 mod pooling;
 pub mod qwen3;
 pub mod qwen3_5;
@@ -24,6 +25,7 @@ use serde_json::Value;
 
 pub use cache::{Cache, CacheConfig, CacheSpec};
 pub use checkpoint::Checkpoint;
+pub use pack_cache::{PackCache, Packing};
 pub use weights::Weights;
 
 /// A decoder: packed tokens in, hidden states out, logits on request.
@@ -239,7 +241,7 @@ impl Config {
     /// The model is an encoder; a tensor is missing, of another shape than the configuration says, or not used by the
     /// model; or the device has no memory left. Messages name tensor, shape and file.
     pub fn load(&self, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Box<dyn CausalLm>> {
-        self.load_quantized(checkpoint, dtype, device, None)
+        self.load_quantized(checkpoint, dtype, device, Packing::default())
     }
 
     /// As [`Config::load`], with the matrices of linear layers and embeddings packed on the way from the file. Norms,
@@ -247,15 +249,19 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// As [`Config::load`]; also if a weight is NaN or infinite, or the device is not the CPU.
+    /// As [`Config::load`]; also if a weight is NaN or infinite, or the device is not the CPU. A cache that cannot be
+    /// used is no error.
     pub fn load_quantized(
         &self,
         checkpoint: &Checkpoint,
         dtype: DType,
         device: &Device,
-        quantization: Option<Quantization>,
+        packing: impl Into<Packing>,
     ) -> Result<Box<dyn CausalLm>> {
-        let weights = || Weights::open(checkpoint, dtype, device)?.quantized(quantization);
+        let Packing { quantization, cache } = packing.into();
+        let weights = || -> Result<Weights> {
+            Ok(Weights::open(checkpoint, dtype, device)?.quantized(quantization)?.cached(cache.as_ref()))
+        };
         Ok(match self {
             Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights()?)?),
             Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights()?)?),
@@ -270,7 +276,7 @@ impl Config {
     ///
     /// As [`Config::load`], and if the model is not an encoder.
     pub fn load_encoder(&self, checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Box<dyn Encoder>> {
-        self.load_encoder_quantized(checkpoint, dtype, device, None)
+        self.load_encoder_quantized(checkpoint, dtype, device, Packing::default())
     }
 
     /// As [`Config::load_encoder`], with matrices packed as by [`Config::load_quantized`]. The sparse and ColBERT heads
@@ -284,10 +290,13 @@ impl Config {
         checkpoint: &Checkpoint,
         dtype: DType,
         device: &Device,
-        quantization: Option<Quantization>,
+        packing: impl Into<Packing>,
     ) -> Result<Box<dyn Encoder>> {
-        let weights =
-            |heads: &[&str]| Weights::open_with_heads(checkpoint, heads, dtype, device)?.quantized(quantization);
+        let Packing { quantization, cache } = packing.into();
+        let weights = |heads: &[&str]| -> Result<Weights> {
+            let weights = Weights::open_with_heads(checkpoint, heads, dtype, device)?;
+            Ok(weights.quantized(quantization)?.cached(cache.as_ref()))
+        };
         Ok(match self {
             Self::Qwen3(config) => Box::new(qwen3::Qwen3Embedding::load(config, checkpoint, &weights(&[])?)?),
             Self::BgeM3(config) => Box::new(bge_m3::BgeM3::load(config, checkpoint, &weights(&bge_m3::HEADS)?)?),

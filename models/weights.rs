@@ -12,6 +12,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use half::{bf16, f16};
@@ -23,6 +24,7 @@ use safetensors::tensor::{SafeTensors, TensorInfo};
 use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
+use crate::pack_cache::{PackCache, Packs};
 use crate::torch_zip;
 
 /// The tensors of a checkpoint below a prefix.
@@ -33,6 +35,7 @@ pub struct Weights {
     dtype: DType,
     device: Device,
     quantization: Option<Quantization>,
+    packs: Option<Arc<Packs>>,
 }
 
 impl Weights {
@@ -66,6 +69,7 @@ impl Weights {
             dtype,
             device: device.clone(),
             quantization: None,
+            packs: None,
         })
     }
 
@@ -79,6 +83,16 @@ impl Weights {
             bail!("quantised weights run on the CPU so far, not on another device")
         }
         Ok(Self { quantization, ..self })
+    }
+
+    /// The same weights, whose packed matrices come from `cache` if they are there, and are kept in it if not. Weights
+    /// that are built into the program are not kept.
+    pub fn cached(self, cache: Option<&PackCache>) -> Self {
+        let (Some(cache), Some(format), false) = (cache, self.quantization, self.tensors.are_built_in()) else {
+            return self;
+        };
+        let packs = Packs::open(cache, format, self.tensors.packed_bytes(format), |visit| self.tensors.identify(visit));
+        Self { packs: packs.map(Arc::new), ..self }
     }
 
     /// The tensors whose names begin with this prefix, a dot and `name`.
@@ -159,6 +173,11 @@ impl Weights {
             };
             parts.push((rows, entry, widen));
         }
+        let shape = [rows.iter().sum(), columns];
+        let name = parts.iter().map(|(_, entry, _)| entry.name.as_str()).collect::<Vec<_>>().join(" ");
+        if let Some(packed) = self.packs.as_ref().and_then(|packs| packs.get(&name, shape)) {
+            return Ok(Some(packed));
+        }
         let row = |mut index: usize, values: &mut [f32]| {
             for (rows, entry, widen) in &parts {
                 match index.checked_sub(*rows) {
@@ -170,11 +189,13 @@ impl Weights {
                 }
             }
         };
-        let shape = [rows.iter().sum(), columns];
         let packed = QuantizedMatrix::pack(quantization, shape, row);
         parts.iter().for_each(|(_, entry, _)| entry.file.release(&entry.range));
         match packed {
-            Ok(packed) => Ok(Some(packed)),
+            Ok(packed) => {
+                self.packs.iter().for_each(|packs| packs.add(&name, &packed));
+                Ok(Some(packed))
+            }
             Err(error) => bail!("{}: {}: {error}", parts[0].1.path.display(), names.join(", ")),
         }
     }
@@ -230,7 +251,8 @@ impl Weights {
         });
     }
 
-    /// Refuses a checkpoint that holds a tensor which was not read and whose name begins with none of `ignored`.
+    /// Refuses a checkpoint that holds a tensor which was not read and whose name begins with none of `ignored`. No
+    /// matrix is read after it.
     ///
     /// # Errors
     ///
@@ -240,6 +262,7 @@ impl Weights {
         let left: Vec<&String> =
             unread.iter().filter(|name| !ignored.iter().any(|i| name.starts_with(i.prefix))).collect();
         if left.is_empty() {
+            self.packs.iter().for_each(|packs| packs.finish());
             return Ok(());
         }
         let shown: Vec<String> = left
@@ -450,6 +473,50 @@ impl Tensors {
         let read = (index + 1 == count).then_some(stack.as_str());
         (index < count).then_some(Found { file: *file, info, read })
     }
+
+    fn are_built_in(&self) -> bool {
+        self.files.iter().any(|file| matches!(file.bytes, Bytes::Static(_)))
+    }
+
+    /// What packing takes at most: not every matrix is packed.
+    fn packed_bytes(&self, format: Quantization) -> u64 {
+        let bytes = self.entries.values().map(|(_, info)| match *info.shape {
+            [ref outer @ .., inner] if !outer.is_empty() => format.bytes([outer.iter().product(), inner]) as u64,
+            _ => 0,
+        });
+        bytes.sum()
+    }
+
+    /// Gives `visit` what changes when the weights do: each file's name, size, time of change and header, and a sample
+    /// of each tensor's bytes.
+    fn identify(&self, visit: &mut dyn FnMut(&[u8])) {
+        for file in &self.files {
+            let modified = file.path.metadata().and_then(|metadata| metadata.modified()).ok();
+            let since_epoch = modified.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+            let name = file.path.file_name().unwrap_or_default();
+            visit(format!("{name:?} {} {since_epoch:?}\n", file.bytes().len()).as_bytes());
+            visit(&file.bytes()[..file.data]);
+        }
+        for (name, (file, info)) in &self.entries {
+            visit(format!("{name} {file} {:?}\n", info.data_offsets).as_bytes());
+        }
+        self.sample(visit);
+    }
+
+    fn sample(&self, visit: &mut dyn FnMut(&[u8])) {
+        const STRETCH: usize = 64;
+        for (name, (file, info)) in &self.entries {
+            visit(format!("{name} {:?} {:?}\n", info.dtype, info.shape).as_bytes());
+            let file = &self.files[*file];
+            let (start, end) = info.data_offsets;
+            let range = file.data + start..file.data + end;
+            let bytes = &file.bytes()[range.clone()];
+            for start in [0, bytes.len() / 2] {
+                visit(&bytes[start..bytes.len().min(start + STRETCH)]);
+            }
+            file.release(&range);
+        }
+    }
 }
 
 /// A tensor, or a matrix of a stack.
@@ -477,19 +544,7 @@ pub fn tensor_sizes(checkpoint: &Checkpoint) -> Result<Vec<TensorSize>> {
 ///
 /// As [`Weights::open`].
 pub fn sample(checkpoint: &Checkpoint, mut visit: impl FnMut(&[u8])) -> Result<()> {
-    const STRETCH: usize = 64;
-    let tensors = Tensors::open(checkpoint)?;
-    for (name, (file, info)) in &tensors.entries {
-        visit(format!("{name} {:?} {:?}\n", info.dtype, info.shape).as_bytes());
-        let file = &tensors.files[*file];
-        let (start, end) = info.data_offsets;
-        let range = file.data + start..file.data + end;
-        let bytes = &file.bytes()[range.clone()];
-        for start in [0, bytes.len() / 2] {
-            visit(&bytes[start..bytes.len().min(start + STRETCH)]);
-        }
-        file.release(&range);
-    }
+    Tensors::open(checkpoint)?.sample(&mut visit);
     Ok(())
 }
 

@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::Batch;
-use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads, Quantization};
+use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads, PackCache, Packing, Quantization};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -23,6 +23,8 @@ pub struct EmbedderOptions {
     pub dtype: Option<DType>,
     /// Pack the weights while loading; the sparse and ColBERT heads stay as they are. On the CPU only.
     pub quantization: Option<Quantization>,
+    /// Where packed weights are kept for the next start. Default: [`PackCache::from_env`]; `None` keeps nothing.
+    pub pack_cache: Option<PackCache>,
     /// Where models that are not folders come from.
     pub hub: HubOptions,
     /// Default: every head that the model has.
@@ -44,6 +46,7 @@ impl Default for EmbedderOptions {
             device: DeviceChoice::Auto,
             dtype: None,
             quantization: None,
+            pack_cache: Some(PackCache::from_env()),
             hub: HubOptions::from_env(),
             heads: None,
             max_tokens: None,
@@ -125,7 +128,8 @@ impl Embedder {
         let config = Config::read(checkpoint)?;
         let tokenizer = Tokenizer::load(checkpoint)?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
-        let model = config.load_encoder_quantized(checkpoint, dtype, &device, options.quantization)?;
+        let packing = Packing { quantization: options.quantization, cache: options.pack_cache.clone() };
+        let model = config.load_encoder_quantized(checkpoint, dtype, &device, packing)?;
         let traits = model.traits();
         if tokenizer.vocab_size() > traits.vocab_size {
             let message = format!("{} tokens, the model's embedding has {}", tokenizer.vocab_size(), traits.vocab_size);

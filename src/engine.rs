@@ -256,6 +256,11 @@ impl Engine {
         Stats { waiting, running, free_blocks, cached_blocks, num_blocks, checkpoints }
     }
 
+    /// Leading tokens of `tokens` behind which a longer prompt could resume now.
+    pub fn resumable(&self, tokens: &[u32]) -> usize {
+        self.scheduler.resumable(tokens).tokens.len()
+    }
+
     /// Copies to the host what the cache holds of `prefixes`, as far as a prompt that begins with them could resume.
     ///
     /// # Errors

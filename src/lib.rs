@@ -47,7 +47,7 @@ mod tokenizer;
 pub mod verify;
 
 pub use chat::{Chat, ChatStream, Loaded};
-pub use device::{DeviceChoice, available_memory, default_dtype};
+pub use device::{DeviceChoice, available_memory, default_dtype, kv_dtype};
 pub use embedder::{Embedder, EmbedderOptions, instruct};
 pub use embedding::Embedding;
 pub use engine::{Engine, EngineOptions, FinishReason, ModelLimits, Output, Request, Stats, Token};
@@ -55,7 +55,7 @@ pub use error::{Error, Result};
 pub use generation::{Piece, Usage};
 pub use llm::{Llm, Options, Stream, Streams};
 pub use message::{Message, Role, Tool, ToolCall};
-pub use models::{Heads, Quantization};
+pub use models::{Heads, PackCache, Quantization};
 pub use reply::{Channel, Reply};
 pub use sampler::{Logprobs, Sampled, Sampler, SamplingParams};
 pub use sequence::{Reuse, SequenceId, Shortfall};

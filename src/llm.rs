@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use candle_core::DType;
-use models::{Checkpoint, Config, Quantization};
+use models::{Checkpoint, Config, PackCache, Packing, Quantization};
 
 use crate::chat::Chat;
 use crate::device::{DeviceChoice, default_dtype, kv_dtype};
@@ -29,6 +29,8 @@ pub struct Options {
     pub dtype: Option<DType>,
     /// Packs the matrices of linear layers and embeddings while they are read. Default: they stay as they are stored.
     pub quantization: Option<Quantization>,
+    /// Where packed matrices are kept for the next start. Default: [`PackCache::from_env`]; `None` keeps nothing.
+    pub pack_cache: Option<PackCache>,
     pub engine: EngineOptions,
     /// Where models that are not folders come from.
     pub hub: HubOptions,
@@ -40,6 +42,7 @@ impl Default for Options {
             device: DeviceChoice::Auto,
             dtype: None,
             quantization: None,
+            pack_cache: Some(PackCache::from_env()),
             engine: EngineOptions::default(),
             hub: HubOptions::from_env(),
         }
@@ -123,7 +126,8 @@ impl Llm {
         };
         let device = options.device.open()?;
         let dtype = options.dtype.unwrap_or_else(|| default_dtype(&device));
-        let model = config.load_quantized(checkpoint, dtype, &device, options.quantization)?;
+        let packing = Packing { quantization: options.quantization, cache: options.pack_cache.clone() };
+        let model = config.load_quantized(checkpoint, dtype, &device, packing)?;
         let kv_dtype = kv_dtype(&device, dtype, options.quantization);
         let engine = Engine::new(model, limits, kv_dtype, &device, &options.engine)?;
         let origin = Origin::new(checkpoint, dtype, options.quantization, &device)?;

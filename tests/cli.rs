@@ -199,3 +199,80 @@ fn bad_requests_are_refused() {
     let output = taper(&["chat"], b"\xff\xfe");
     assert!(text(&output.stderr).contains("not UTF-8 from byte 0"));
 }
+
+#[test]
+fn bench_measures_every_combination() {
+    let args = "bench --json --prompt 16,24 --decode 4 --depth 0,40 --batch 1,3 --quant none,q8 --threads 1,2 -r 2";
+    let output = taper(&args.split(' ').collect::<Vec<_>>(), b"");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(
+        (&report["complete"], &report["family"], &report["device"]),
+        (&true.into(), &"Qwen3.5".into(), &"CPU".into())
+    );
+    let of = |value: &serde_json::Value, name: &str| value[name].as_f64().unwrap_or_else(|| panic!("{value}: {name}"));
+    for machine in report["machine"].as_array().expect("a list") {
+        let bandwidth = of(&machine["read_bytes_per_second"], "median");
+        let flops = of(&machine["multiply_add_flops_per_second"], "median");
+        assert!((1e8..1e13).contains(&bandwidth) && (1e8..1e14).contains(&flops), "{machine}");
+    }
+    let results = report["results"].as_array().expect("a list");
+    // Threads, formats, depths, batches, and two prompts and a decode.
+    assert_eq!(results.len(), 2 * 2 * 2 * 2 * 3);
+    for result in results {
+        let (batch, depth) = (of(result, "batch"), of(result, "depth"));
+        let tokens = of(result, "tokens_per_sequence") * batch;
+        let samples = result["samples"].as_array().expect("a list");
+        assert_eq!(samples.len(), 2, "{result}");
+        for sample in samples {
+            // A depth is found in the cache but for less than a block.
+            let slack = if result["test"] == "prompt" && depth > 0.0 { 32.0 * batch } else { 0.0 };
+            let ran = of(sample, "tokens");
+            assert!((tokens..=tokens + slack).contains(&ran) && of(sample, "seconds") > 0.0, "{result}");
+        }
+        let rate = of(&result["tokens_per_second"], "median");
+        assert!((1.0..1e7).contains(&rate), "{result}");
+        match &result["test"] {
+            test if *test == "decode" => {
+                let limit = of(result, "memory_limit_tokens_per_second");
+                assert!((of(result, "share_of_limit") - rate / limit).abs() < 1e-9 && limit > 100.0, "{result}");
+            }
+            _ => assert!(result["share_of_limit"].is_null()),
+        }
+    }
+    let limit = |quant: &str, batch: u64| {
+        let row = results.iter().find(|it| it["test"] == "decode" && it["quant"] == quant && it["batch"] == batch);
+        of(row.expect("measured"), "memory_limit_tokens_per_second")
+    };
+    assert!(limit("q8", 1) > limit("none", 1) && limit("none", 3) > limit("none", 1));
+}
+
+#[test]
+fn bench_prints_a_table_and_takes_encoders() {
+    let output = taper(&["bench", "-p", "8", "-n", "2", "-r", "1"], b"");
+    let table = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for part in ["prompt 8", "decode 2", "GB/s", "of limit"] {
+        assert!(table.contains(part), "{table}");
+    }
+    let encoder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/demo/embed");
+    let output = taper(&["bench", encoder, "-p", "8", "-b", "2", "-r", "1", "--json"], b"");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let results = report["results"].as_array().expect("a list");
+    assert_eq!(
+        (results.len(), &results[0]["test"], &results[0]["samples"][0]["tokens"]),
+        (1, &"encode".into(), &16.into())
+    );
+}
+
+#[test]
+fn bench_refuses_what_cannot_be_measured() {
+    refused(&["bench", "--prompt", "100000"], &["100002", "context"]);
+    refused(&["bench", "--depth", "18446744073709551615"], &["context"]);
+    refused(&["bench", "--prompt", "0", "--decode", "0"], &["no test"]);
+    for name in ["--batch", "--threads", "--repetitions"] {
+        refused(&["bench", name, "0"], &[name, "1 or more"]);
+    }
+    refused(&["bench", "--batch", "100000"], &["--batch", "at most"]);
+    refused(&["bench", "/no/such/folder"], &["/no/such/folder"]);
+}

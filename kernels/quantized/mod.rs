@@ -5,15 +5,24 @@ mod dot;
 mod pack;
 #[cfg(test)]
 mod reference;
+mod storage;
 #[cfg(test)]
 mod tests;
+
+use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use half::bf16;
 use rayon::prelude::*;
 
+use self::storage::Storage;
 use crate::cpu::view;
+use crate::memory::Mapped;
 use crate::simd::Stored;
+
+/// Changes whenever a packed weight becomes other bytes: the layout of a block, their order, or how values are rounded.
+/// What was packed under another version is of no use.
+pub const PACKING_VERSION: u32 = 1;
 
 /// How a weight is packed. Groups lie along the inner dimension; factors are bf16, rounded so that no weight is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,8 +66,8 @@ pub struct QuantizedMatrix {
 
 /// `[O / 32, groups]`
 enum Blocks {
-    Q8(Vec<Q8Block>),
-    Q4(Vec<Q4Block>),
+    Q8(Storage<Q8Block>),
+    Q4(Storage<Q4Block>),
 }
 
 /// Outputs of a panel.
@@ -95,6 +104,32 @@ impl QuantizedMatrix {
         pack::pack(format, [outer, inner], row)
     }
 
+    /// The weight `[outer, inner]` whose blocks lie in `file` from byte `start` on, as [`QuantizedMatrix::as_bytes`]
+    /// gave them on a machine with this one's byte order. They stay there: nothing is copied.
+    ///
+    /// # Errors
+    ///
+    /// The blocks do not begin at a multiple of 64 bytes, or reach beyond the end of the file.
+    pub fn map(format: Quantization, [outer, inner]: [usize; 2], file: Arc<Mapped>, start: usize) -> Result<Self> {
+        let bytes = format.bytes([outer, inner]);
+        let blocks = match format {
+            Quantization::Q8 => Storage::map(file, start, bytes).map(Blocks::Q8),
+            Quantization::Q4 => Storage::map(file, start, bytes).map(Blocks::Q4),
+        };
+        let Some(blocks) = blocks else {
+            bail!("quantized: no {bytes} bytes of blocks from byte {start} of the file on")
+        };
+        Ok(Self { outer, inner, blocks })
+    }
+
+    /// The blocks as they lie in memory.
+    pub fn as_bytes(&self) -> &[u8] {
+        match &self.blocks {
+            Blocks::Q8(blocks) => blocks.as_bytes(),
+            Blocks::Q4(blocks) => blocks.as_bytes(),
+        }
+    }
+
     /// `[O, I]`
     pub fn dims(&self) -> [usize; 2] {
         [self.outer, self.inner]
@@ -108,12 +143,9 @@ impl QuantizedMatrix {
         }
     }
 
-    /// Memory that it takes.
+    /// Memory that it takes, be it its own or that of a mapped file.
     pub fn bytes(&self) -> usize {
-        match &self.blocks {
-            Blocks::Q8(blocks) => size_of_val(&blocks[..]),
-            Blocks::Q4(blocks) => size_of_val(&blocks[..]),
-        }
+        self.as_bytes().len()
     }
 
     /// The rows `ids` `[N]` (u32), as `[N, I]` in f32: an embedding.

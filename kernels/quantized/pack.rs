@@ -14,8 +14,8 @@ pub fn pack(
     row: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Result<QuantizedMatrix> {
     let blocks = match format {
-        Quantization::Q8 => Blocks::Q8(blocks([outer, inner], row)?),
-        Quantization::Q4 => Blocks::Q4(blocks([outer, inner], row)?),
+        Quantization::Q8 => Blocks::Q8(blocks([outer, inner], row)?.into()),
+        Quantization::Q4 => Blocks::Q4(blocks([outer, inner], row)?.into()),
     };
     Ok(QuantizedMatrix { outer, inner, blocks })
 }

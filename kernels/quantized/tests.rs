@@ -42,6 +42,19 @@ fn hand_computed() -> Result<()> {
 }
 
 #[test]
+fn a_new_packing_has_a_new_version() {
+    let row = |o: usize, values: &mut [f32]| {
+        values.iter_mut().enumerate().for_each(|(i, value)| *value = ((i * 31 + o * 17) % 97) as f32 * 0.37 - 20.0);
+    };
+    let hash = |format| {
+        let matrix = QuantizedMatrix::pack(format, [70, 200], row).expect("finite");
+        let fnv = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        matrix.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, fnv)
+    };
+    assert_eq!((PACKING_VERSION, FORMATS.map(hash)), (1, [8_022_766_782_882_146_367, 2_321_739_149_130_981_245]));
+}
+
+#[test]
 fn the_error_of_a_weight_is_as_stated() {
     for (format, limit) in [(Quantization::Q8, 0.006), (Quantization::Q4, 0.09)] {
         let (weight, matrix, unpacked) = packed(format, [64, 1024], &mut Random::new(1));

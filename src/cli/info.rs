@@ -174,15 +174,15 @@ impl Parts {
     }
 }
 
-const UNUSED: &str = "not used";
-const ON_DISK: &str = "read from the file";
-const EMBEDDING: &str = "embedding";
-const HEAD: &str = "head";
-const EXPERTS: &str = "experts";
-const POSITIONS: &str = "positions";
+pub const UNUSED: &str = "not used";
+pub const ON_DISK: &str = "read from the file";
+pub const EMBEDDING: &str = "embedding";
+pub const HEAD: &str = "head";
+pub const EXPERTS: &str = "experts";
+pub const POSITIONS: &str = "positions";
 
 /// What a tensor takes in memory under `--quant`.
-fn packed_bytes(tensor: &weights::TensorSize, quantization: Quantization) -> u64 {
+pub fn packed_bytes(tensor: &weights::TensorSize, quantization: Quantization) -> u64 {
     let is_router = ["mlp.gate.weight", "shared_expert_gate.weight"].iter().any(|name| tensor.name.ends_with(name));
     match *tensor.shape {
         [outer, inner] if !is_router && part(&tensor.name) != POSITIONS => quantization.bytes([outer, inner]) as u64,
@@ -192,7 +192,7 @@ fn packed_bytes(tensor: &weights::TensorSize, quantization: Quantization) -> u64
 }
 
 /// The part of the model that a tensor belongs to.
-fn part(name: &str) -> &'static str {
+pub fn part(name: &str) -> &'static str {
     const PARTS: [(&str, &str); 22] = [
         ("mtp.", UNUSED),
         ("visual.", UNUSED),

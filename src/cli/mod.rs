@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+mod bench;
 mod chat;
 mod embed;
 mod generate;
@@ -48,6 +49,8 @@ enum Command {
     Pull(pull::Args),
     /// Show a model's parts and the memory that they take
     Info(info::Args),
+    /// Measure how fast a model runs here
+    Bench(bench::Args),
     /// Compare a model with reference outputs from transformers
     Verify(verify::Args),
 }
@@ -61,6 +64,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Search(args) => search::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Verify(args) => verify::run(&args),
     }
 }

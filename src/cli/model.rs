@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::DType;
 use clap::ValueEnum;
 use taper::hub::{self, HubOptions};
-use taper::{DeviceChoice, EngineOptions, Llm, Options, Quantization};
+use taper::{DeviceChoice, EngineOptions, Llm, Options, PackCache, Quantization};
 
 use super::Result;
 use super::progress::Bars;
@@ -82,6 +82,22 @@ impl Quant {
     }
 }
 
+/// Whether packed weights are kept.
+#[derive(Debug, clap::Args)]
+pub struct PackCacheArgs {
+    /// Pack the weights at every start, instead of keeping packed ones in the folder of TAPER_CACHE [default:
+    /// ~/.cache/taper]
+    #[arg(long, help_heading = "Model")]
+    no_pack_cache: bool,
+}
+
+impl PackCacheArgs {
+    pub fn cache(&self) -> Option<PackCache> {
+        let warn = |message: &str| eprintln!("taper: {message}");
+        (!self.no_pack_cache).then(|| PackCache { warn, ..PackCache::from_env() })
+    }
+}
+
 impl DeviceArgs {
     pub fn choice(&self) -> DeviceChoice {
         match self.device {
@@ -114,6 +130,8 @@ pub struct ModelArgs {
     /// Pack the weights while loading: less memory and faster replies, a little less exact
     #[arg(long, value_enum, default_value = "none", help_heading = "Model")]
     quant: Quant,
+    #[command(flatten)]
+    pack_cache: PackCacheArgs,
     /// Memory for keys, values and states, such as 2GiB [default: half of what is free]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Model")]
     memory: Option<usize>,
@@ -128,7 +146,7 @@ impl ModelArgs {
         let engine = EngineOptions { memory: self.memory, max_context: self.max_context, ..EngineOptions::default() };
         let quantization = self.quant.quantization();
         let (device, dtype, hub) = (self.device.choice(), self.device.dtype(), self.source.hub());
-        let options = Options { device, dtype, quantization, engine, hub };
+        let options = Options { device, dtype, quantization, pack_cache: self.pack_cache.cache(), engine, hub };
         match &self.model {
             Some(model) => Ok(Llm::load_with(model, &options, &mut Bars::default())?),
             None => demo(&options),

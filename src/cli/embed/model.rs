@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use taper::{Embedder, EmbedderOptions, Heads};
 
 use super::super::Result;
-use super::super::model::{DeviceArgs, Quant, SourceArgs};
+use super::super::model::{DeviceArgs, PackCacheArgs, Quant, SourceArgs};
 
 /// An encoder to load and how.
 #[derive(Debug, clap::Args)]
@@ -20,6 +20,8 @@ pub struct EncoderArgs {
     /// Pack the weights while loading: less memory and faster on the CPU, a little less exact
     #[arg(long, value_enum, default_value = "none", help_heading = "Model")]
     quant: Quant,
+    #[command(flatten)]
+    pack_cache: PackCacheArgs,
     /// Tokens that run at once; a longer text runs alone
     #[arg(long, value_name = "TOKENS", default_value_t = 4096, help_heading = "Model")]
     batch_tokens: usize,
@@ -38,6 +40,7 @@ impl EncoderArgs {
             device: self.device.choice(),
             dtype: self.device.dtype(),
             quantization: self.quant.quantization(),
+            pack_cache: self.pack_cache.cache(),
             hub: self.source.hub(),
             heads,
             max_tokens: self.max_length,
