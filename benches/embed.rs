@@ -6,12 +6,15 @@
 //! machine does meets all of them; medians count, with the distance between the quartiles. Seconds are those on the
 //! clock and those of the process on all its cores, which a busy machine changes less.
 
+mod support;
+
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use kernels::testing::Random;
 use models::Checkpoint;
+use support::{cpu_seconds, median};
 use taper::{Embedder, EmbedderOptions, Heads, Quantization};
 
 type AnyError = Box<dyn std::error::Error>;
@@ -59,9 +62,9 @@ fn main() -> Result<(), AnyError> {
     for ((name, lengths), times) in cases.iter().zip(&times) {
         for ((contender, _), times) in contenders.iter().zip(times) {
             let tokens = lengths.iter().sum::<usize>() as f64;
-            let [_, wall, _] = quartiles(times.iter().map(|times| times.0));
-            let [low, cpu, high] = quartiles(times.iter().map(|times| times.1));
-            let (texts, spread) = (texts as f64 / wall, 100.0 * (high - low) / cpu);
+            let (wall, _) = median(times.iter().map(|times| times.0));
+            let (cpu, spread) = median(times.iter().map(|times| times.1));
+            let (texts, spread) = (texts as f64 / wall, 100.0 * spread);
             let (tokens, each) = (tokens / wall, tokens / cpu);
             println!("{name:<24} {contender:<9} {texts:>8.2} {tokens:>8.0} {each:>12.0} {spread:>6.0} %");
         }
@@ -89,21 +92,6 @@ fn taper(embedder: &Embedder, lengths: &[usize], random: &mut Random) -> Result<
     let (wall, cpu) = (Instant::now(), cpu_seconds());
     embedder.embed_tokens(texts)?;
     Ok((wall.elapsed().as_secs_f64(), cpu_seconds() - cpu))
-}
-
-/// Of this process, from Linux; NaN elsewhere.
-fn cpu_seconds() -> f64 {
-    const TICKS_PER_SECOND: f64 = 100.0;
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-    let ticks: Vec<f64> = fields.skip(11).take(2).filter_map(|ticks| ticks.parse().ok()).collect();
-    if ticks.len() == 2 { (ticks[0] + ticks[1]) / TICKS_PER_SECOND } else { f64::NAN }
-}
-
-fn quartiles(values: impl Iterator<Item = f64>) -> [f64; 3] {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    [1, 2, 3].map(|quarter| values[(values.len() - 1) * quarter / 4])
 }
 
 struct Torch {

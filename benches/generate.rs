@@ -4,6 +4,8 @@
 //! `cargo bench --bench generate -- FOLDER` with a Qwen3 folder, such as `make_fullsize.py Qwen3-0.6B` writes. Both
 //! contenders take the same weights and ids; rounds alternate between them and the median counts, spread beside it.
 
+mod support;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -11,6 +13,7 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::qwen3::{Config as CandleConfig, ModelForCausalLM};
 use models::{Checkpoint, Config, Quantization};
+use support::median;
 use taper::{Engine, EngineOptions, ModelLimits, Request, SamplingParams};
 
 const PROMPT: usize = 512;
@@ -41,7 +44,7 @@ fn main() -> Result<(), AnyError> {
         println!("{name}: loaded in {:.2} s", loading.elapsed().as_secs_f64());
         let limits = ModelLimits { vocab_size, sampled_vocab: vocab_size, max_positions: 4096, stop_ids: vec![] };
         let options = EngineOptions { memory: Some(1 << 30), ..EngineOptions::default() };
-        let kv_dtype = if quantization.is_some() { DType::F16 } else { DType::F32 };
+        let kv_dtype = taper::kv_dtype(&Device::Cpu, DType::F32, quantization);
         engines.push(Engine::new(model, limits, kv_dtype, &Device::Cpu, &options)?);
         contenders.push((name, vec![]));
     }
@@ -106,12 +109,4 @@ fn theirs(model: &mut ModelForCausalLM, prompt: &[u32]) -> Result<Times, AnyErro
         token = next(model.forward(&row(&[token])?, prompt.len() + step)?)?;
     }
     Ok((first, (start.elapsed().as_secs_f64() - first) / DECODE as f64))
-}
-
-/// The median, and the distance of the quartiles over it.
-fn median(times: impl Iterator<Item = f64>) -> (f64, f64) {
-    let mut times: Vec<f64> = times.collect();
-    times.sort_by(f64::total_cmp);
-    let at = |quarter: usize| times[(times.len() - 1) * quarter / 4];
-    (at(2), (at(3) - at(1)) / at(2))
 }

@@ -5,11 +5,14 @@
 //! held in memory; rounds go through them in turn, and the median counts, spread beside it. Seconds are those on the
 //! clock and those of the process on all its cores, which a busy machine changes less.
 
+mod support;
+
 use std::path::Path;
 use std::time::Instant;
 
 use candle_core::{DType, Device};
 use models::{Checkpoint, Config, ExpertCount, Quantization, weights};
+use support::{cpu_seconds, median};
 use taper::{Engine, EngineOptions, ModelLimits, Request, SamplingParams};
 
 const PROMPT: usize = 64;
@@ -81,7 +84,8 @@ impl Contender {
         let vocab_size = description.vocab_size;
         let limits = ModelLimits { vocab_size, sampled_vocab: vocab_size, max_positions: 512, stop_ids: vec![] };
         let options = EngineOptions { memory: Some(1 << 28), ..EngineOptions::default() };
-        let engine = Engine::new(model, limits, DType::F32, &Device::Cpu, &options)?;
+        let kv_dtype = taper::kv_dtype(&Device::Cpu, DType::F32, quantization);
+        let engine = Engine::new(model, limits, kv_dtype, &Device::Cpu, &options)?;
         Ok(Self { name, layers: description.cache_specs.len(), vocab_size, engine })
     }
 
@@ -105,21 +109,4 @@ impl Contender {
         let (wall, cpu) = start.ok_or("no token")?;
         Ok((wall.elapsed().as_secs_f64() / DECODE as f64, (cpu_seconds() - cpu) / DECODE as f64))
     }
-}
-
-/// Of this process, from Linux; NaN elsewhere.
-fn cpu_seconds() -> f64 {
-    const TICKS_PER_SECOND: f64 = 100.0;
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-    let ticks: Vec<f64> = fields.skip(11).take(2).filter_map(|ticks| ticks.parse().ok()).collect();
-    if ticks.len() == 2 { (ticks[0] + ticks[1]) / TICKS_PER_SECOND } else { f64::NAN }
-}
-
-/// The median, and the distance of the quartiles over it.
-fn median(times: impl Iterator<Item = f64>) -> (f64, f64) {
-    let mut times: Vec<f64> = times.collect();
-    times.sort_by(f64::total_cmp);
-    let at = |quarter: usize| times[(times.len() - 1) * quarter / 4];
-    (at(2), (at(3) - at(1)) / at(2))
 }

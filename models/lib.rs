@@ -15,6 +15,7 @@ mod pack_cache;
 mod pooling;
 pub mod qwen3;
 pub mod qwen3_5;
+mod tensors;
 mod torch_zip;
 pub mod weights;
 
@@ -258,10 +259,8 @@ impl Config {
         device: &Device,
         packing: impl Into<Packing>,
     ) -> Result<Box<dyn CausalLm>> {
-        let Packing { quantization, cache } = packing.into();
-        let weights = || -> Result<Weights> {
-            Ok(Weights::open(checkpoint, dtype, device)?.quantized(quantization)?.cached(cache.as_ref()))
-        };
+        let packing = packing.into();
+        let weights = || Weights::open_packed(checkpoint, &[], dtype, device, &packing);
         Ok(match self {
             Self::Qwen3(config) => Box::new(qwen3::Qwen3::load(config, &weights()?)?),
             Self::Qwen35(config) => Box::new(qwen3_5::Qwen35::load(config, &weights()?)?),
@@ -292,11 +291,8 @@ impl Config {
         device: &Device,
         packing: impl Into<Packing>,
     ) -> Result<Box<dyn Encoder>> {
-        let Packing { quantization, cache } = packing.into();
-        let weights = |heads: &[&str]| -> Result<Weights> {
-            let weights = Weights::open_with_heads(checkpoint, heads, dtype, device)?;
-            Ok(weights.quantized(quantization)?.cached(cache.as_ref()))
-        };
+        let packing = packing.into();
+        let weights = |heads: &[&str]| Weights::open_packed(checkpoint, heads, dtype, device, &packing);
         Ok(match self {
             Self::Qwen3(config) => Box::new(qwen3::Qwen3Embedding::load(config, checkpoint, &weights(&[])?)?),
             Self::BgeM3(config) => Box::new(bge_m3::BgeM3::load(config, checkpoint, &weights(&bge_m3::HEADS)?)?),

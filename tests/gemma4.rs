@@ -3,28 +3,18 @@
 mod support;
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use models::{CacheSpec, Checkpoint, Config};
 use serde_json::{Value, json};
-use taper::verify::verify;
 use tempfile::TempDir;
 
 fn derive(change: impl FnOnce(&mut HashMap<String, Tensor>, &mut Value)) -> TempDir {
     support::derive(&support::fixture("gemma4", "base", 0).join("f32"), change)
 }
 
-fn load(folder: &Path) -> Result<(), String> {
-    let checkpoint = Checkpoint::Folder(folder.into());
-    let config = Config::read(&checkpoint).map_err(|error| error.to_string())?;
-    config.load(&checkpoint, DType::F32, &Device::Cpu).map(|_| ()).map_err(|error| error.to_string())
-}
-
 fn agrees(folder: &TempDir) {
-    let reference = support::fixture("gemma4", "base", 0).join("reference.safetensors");
-    let report = verify(&Checkpoint::Folder(folder.path().into()), &reference, DType::F32, &Device::Cpu);
-    assert!(report.expect("a reference").passed());
+    support::assert_agrees(folder.path(), &support::fixture("gemma4", "base", 0));
 }
 
 #[test]
@@ -53,12 +43,12 @@ fn tensors_that_nothing_uses_are_refused() {
         let name = "model.language_model.layers.7.self_attn.v_norm.weight";
         tensors.insert(name.into(), Tensor::zeros(5, DType::F32, &Device::Cpu).expect("memory"));
     });
-    let error = load(folder.path()).expect_err("a tensor too many");
+    let error = support::load_model(folder.path(), None).expect_err("a tensor too many");
     assert!(error.contains("layers.7.self_attn.v_norm.weight"), "{error}");
     let folder = derive(|tensors, _| {
         tensors.remove("model.language_model.layers.3.self_attn.v_proj.weight").expect("an owning layer");
     });
-    let error = load(folder.path()).expect_err("a tensor too few");
+    let error = support::load_model(folder.path(), None).expect_err("a tensor too few");
     assert!(error.contains("no tensor model.language_model.layers.3.self_attn.v_proj.weight"), "{error}");
 }
 
@@ -85,11 +75,11 @@ fn values_that_are_not_supported_are_refused() {
     ];
     for (field, value) in cases {
         let folder = derive(|_, config| config["text_config"][field] = value.clone());
-        let error = load(folder.path()).expect_err(field);
+        let error = support::load_model(folder.path(), None).expect_err(field);
         assert!(error.contains("config.json"), "{field} {value}: {error}");
     }
     let folder = derive(|_, config| config["text_config"]["use_bidirectional_attention"] = json!("vision"));
-    assert_eq!(load(folder.path()), Ok(()));
+    assert_eq!(support::load_model(folder.path(), None), Ok(()));
 }
 
 /// The configuration of E4B: wider, two key heads, every sixth layer full, single-width MLPs.

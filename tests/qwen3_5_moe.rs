@@ -23,17 +23,8 @@ fn zeros(shape: &[usize]) -> Tensor {
     Tensor::zeros(shape, DType::F32, &Device::Cpu).expect("memory")
 }
 
-fn load(folder: &Path, quantization: Option<Quantization>) -> Result<(), String> {
-    let checkpoint = Checkpoint::Folder(folder.into());
-    let config = Config::read(&checkpoint).map_err(|error| error.to_string())?;
-    let model = config.load_quantized(&checkpoint, DType::F32, &Device::Cpu, quantization);
-    model.map(|_| ()).map_err(|error| error.to_string())
-}
-
 fn agrees(folder: &TempDir) {
-    let reference = support::fixture("qwen3_5_moe", "base", 4).join("reference.safetensors");
-    let report = verify(&Checkpoint::Folder(folder.path().into()), &reference, DType::F32, &Device::Cpu);
-    assert!(report.expect("a reference").passed());
+    support::assert_agrees(folder.path(), &support::fixture("qwen3_5_moe", "base", 4));
 }
 
 #[test]
@@ -68,7 +59,7 @@ fn stacks_of_other_sizes_are_refused() {
             tensors.insert(gate_up.clone(), zeros(shape)).expect("a stack");
         });
         for quantization in [None, Some(Quantization::Q8)] {
-            let error = load(folder.path(), quantization).expect_err(expected);
+            let error = support::load_model(folder.path(), quantization).expect_err(expected);
             assert!(error.contains(expected), "{error}");
         }
     }
@@ -84,11 +75,11 @@ fn values_that_do_not_fit_are_refused() {
         ("hidden_act", json!("gelu"), "hidden_act"),
     ] {
         let folder = derive(|_, config| config["text_config"][field] = value.clone());
-        let error = load(folder.path(), None).expect_err(field);
+        let error = support::load_model(folder.path(), None).expect_err(field);
         assert!(error.contains("config.json") && error.contains(expected), "{field} {value}: {error}");
     }
     let folder = derive(|_, config| config["model_type"] = json!("qwen3_5"));
-    let error = load(folder.path(), None).expect_err("a sparse configuration under the dense name");
+    let error = support::load_model(folder.path(), None).expect_err("a sparse configuration under the dense name");
     assert!(error.contains("missing field `intermediate_size`"), "{error}");
 }
 
@@ -116,11 +107,11 @@ fn routers_and_the_shared_gate_are_not_packed() {
             infinite(tensors, "model.language_model.layers.1.mlp.gate.weight");
             infinite(tensors, "model.language_model.layers.1.mlp.shared_expert_gate.weight");
         });
-        assert_eq!(load(folder.path(), Some(quantization)), Ok(()));
+        assert_eq!(support::load_model(folder.path(), Some(quantization)), Ok(()));
         for name in ["experts.down_proj", "shared_expert.down_proj.weight"] {
             let name = format!("model.language_model.layers.1.mlp.{name}");
             let folder = derive(|tensors, _| infinite(tensors, &name));
-            let error = load(folder.path(), Some(quantization)).expect_err(&name);
+            let error = support::load_model(folder.path(), Some(quantization)).expect_err(&name);
             assert!(error.contains("infinite"), "{name}: {error}");
         }
     }

@@ -11,7 +11,9 @@ use rayon::prelude::*;
 use super::tile::Wide;
 use super::tile::{Accumulators, Blocked, Group, Interleave, Narrow, Streamed, Tile, Turn, pieces};
 use crate::cpu::Shared;
-use crate::simd::{Instructions, LANES, Stored, dispatch, instructions};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::Instructions;
+use crate::simd::{LANES, Stored, dispatch, instructions};
 
 /// `x` `[n, inner]`, `weight` `[outer, inner]`, `bias` `[outer]`; returns `[n, outer]`.
 pub fn linear<X: Stored, W: Stored>(

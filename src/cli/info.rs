@@ -93,7 +93,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         row(&format!("  with --quant {quantization}"), format!("{} in memory", bytes_of(*bytes)));
     }
     if per_token > 0 {
-        let halved = if device.is_cpu() && dtype == candle_core::DType::F32 { ", half of it with --quant" } else { "" };
+        let beside_packed = taper::kv_dtype(&device, dtype, Some(Quantization::Q8));
+        let halved = if beside_packed == dtype { "" } else { ", half of it with --quant" };
         row("keys and values", format!("{} per token in {}{halved}", bytes_of(per_token as u64), dtype.as_str()));
     }
     if per_window > 0 {

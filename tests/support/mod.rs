@@ -8,8 +8,25 @@ use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::{load, save};
 use candle_core::{DType, Device, Tensor};
+use models::{Checkpoint, Config, Quantization};
 use serde_json::{Value, json};
+use taper::verify::verify;
 use tempfile::TempDir;
+
+/// Loads a language model, packed or not, for what loading says.
+pub fn load_model(folder: &Path, quantization: Option<Quantization>) -> Result<(), String> {
+    let checkpoint = Checkpoint::Folder(folder.into());
+    let config = Config::read(&checkpoint).map_err(|error| error.to_string())?;
+    let model = config.load_quantized(&checkpoint, DType::F32, &Device::Cpu, quantization);
+    model.map(|_| ()).map_err(|error| error.to_string())
+}
+
+/// Asserts that a checkpoint computes what `fixture` says.
+pub fn assert_agrees(folder: &Path, fixture: &Path) {
+    let reference = fixture.join("reference.safetensors");
+    let report = verify(&Checkpoint::Folder(folder.into()), &reference, DType::F32, &Device::Cpu);
+    assert!(report.expect("a reference").passed());
+}
 
 /// The folder of one fixture: `f32/` (a checkpoint), `reference.safetensors`, `reference.json`.
 pub fn fixture(family: &str, variant: &str, seed: u32) -> PathBuf {

@@ -4,7 +4,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 
 use half::bf16;
 
-use super::{Affine, Codes, Dot, Four, Kernel};
+use super::{Affine, Codes, Dot, Four, Kernel, word};
 use crate::quantized::OUTS;
 
 /// # Safety
@@ -37,7 +37,7 @@ fn in_order() {
 #[inline(always)]
 fn repeat(x: Four) -> __m256i {
     // SAFETY: the features are there.
-    unsafe { _mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))) }
+    unsafe { _mm256_set1_epi32(word(x)) }
 }
 
 /// The upper halves of the f32.

@@ -2,7 +2,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Affine, Codes, Dot, Four, Kernel};
+use super::{Affine, Codes, Dot, Four, Kernel, word};
 use crate::quantized::OUTS;
 
 /// # Safety
@@ -29,7 +29,7 @@ fn part(codes: &Codes, part: usize) -> __m512i {
 #[inline(always)]
 fn repeat(x: Four) -> __m512i {
     // SAFETY: the features are there.
-    unsafe { _mm512_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))) }
+    unsafe { _mm512_set1_epi32(word(x)) }
 }
 
 /// The upper halves of the f32.

@@ -25,6 +25,13 @@ pub(super) type Codes = [[u8; 4]; OUTS];
 /// The four values of `x` that meet one step's codes, none of them -128.
 pub(super) type Four = [i8; 4];
 
+/// The four values as the one word that a register repeats.
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(dead_code))]
+#[inline(always)]
+fn word(x: Four) -> i32 {
+    i32::from_ne_bytes(x.map(|x| x as u8))
+}
+
 /// A computation over [`Dot`], with its operands.
 pub(super) trait Kernel {
     fn run<D: Dot>(self);

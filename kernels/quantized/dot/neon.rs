@@ -3,7 +3,7 @@ use std::arch::asm;
 
 use half::bf16;
 
-use super::{Affine, Codes, Dot, Four, Kernel};
+use super::{Affine, Codes, Dot, Four, Kernel, word};
 use crate::quantized::OUTS;
 
 /// # Safety
@@ -30,7 +30,7 @@ fn part(codes: &Codes, part: usize) -> int8x16_t {
 #[inline(always)]
 fn repeat(x: Four) -> int8x16_t {
     // SAFETY: the features are there.
-    unsafe { vreinterpretq_s8_s32(vdupq_n_s32(i32::from_ne_bytes(x.map(|x| x as u8)))) }
+    unsafe { vreinterpretq_s8_s32(vdupq_n_s32(word(x))) }
 }
 
 /// Adds four products to each sum. The intrinsic for it is not stable.

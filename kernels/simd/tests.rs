@@ -1,0 +1,140 @@
+use std::cell::Cell;
+
+use super::*;
+use crate::testing::Random;
+
+thread_local! {
+    pub(super) static INSTRUCTIONS: Cell<Option<Instructions>> = const { Cell::new(None) };
+}
+
+/// Runs `f` on these instructions, in what it runs on this thread.
+pub(crate) fn on<R>(instructions: Instructions, f: impl FnOnce() -> R) -> R {
+    INSTRUCTIONS.set(Some(instructions));
+    let result = f();
+    INSTRUCTIONS.set(None);
+    result
+}
+
+/// Every instruction set of this machine.
+pub(crate) fn available() -> impl Iterator<Item = Instructions> {
+    let all = [
+        Instructions::Portable,
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx2,
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512,
+        #[cfg(target_arch = "aarch64")]
+        Instructions::DotProduct,
+    ];
+    let widest = instructions();
+    all.into_iter().filter(move |&instructions| instructions <= widest)
+}
+
+/// Runs `f` with the portable lanes, in what it runs on this thread.
+pub(crate) fn portable<R>(f: impl FnOnce() -> R) -> R {
+    on(Instructions::Portable, f)
+}
+
+struct Map<'a, F>(&'a [f32], F);
+
+/// What is mapped over lanes; a trait because closures cannot be generic.
+trait Function {
+    fn of<V: Lanes>(x: V) -> V;
+}
+
+impl<F: Function> Kernel for Map<'_, F> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> Vec<f32> {
+        let mut out = vec![0.0; self.0.len()];
+        for (x, out) in self.0.chunks(LANES).zip(out.chunks_mut(LANES)) {
+            store(F::of(load::<V, f32>(x)), out);
+        }
+        out
+    }
+}
+
+struct Exp;
+impl Function for Exp {
+    #[inline(always)]
+    fn of<V: Lanes>(x: V) -> V {
+        x.exp()
+    }
+}
+
+struct Sigmoid;
+impl Function for Sigmoid {
+    #[inline(always)]
+    fn of<V: Lanes>(x: V) -> V {
+        x.sigmoid()
+    }
+}
+
+/// The largest distance to `exact`, in units of the last place of its f32.
+fn ulps(x: &[f32], got: &[f32], exact: impl Fn(f64) -> f64) -> f64 {
+    let error = |(&x, &got): (&f32, &f32)| {
+        let exact = exact(f64::from(x));
+        let place = (exact as f32).next_up() - exact as f32;
+        (f64::from(got) - exact).abs() / f64::from(place)
+    };
+    x.iter().zip(got).map(error).fold(0.0, f64::max)
+}
+
+#[test]
+fn exp_and_sigmoid_are_as_exact_as_stated() {
+    let grid: Vec<f32> = (-1_040_000..885_000).map(|i| i as f32 * 1e-4).collect();
+    for got in [dispatch(Map(&grid, Exp)), portable(|| dispatch(Map(&grid, Exp)))] {
+        let error = ulps(&grid, &got, f64::exp);
+        assert!(error <= 2.0, "exp: {error} ulp");
+    }
+    let grid: Vec<f32> = (-870_000..1_000_000).map(|i| i as f32 * 1e-4).collect();
+    for got in [dispatch(Map(&grid, Sigmoid)), portable(|| dispatch(Map(&grid, Sigmoid)))] {
+        let error = ulps(&grid, &got, |x| 1.0 / (1.0 + (-x).exp()));
+        assert!(error <= 4.0, "sigmoid: {error} ulp");
+    }
+}
+
+#[test]
+fn exp_at_its_ends() {
+    let x = [0.0, -0.0, f32::NEG_INFINITY, -1e9, -104.0, 89.0, f32::INFINITY, f32::NAN];
+    for got in [dispatch(Map(&x, Exp)), portable(|| dispatch(Map(&x, Exp)))] {
+        assert_eq!(got[..7], [1.0, 1.0, 0.0, 0.0, 0.0, f32::INFINITY, f32::INFINITY]);
+        assert!(got[7].is_nan());
+    }
+}
+
+struct RoundTrip<'a, T>(&'a [f32], std::marker::PhantomData<T>);
+
+impl<T: Stored> Kernel for RoundTrip<'_, T> {
+    type Output = Vec<u32>;
+
+    /// The bits of each value after rounding to `T` and widening again.
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> Vec<u32> {
+        let mut rounded = vec![T::round(0.0); self.0.len()];
+        let mut out = vec![0.0; self.0.len()];
+        for (x, rounded) in self.0.chunks(LANES).zip(rounded.chunks_mut(LANES)) {
+            store(load::<V, f32>(x), rounded);
+        }
+        for (rounded, out) in rounded.chunks(LANES).zip(out.chunks_mut(LANES)) {
+            store(load::<V, T>(rounded), out);
+        }
+        out.into_iter().map(f32::to_bits).collect()
+    }
+}
+
+#[test]
+fn rounding_is_that_of_the_half_crate() {
+    fn check<T: Stored>(x: &[f32]) {
+        let want: Vec<u32> = x.iter().map(|&x| T::round(x).widen().to_bits()).collect();
+        assert_eq!(dispatch(RoundTrip::<T>(x, std::marker::PhantomData)), want);
+    }
+    let mut random = Random::new(1);
+    let mut x: Vec<f32> = (0..100_003).map(|_| f32::from_bits(random.next_u64() as u32)).collect();
+    // Ties, the edges of each range, and NaN that rounding would carry into infinity.
+    x.extend([1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 65504.0, 65519.9, 65520.0, 3.4e38, 6e-8, 2.9e-8, f32::INFINITY]);
+    x.extend([0x7fff_ffff, 0xffff_ffff, 0x7f80_0001].map(f32::from_bits));
+    check::<f16>(&x);
+    check::<bf16>(&x);
+}
