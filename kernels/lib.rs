@@ -37,7 +37,9 @@
 pub mod activation;
 pub mod attention;
 pub mod conv;
+pub mod device;
 pub mod gated_delta;
+pub mod heads;
 pub mod linear;
 pub mod memory;
 pub mod moe;

@@ -3,8 +3,9 @@
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{CudaStorage, Layout, Result};
+use candle_core::{CudaStorage, Layout, Result, Tensor};
 
+use crate::cpu::Operand;
 use crate::cuda::{self, Floats, floats};
 
 static SCALAR: Floats = floats!(NORM, "rms_norm_scalar");
@@ -37,6 +38,36 @@ pub fn rms_norm(x: &CudaStorage, xl: &Layout, weight: &CudaStorage, wl: &Layout,
     launch.arg(&weight.value).arg(&y.value).arg(&num_rows).arg(&num_columns).arg(&eps);
     // SAFETY: the arguments are the kernel's, in its order; x and y have `rows` rows of `d` values, weight `d`.
     unsafe { launch.launch(cuda::grid(rows.div_ceil(rows_per_block), (threads, rows_per_block))?) }.w()?;
+    drop(y);
+    Ok(out)
+}
+
+static ADD_LAYER_NORM: Floats = floats!(LAYER_NORM, "add_layer_norm");
+
+/// `x` and `residual` `[.., D]` in rows, `weight` and `bias` `[D]` contiguous.
+pub fn add_layer_norm(
+    (x, xl): (&CudaStorage, &Layout),
+    (residual, rl): (&CudaStorage, &Layout),
+    (weight, wl): (&CudaStorage, &Layout),
+    bias: &Tensor,
+    eps: f32,
+) -> Result<CudaStorage> {
+    let (device, dtype, d) = (&x.device, x.dtype(), wl.shape().elem_count());
+    let stream = device.cuda_stream();
+    let bias = Operand::new(bias);
+    let mut out = cuda::uninit(device, xl.shape(), dtype)?;
+    let (x, residual) = (cuda::read_rows(x, xl, &stream)?, cuda::read_rows(residual, rl, &stream)?);
+    let (weight, bias) = (cuda::read(weight, wl, &stream)?, bias.cuda(&stream)?);
+    let y = cuda::write(&mut out, &Layout::contiguous(xl.shape()), &stream)?;
+    let config = cuda::grid(cuda::rows_of(xl), (THREADS, 1))?;
+    let d = d as u32;
+    let mut launch = stream.launch_builder(ADD_LAYER_NORM.of(dtype)?.on(device)?);
+    for rows in [&x, &residual] {
+        launch.arg(&rows.address.value).arg(&rows.heads).arg(&rows.strides[0]).arg(&rows.strides[1]);
+    }
+    launch.arg(&weight.value).arg(&bias.value).arg(&y.value).arg(&d).arg(&eps);
+    // SAFETY: the arguments are the kernel's, in its order; a block has a row, of `d` values.
+    unsafe { launch.launch(config) }.w()?;
     drop(y);
     Ok(out)
 }

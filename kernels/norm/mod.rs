@@ -25,6 +25,24 @@ use half::{bf16, f16};
 
 use crate::cpu::as_rows;
 
+/// The weight `[D]` in f32 and the epsilon of an RMS norm, for ops that do one on the way.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<'a> {
+    pub weight: &'a Tensor,
+    pub eps: f64,
+}
+
+impl Norm<'_> {
+    /// [`rms_norm`] by itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`rms_norm`].
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        rms_norm(x, self.weight, self.eps)
+    }
+}
+
 /// RMS normalisation over the last dimension:
 ///
 /// ```text
@@ -88,7 +106,7 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
 ///
 /// `residual` differs from `x` in shape or dtype, or `weight` or `bias` is not f32 `[D]`.
 ///
-/// Devices: CPU.
+/// Devices: CPU, CUDA.
 ///
 /// Source: Ba et al., "Layer Normalization", 2016.
 pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
@@ -203,6 +221,19 @@ impl CustomOp3 for AddLayerNorm<'_> {
             other => bail!("add_layer_norm: x is {:?}, expected f32, f16 or bf16", crate::cpu::dtype_of(other)),
         };
         Ok((out?, xl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        residual: &CudaStorage,
+        rl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::add_layer_norm((x, xl), (residual, rl), (w, wl), self.bias, self.eps)?, xl.shape().clone()))
     }
 }
 
