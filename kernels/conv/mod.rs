@@ -1,6 +1,8 @@
 //! Depthwise causal convolution over packed sequences, with its window kept in slots.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
 #[cfg(test)]
@@ -10,6 +12,8 @@ mod tests;
 
 use std::cell::OnceCell;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 #[cfg(feature = "metal")]
 use candle_core::MetalStorage;
 #[cfg(feature = "metal")]
@@ -38,7 +42,7 @@ use crate::simd::Stored;
 ///
 /// Shapes disagree, K is not 2 to 4, `state` is not f32, or a slot of the batch lies outside it.
 ///
-/// Devices: CPU, Metal, where `x` may be a column range of a matrix.
+/// Devices: CPU, CUDA, Metal; `x` may be a column range of a matrix.
 ///
 /// Source: Dao and Gu, Mamba's causal-conv1d, <https://github.com/Dao-AILab/causal-conv1d>.
 pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch) -> Result<Tensor> {
@@ -91,6 +95,11 @@ impl InplaceOp1 for CausalConv1d<'_> {
         };
         self.out.set(Storage::Cpu(out)).expect("run once");
         Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, state: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.run_cuda(state, layout)
     }
 
     #[cfg(feature = "metal")]

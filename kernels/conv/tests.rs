@@ -4,7 +4,7 @@ use super::*;
 use crate::Segment;
 use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
-use crate::testing::{Random, assert_close, op_limit, poisoned, values};
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 /// One step over packed sequences, each on its own slot, followed by one step of a single token each.
 #[derive(Clone, Debug)]
@@ -26,11 +26,6 @@ enum Start {
 use Start::{Continued, Fresh};
 
 const BASE: Case = Case { dtype: DType::F32, channels: 40, width: 4, sequences: &[Fresh(5)], offset: 0 };
-
-/// Has no kernel on CUDA so far.
-fn devices() -> impl Iterator<Item = Device> {
-    crate::testing::devices().into_iter().filter(|device| !device.is_cuda())
-}
 
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();

@@ -1,22 +1,74 @@
-//! The gated delta rule on CUDA: chooses the kernel by the key size.
+//! The gated delta rule on CUDA: the recurrence for short sequences, chunks on tensor cores for long ones, and one
+//! token of each with nothing between a warp and its rows of the state.
 
-use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{CudaStorage, Layout, Result, Storage, bail};
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaDevice, WrapErr};
+use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, bail};
 
 use super::GatedDeltaRule;
 use crate::cpu::Operand;
-use crate::cuda::{self, Floats, floats};
+use crate::cuda::{self, Address, Floats, Kernel, Rows, floats, modules};
 
 static K32: Floats = floats!(GATED_DELTA, "gated_delta_rule_k32");
 static K64: Floats = floats!(GATED_DELTA, "gated_delta_rule_k64");
 static K128: Floats = floats!(GATED_DELTA, "gated_delta_rule_k128");
 /// Moves the state value by value, a warp for a row.
 static ANY: Floats = floats!(GATED_DELTA, "gated_delta_rule_any");
+/// One token a sequence, `K` of 128.
+static STEP: Floats = floats!(GATED_DELTA_STEP, "gated_delta_step");
+/// For chunks, in f16 and bf16.
+static PREPARE: [Kernel; 2] = [
+    Kernel::new(&modules::GATED_DELTA_CHUNKED, "gated_delta_prepare_f16"),
+    Kernel::new(&modules::GATED_DELTA_CHUNKED, "gated_delta_prepare_bf16"),
+];
+static SCAN: [Kernel; 2] = [
+    Kernel::new(&modules::GATED_DELTA_CHUNKED, "gated_delta_scan_f16"),
+    Kernel::new(&modules::GATED_DELTA_CHUNKED, "gated_delta_scan_bf16"),
+];
 
 const MAX_K: usize = 256;
-/// Of a block, as in the kernels.
+/// Of a block of the recurrence, as in its kernels.
 const THREADS: usize = 128;
+
+/// Of the step's kernel: threads of a block, and rows of the state that they have.
+const STEP_THREADS: usize = 64;
+const STEP_ROWS: usize = 8;
+
+/// Tokens of a chunk, `K` and `V`, as in the chunked kernels.
+const CHUNK: usize = 64;
+const CHUNKED_SIZE: usize = 128;
+/// What is prepared of a chunk, and what blocks share.
+const PREPARED_BYTES: usize = 17408;
+const PREPARE_SHARED: usize = 36096;
+const SCAN_SHARED: usize = 149024;
+const PREPARE_THREADS: usize = 128;
+const SCAN_THREADS: usize = 320;
+/// Rows of the state of a block.
+const SCAN_ROWS: usize = 32;
+/// Tokens of a sequence from which chunks are faster than the recurrence.
+const SHORTEST_CHUNKED: usize = 24;
+
+/// The kernels' arguments.
+struct Arguments<'a> {
+    q: Rows<'a>,
+    k: Rows<'a>,
+    v: Rows<'a>,
+    g: Address<'a>,
+    beta: Address<'a>,
+    starts: Address<'a>,
+    lens: Address<'a>,
+    slots: Address<'a>,
+    state: Address<'a>,
+    y: Address<'a>,
+    tokens: usize,
+    sequences: usize,
+    hk: u32,
+    hv: u32,
+    kd: u32,
+    vd: u32,
+    dtype: DType,
+}
 
 impl GatedDeltaRule<'_> {
     pub(super) fn run_cuda(&self, state: &mut CudaStorage, layout: &Layout) -> Result<()> {
@@ -31,34 +83,136 @@ impl GatedDeltaRule<'_> {
         let rows = [self.q, self.k, self.v].map(Operand::new);
         let arrays = [self.g, self.beta, &batch.cu_seqlens, &batch.context_lens, &batch.state_slots].map(Operand::new);
         let [q, k, v] = rows.each_ref().map(|operand| operand.cuda_rows(&stream));
-        let (q, k, v) = (q?, k?, v?);
         let [g, beta, starts, lens, slots] = arrays.each_ref().map(|operand| operand.cuda(&stream));
-        let (g, beta, starts, lens, slots) = (g?, beta?, starts?, lens?, slots?);
-        let state = cuda::write(state, layout, &stream)?;
-        let y = cuda::write(&mut out, &Layout::contiguous(self.v.shape()), &stream)?;
+        let arguments = Arguments {
+            q: q?,
+            k: k?,
+            v: v?,
+            g: g?,
+            beta: beta?,
+            starts: starts?,
+            lens: lens?,
+            slots: slots?,
+            state: cuda::write(state, layout, &stream)?,
+            y: cuda::write(&mut out, &Layout::contiguous(self.v.shape()), &stream)?,
+            tokens: batch.num_tokens(),
+            sequences: batch.num_sequences(),
+            hk: hk as u32,
+            hv: hv as u32,
+            kd: kd as u32,
+            vd: vd as u32,
+            dtype,
+        };
 
-        let is_aligned = state.is_aligned(16);
-        let (kernel, lanes) = match kd {
+        let lens = || batch.host.iter().map(|sequence| sequence.tokens.len());
+        if arguments.sequences == arguments.tokens && arguments.fit_step() {
+            arguments.step(&device, &stream)?;
+        } else if lens().any(|len| len >= SHORTEST_CHUNKED) && arguments.fit_chunks(&device)? {
+            arguments.chunked(&device, &stream)?;
+            if lens().any(|len| len < SHORTEST_CHUNKED) {
+                arguments.recurrent(&device, &stream, SHORTEST_CHUNKED - 1)?;
+            }
+        } else {
+            arguments.recurrent(&device, &stream, u32::MAX as usize)?;
+        }
+        drop(arguments);
+        self.out.set(Storage::Cuda(out)).expect("run once");
+        Ok(())
+    }
+}
+
+// SAFETY of the launches below: the arguments are the kernels', in their order; `gated_delta_rule` has compared their
+// shapes and dtypes with each other and the batch's slots with the state.
+impl Arguments<'_> {
+    fn fit_step(&self) -> bool {
+        let is_aligned = |rows: &Rows| rows.are_aligned(4 * self.dtype.size_in_bytes(), self.dtype);
+        self.kd == 128
+            && (self.vd as usize).is_multiple_of(STEP_ROWS)
+            && self.state.is_aligned(16)
+            && [&self.q, &self.k].into_iter().all(is_aligned)
+    }
+
+    fn step(&self, device: &CudaDevice, stream: &CudaStream) -> Result<()> {
+        let blocks = self.sequences * self.hv as usize * (self.vd as usize / STEP_ROWS);
+        let mut launch = stream.launch_builder(STEP.of(self.dtype)?.on(device)?);
+        for rows in [&self.q, &self.k, &self.v] {
+            launch.arg(&rows.address.value).arg(&rows.strides[0]).arg(&rows.strides[1]);
+        }
+        for address in [&self.g, &self.beta, &self.state, &self.y, &self.lens, &self.slots] {
+            launch.arg(&address.value);
+        }
+        launch.arg(&self.hk).arg(&self.hv).arg(&self.vd);
+        // SAFETY: see above.
+        unsafe { launch.launch(cuda::grid(blocks, (STEP_THREADS, 1))?) }.w().map(drop)
+    }
+
+    /// Sequences of more than `longest` tokens are left to another kernel.
+    fn recurrent(&self, device: &CudaDevice, stream: &CudaStream, longest: usize) -> Result<()> {
+        let is_aligned = self.state.is_aligned(16);
+        let (kernel, lanes) = match self.kd {
             32 if is_aligned => (&K32, 8),
             64 if is_aligned => (&K64, 8),
             128 if is_aligned => (&K128, 8),
             _ => (&ANY, 32),
         };
-        let blocks = batch.num_sequences() * hv * vd.div_ceil(THREADS / lanes);
-        let [hk, hv, kd, vd] = [hk, hv, kd, vd].map(|size| size as u32);
-        let mut launch = stream.launch_builder(kernel.of(dtype)?.on(&device)?);
-        for rows in [&q, &k, &v] {
+        let blocks = self.sequences * self.hv as usize * (self.vd as usize).div_ceil(THREADS / lanes);
+        let longest = longest as u32;
+        let mut launch = stream.launch_builder(kernel.of(self.dtype)?.on(device)?);
+        for rows in [&self.q, &self.k, &self.v] {
             launch.arg(&rows.address.value).arg(&rows.strides[0]).arg(&rows.strides[1]);
         }
-        for address in [&g, &beta, &state, &y, &starts, &lens, &slots] {
+        for address in [&self.g, &self.beta, &self.state, &self.y, &self.starts, &self.lens, &self.slots] {
             launch.arg(&address.value);
         }
-        launch.arg(&hk).arg(&hv).arg(&kd).arg(&vd);
-        // SAFETY: the arguments are the kernel's, in its order; `gated_delta_rule` has compared their shapes and
-        // dtypes with each other and the batch's slots with the state.
-        unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w()?;
-        drop(y);
-        self.out.set(Storage::Cuda(out)).expect("run once");
-        Ok(())
+        launch.arg(&self.hk).arg(&self.hv).arg(&self.kd).arg(&self.vd).arg(&longest);
+        // SAFETY: see above.
+        unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w().map(drop)
+    }
+
+    fn fit_chunks(&self, device: &CudaDevice) -> Result<bool> {
+        const SHARED: CUdevice_attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let is_aligned = |rows: &Rows| rows.are_aligned(16, self.dtype);
+        Ok(self.dtype != DType::F32
+            && [self.kd, self.vd] == [CHUNKED_SIZE as u32; 2]
+            && self.state.is_aligned(16)
+            && [&self.q, &self.k, &self.v].into_iter().all(is_aligned)
+            && device.cuda_stream().context().attribute(SHARED).w()? as usize >= SCAN_SHARED)
+    }
+
+    /// Sequences of less than [`SHORTEST_CHUNKED`] tokens are left to another kernel.
+    fn chunked(&self, device: &CudaDevice, stream: &CudaStream) -> Result<()> {
+        // Those of a sequence start at the first multiple of a chunk in it, one further for each sequence before.
+        let chunks = (self.tokens / CHUNK + self.sequences) * self.hv as usize;
+        let shape = Shape::from(chunks * PREPARED_BYTES / 4);
+        let mut prepared = cuda::uninit(device, &shape, DType::F32)?;
+        let prepared = cuda::write(&mut prepared, &Layout::contiguous(&shape), stream)?;
+        let dtype = usize::from(self.dtype == DType::BF16);
+        let (sequences, shortest) = (self.sequences as u32, SHORTEST_CHUNKED as u32);
+
+        let mut launch = stream.launch_builder(PREPARE[dtype].on(device)?);
+        for rows in [&self.q, &self.k] {
+            launch.arg(&rows.address.value).arg(&rows.strides[0]).arg(&rows.strides[1]);
+        }
+        for address in [&self.g, &self.beta, &prepared, &self.starts] {
+            launch.arg(&address.value);
+        }
+        launch.arg(&sequences).arg(&self.hk).arg(&self.hv).arg(&shortest);
+        let config =
+            LaunchConfig { shared_mem_bytes: PREPARE_SHARED as u32, ..cuda::grid(chunks, (PREPARE_THREADS, 1))? };
+        // SAFETY: see above; `prepared` holds all chunks.
+        unsafe { launch.launch(config) }.w()?;
+
+        let mut launch = stream.launch_builder(SCAN[dtype].on_sharing(device, SCAN_SHARED)?);
+        for rows in [&self.q, &self.k, &self.v] {
+            launch.arg(&rows.address.value).arg(&rows.strides[0]).arg(&rows.strides[1]);
+        }
+        for address in [&prepared, &self.state, &self.y, &self.starts, &self.lens, &self.slots] {
+            launch.arg(&address.value);
+        }
+        launch.arg(&sequences).arg(&self.hk).arg(&self.hv).arg(&shortest);
+        let blocks = self.sequences * self.hv as usize * (CHUNKED_SIZE / SCAN_ROWS);
+        let config = LaunchConfig { shared_mem_bytes: SCAN_SHARED as u32, ..cuda::grid(blocks, (SCAN_THREADS, 1))? };
+        // SAFETY: see above; the scan follows what prepares it on the same stream.
+        unsafe { launch.launch(config) }.w().map(drop)
     }
 }

@@ -19,6 +19,7 @@ struct Sizes {
 
 struct Steps {
   const uint32_t *cu_seqlens, *context_lens, *state_slots;
+  uint32_t longest;
 };
 
 // Tokens of one head, q and k normalised; v of the block's rows.
@@ -41,12 +42,15 @@ __device__ void gated_delta_rule(const T *q, const T *k, const T *v, const float
   const uint32_t lane = threadIdx.x % LANES;
   const bool inside = row < vd; // the other rows still take part in sums and barriers
   const uint32_t begin = steps.cu_seqlens[sequence], end = steps.cu_seqlens[sequence + 1];
+  if (end - begin > steps.longest) // another kernel's
+    return;
 
   const auto column = [&](int c) { return (c * LANES + lane) * N; };
   // Where K is only a bound, N is 1: a group is inside or outside, never both.
   const auto has = [&](int c) { return EXACT || column(c) < kd; };
   float *const slot = state + ((steps.state_slots[sequence] * size_t(hv) + head) * vd + row) * kd;
-  const bool stored = inside && steps.context_lens[sequence] != end - begin;
+  const uint32_t context = steps.context_lens[sequence];
+  const bool stored = inside && context > end - begin;
   Pack<float, N> s[CHUNKS] = {};
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
@@ -151,7 +155,7 @@ __device__ void gated_delta_rule(const T *q, const T *k, const T *v, const float
 
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
-    if (inside && has(c))
+    if (inside && has(c) && context > 0) // else the sequence pads the step, and has no slot
       *reinterpret_cast<Pack<float, N> *>(slot + column(c)) = s[c];
 }
 
@@ -160,9 +164,9 @@ __device__ void gated_delta_rule(const T *q, const T *k, const T *v, const float
       name(const T *q, uint32_t q_token, uint32_t q_head, const T *k, uint32_t k_token, uint32_t k_head, const T *v,   \
            uint32_t v_token, uint32_t v_head, const float *g, const float *beta, float *state, T *out,                 \
            const uint32_t *cu_seqlens, const uint32_t *context_lens, const uint32_t *state_slots, uint32_t hk,         \
-           uint32_t hv, uint32_t kd, uint32_t vd) {                                                                    \
+           uint32_t hv, uint32_t kd, uint32_t vd, uint32_t longest) {                                                                  \
     gated_delta_rule<T, LANES, N, CHUNKS, EXACT>(q, k, v, g, beta, state, out,                                         \
-                                                 {cu_seqlens, context_lens, state_slots}, {hk, hv, kd, vd},            \
+                                                 {cu_seqlens, context_lens, state_slots, longest}, {hk, hv, kd, vd},   \
                                                  {hk, q_token, q_head}, {hk, k_token, k_head}, {hv, v_token, v_head}); \
   }
 #define K32(name, T) GATED_DELTA_RULE(name, T, 8, 4, 1, true)

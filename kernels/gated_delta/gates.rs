@@ -1,9 +1,11 @@
 //! The two gates of a Gated DeltaNet layer, from what it projects and its learned constants.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::cpu::Operand;
+#[cfg(feature = "cuda")]
+use crate::cpu::as_rows;
 
 /// The decay and the strength of the gated delta rule's updates:
 ///
@@ -18,7 +20,7 @@ use crate::cpu::Operand;
 ///
 /// Shapes disagree, or `a_log` or `dt_bias` is not f32.
 ///
-/// Devices: all; a kernel on the CPU, elsewhere composed of candle's ops.
+/// Devices: all; a kernel on the CPU and on CUDA, composed of candle's ops on Metal.
 ///
 /// Source: Yang et al., "Gated Delta Networks", <https://arxiv.org/abs/2412.06464>.
 pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -31,7 +33,16 @@ pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result
             bail!("gates: {name} is {:?} {:?}, expected f32 [{hv}]", constant.dims(), constant.dtype())
         }
     }
-    if a.device().is_cpu() { cpu(a, b, a_log, dt_bias) } else { composed(a, b, a_log, dt_bias) }
+    match a.device() {
+        Device::Cpu => cpu(a, b, a_log, dt_bias),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => {
+            let op = cuda::Gates { a_log: &a_log.contiguous()?, dt_bias: &dt_bias.contiguous()? };
+            let gates = as_rows(a)?.apply_op2_no_bwd(&as_rows(b)?, &op)?;
+            Ok((gates.get(0)?, gates.get(1)?))
+        }
+        _ => composed(a, b, a_log, dt_bias),
+    }
 }
 
 fn cpu(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -67,4 +78,60 @@ pub(super) fn composed(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor)
     let g = softplus.broadcast_mul(&a_log.exp()?.neg()?)?;
     let beta = (b.to_dtype(DType::F32)?.neg()?.exp()? + 1.0)?.recip()?;
     Ok((g, beta))
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use candle_core::backend::BackendStorage;
+    use candle_core::cuda_backend::WrapErr;
+    use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
+    use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+
+    use crate::cpu::Operand;
+    use crate::cuda::{self, Floats, floats};
+
+    static GATES: Floats = floats!(GATES, "gated_delta_gates");
+
+    const THREADS: usize = 128;
+
+    /// `g` and `beta` as `[2, N, Hv]`.
+    pub struct Gates<'a> {
+        pub a_log: &'a Tensor,
+        pub dt_bias: &'a Tensor,
+    }
+
+    impl CustomOp2 for Gates<'_> {
+        fn name(&self) -> &'static str {
+            "gates"
+        }
+
+        fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+            bail!("gates: b is not on the device of a")
+        }
+
+        fn cuda_fwd(&self, a: &CudaStorage, al: &Layout, b: &CudaStorage, bl: &Layout) -> Result<(CudaStorage, Shape)> {
+            let (device, dtype, (n, hv)) = (&a.device, a.dtype(), al.shape().dims2()?);
+            if b.dtype() != dtype {
+                bail!("gates: b is {:?}, the cuda kernel takes {dtype:?} like a", b.dtype())
+            }
+            let stream = device.cuda_stream();
+            let shape = Shape::from((2, n, hv));
+            let mut out = cuda::uninit(device, &shape, DType::F32)?;
+            let constants = [self.a_log, self.dt_bias].map(Operand::new);
+            let (a, b) = (cuda::read_rows(a, al, &stream)?, cuda::read_rows(b, bl, &stream)?);
+            let (a_log, dt_bias) = (constants[0].cuda(&stream)?, constants[1].cuda(&stream)?);
+            let gates = cuda::write(&mut out, &Layout::contiguous(&shape), &stream)?;
+            let blocks = (n * hv).div_ceil(THREADS);
+            let (n, hv) = (n as u32, hv as u32);
+            let mut launch = stream.launch_builder(GATES.of(dtype)?.on(device)?);
+            for rows in [&a, &b] {
+                launch.arg(&rows.address.value).arg(&rows.strides[0]);
+            }
+            launch.arg(&a_log.value).arg(&dt_bias.value).arg(&gates.value).arg(&n).arg(&hv);
+            // SAFETY: the arguments are the kernel's, in its order, and `gates` has compared their shapes.
+            unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w()?;
+            drop(gates);
+            Ok((out, shape))
+        }
+    }
 }

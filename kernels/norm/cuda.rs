@@ -1,4 +1,4 @@
-//! RMS normalisation on CUDA: chooses wide or single accesses and the threads of a row.
+//! RMS normalisation on CUDA, plain and gated: chooses wide or single accesses and the threads of a row.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
@@ -11,32 +11,49 @@ use crate::cuda::{self, Floats, floats};
 static SCALAR: Floats = floats!(NORM, "rms_norm_scalar");
 /// Moves 16 bytes at a time.
 static VECTOR: Floats = floats!(NORM, "rms_norm_vector");
+static GATED_SCALAR: Floats = floats!(NORM, "rms_norm_gated_scalar");
+static GATED_VECTOR: Floats = floats!(NORM, "rms_norm_gated_vector");
 
 /// Of a block, unless a row needs more.
 const THREADS: usize = 256;
 /// Accesses of a row that a thread keeps in registers.
 const KEPT: usize = 2;
 
-/// `x` `[.., D]` in rows, `weight` `[D]` contiguous.
-pub fn rms_norm(x: &CudaStorage, xl: &Layout, weight: &CudaStorage, wl: &Layout, eps: f32) -> Result<CudaStorage> {
+/// `x` and `gate` `[.., D]` in rows, `weight` `[D]` contiguous.
+pub fn rms_norm(
+    (x, xl): (&CudaStorage, &Layout),
+    gate: Option<(&CudaStorage, &Layout)>,
+    (weight, wl): (&CudaStorage, &Layout),
+    eps: f32,
+) -> Result<CudaStorage> {
     let (device, dtype, d) = (&x.device, x.dtype(), wl.shape().elem_count());
     let rows: usize = xl.dims()[..xl.dims().len() - 1].iter().product();
     let stream = device.cuda_stream();
     let mut out = cuda::uninit(device, xl.shape(), dtype)?;
     let (x, weight) = (cuda::read_rows(x, xl, &stream)?, cuda::read(weight, wl, &stream)?);
+    let gate = gate.map(|(gate, layout)| cuda::read_rows(gate, layout, &stream)).transpose()?;
     let y = cuda::write(&mut out, &Layout::contiguous(xl.shape()), &stream)?;
 
     let wide = 16 / dtype.size_in_bytes();
-    let is_vector = d.is_multiple_of(wide) && x.are_aligned(16, dtype) && weight.is_aligned(16);
-    let (kernel, accesses) = if is_vector { (&VECTOR, d / wide) } else { (&SCALAR, d) };
+    let are_aligned = [Some(&x), gate.as_ref()].into_iter().flatten().all(|rows| rows.are_aligned(16, dtype));
+    let is_vector = d.is_multiple_of(wide) && are_aligned && weight.is_aligned(16);
+    let kernel = match (is_vector, &gate) {
+        (true, None) => &VECTOR,
+        (true, Some(_)) => &GATED_VECTOR,
+        (false, None) => &SCALAR,
+        (false, Some(_)) => &GATED_SCALAR,
+    };
+    let accesses = if is_vector { d / wide } else { d };
     let threads = (1 << (accesses / KEPT).max(1).ilog2()).min(1024);
     // Rows of more than a warp would share the memory that their warps meet in.
     let rows_per_block = if threads <= 32 { THREADS / threads } else { 1 };
     let (num_rows, num_columns) = (rows as u32, d as u32);
     let mut launch = stream.launch_builder(kernel.of(dtype)?.on(device)?);
-    launch.arg(&x.address.value).arg(&x.heads).arg(&x.strides[0]).arg(&x.strides[1]);
+    for rows in [Some(&x), gate.as_ref()].into_iter().flatten() {
+        launch.arg(&rows.address.value).arg(&rows.heads).arg(&rows.strides[0]).arg(&rows.strides[1]);
+    }
     launch.arg(&weight.value).arg(&y.value).arg(&num_rows).arg(&num_columns).arg(&eps);
-    // SAFETY: the arguments are the kernel's, in its order; x and y have `rows` rows of `d` values, weight `d`.
+    // SAFETY: the arguments are the kernel's, in its order; x, gate and y have `rows` rows of `d` values, weight `d`.
     unsafe { launch.launch(cuda::grid(rows.div_ceil(rows_per_block), (threads, rows_per_block))?) }.w()?;
     drop(y);
     Ok(out)

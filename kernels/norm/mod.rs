@@ -75,7 +75,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 ///
 /// `gate` differs from `x` in shape or dtype, or `weight` is not f32 `[D]`.
 ///
-/// Devices: CPU, Metal.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: the output norm of Gated DeltaNet, <https://arxiv.org/abs/2412.06464>.
 pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -147,7 +147,7 @@ impl CustomOp2 for RmsNorm {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout, w: &CudaStorage, wl: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::rms_norm(x, xl, w, wl, self.eps)?, xl.shape().clone()))
+        Ok((cuda::rms_norm((x, xl), None, (w, wl), self.eps)?, xl.shape().clone()))
     }
 
     #[cfg(feature = "metal")]
@@ -176,6 +176,19 @@ impl CustomOp3 for RmsNormGated {
         wl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         Ok((run("rms_norm_gated", (x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        gate: &CudaStorage,
+        gl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::rms_norm((x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
     }
 
     #[cfg(feature = "metal")]

@@ -143,8 +143,7 @@ fn rms_norm_reads_rows_that_lie_apart() -> Result<()> {
 
 #[test]
 fn rms_norm_gated_is_the_reference() -> Result<()> {
-    // Has no kernel on CUDA so far.
-    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+    for device in devices() {
         for case in cases() {
             run_rms_norm_gated(case, &device)?;
         }
