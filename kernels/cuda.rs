@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop, sys,
+    CudaFunction, CudaGraph, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -160,6 +160,35 @@ impl<'a> EarlyLaunch<'a> {
         unsafe { sys::cuLaunchKernelEx(&config, function, self.arguments.as_mut_ptr(), std::ptr::null_mut()) }
             .result()
             .w()
+    }
+}
+
+/// What a stream was given while it recorded.
+pub(crate) struct Recorded {
+    graph: CudaGraph,
+}
+
+// SAFETY: the driver's calls on a graph may come from any thread, one at a time, which `&mut` or a lock around the owner
+// sees to: `launch` is called by the one thread that drives the device.
+unsafe impl Send for Recorded {}
+
+impl Recorded {
+    pub fn new(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let stream = device.cuda_stream();
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+        let worked = work();
+        // In any case, or the stream would go on recording.
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags);
+        worked?;
+        match graph.w()? {
+            Some(graph) => Ok(Self { graph }),
+            None => bail!("cuda: nothing was recorded"),
+        }
+    }
+
+    pub fn launch(&self) -> Result<()> {
+        self.graph.launch().w()
     }
 }
 

@@ -34,6 +34,7 @@ pub mod hub;
 mod llm;
 mod message;
 mod prefix_cache;
+mod recorded;
 mod reply;
 mod sampler;
 mod scheduler;
