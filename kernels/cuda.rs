@@ -13,13 +13,16 @@ use std::sync::{Arc, OnceLock};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaGraph, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop, sys,
+    CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::Operand;
+
+mod recording;
+pub(crate) use recording::{Recorded, measure};
 
 /// What `build.rs` compiled: one static `Module` for each `.cu`, named like the file.
 pub(crate) mod modules {
@@ -163,35 +166,6 @@ impl<'a> EarlyLaunch<'a> {
     }
 }
 
-/// What a stream was given while it recorded.
-pub(crate) struct Recorded {
-    graph: CudaGraph,
-}
-
-// SAFETY: the driver's calls on a graph may come from any thread, one at a time, which `&mut` or a lock around the owner
-// sees to: `launch` is called by the one thread that drives the device.
-unsafe impl Send for Recorded {}
-
-impl Recorded {
-    pub fn new(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let stream = device.cuda_stream();
-        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
-        let worked = work();
-        // In any case, or the stream would go on recording.
-        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags);
-        worked?;
-        match graph.w()? {
-            Some(graph) => Ok(Self { graph }),
-            None => bail!("cuda: nothing was recorded"),
-        }
-    }
-
-    pub fn launch(&self) -> Result<()> {
-        self.graph.launch().w()
-    }
-}
-
 /// A value made on first use on each GPU.
 struct PerGpu<T>([OnceLock<T>; PerGpu::<()>::LIMIT]);
 
@@ -310,6 +284,24 @@ impl Operand<'_> {
     }
 }
 
+/// A tensor of `shape` that `fill` writes in full. While a stream records, its memory is the recording's.
+pub(crate) fn output(
+    device: &CudaDevice,
+    shape: impl Into<Shape>,
+    dtype: DType,
+    fill: impl FnOnce(&mut CudaStorage) -> Result<()>,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut storage = match recording::take(device, &shape, dtype)? {
+        Some(storage) => storage,
+        None => uninit(device, &shape, dtype)?,
+    };
+    let filled = fill(&mut storage);
+    let tensor = crate::cpu::tensor(Storage::Cuda(storage), shape);
+    recording::keep(&tensor);
+    filled.map(|()| tensor)
+}
+
 /// An output that the launch writes in full.
 pub(crate) fn uninit(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
     // SAFETY: any bits are a valid float or integer.
@@ -363,8 +355,6 @@ pub(crate) fn grid(blocks: usize, threads: (usize, usize)) -> Result<LaunchConfi
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Tensor;
-
     use crate::quantized::Quantization;
 
     #[test]

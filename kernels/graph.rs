@@ -9,42 +9,50 @@ pub struct Graph {
     recorded: crate::cuda::Recorded,
 }
 
+/// What [`Graph::rehearse`] has found out.
+#[derive(Clone, Copy, Debug)]
+pub struct Rehearsal {
+    /// Of all outputs.
+    bytes: usize,
+}
+
 impl Graph {
     /// Whether work on `device` can be recorded.
     pub fn is_available(device: &Device) -> bool {
         device.is_cuda()
     }
 
-    /// Runs `work` as it is, so that [`Graph::record`] finds loaded what it needs.
+    /// Runs `work` as it is, so that [`Graph::record`] finds loaded what it needs, and knows the memory that it takes.
     ///
     /// # Errors
     ///
     /// What `work` returns.
-    pub fn rehearse<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub fn rehearse<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<(T, Rehearsal)> {
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = device {
             let _kept = device.enable_cuda_graph_htod_cache();
-            return work();
+            let (result, bytes) = crate::cuda::measure(work)?;
+            return Ok((result, Rehearsal { bytes }));
         }
         let _ = device;
-        work()
+        Ok((work()?, Rehearsal { bytes: 0 }))
     }
 
-    /// Records what `work` would do, which [`Graph::rehearse`] has done before in the same shapes. Nothing is computed:
-    /// `work` must not read a result, nor copy from the host, nor return a tensor that it makes.
+    /// Records what `work` would do, which was rehearsed in the same shapes. Nothing is computed: `work` must not read a
+    /// result, nor copy from the host, nor let a tensor that it makes live on.
     ///
     /// # Errors
     ///
     /// The device cannot record, `work` fails, or it does what cannot be recorded.
-    pub fn record(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Self> {
+    pub fn record(device: &Device, rehearsal: &Rehearsal, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
                 let _kept = device.enable_cuda_graph_htod_cache();
-                Ok(Self { recorded: crate::cuda::Recorded::new(device, work)? })
+                Ok(Self { recorded: crate::cuda::Recorded::new(device, rehearsal.bytes, work)? })
             }
             _ => {
-                drop(work);
+                let _ = (work, rehearsal.bytes);
                 candle_core::bail!("work on {:?} cannot be recorded", device.location())
             }
         }

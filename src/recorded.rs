@@ -113,8 +113,8 @@ impl Recording {
             let most_likely = argmax(&logits, sampled_vocab)?;
             Ok((logits, most_likely))
         };
-        let (logits, most_likely) = Graph::rehearse(&device, &mut forward)?;
-        let graph = Graph::record(&device, || {
+        let ((logits, most_likely), rehearsal) = Graph::rehearse(&device, &mut forward)?;
+        let graph = Graph::record(&device, &rehearsal, || {
             let recorded = forward()?;
             logits.slice_set(&recorded.0, 0, 0)?;
             most_likely.slice_set(&recorded.1, 0, 0)

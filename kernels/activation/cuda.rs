@@ -2,10 +2,11 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
-use candle_core::{CudaStorage, Layout, Result};
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor};
 
 use super::Activation;
-use crate::cuda::{self, EarlyLaunch, Floats, Rows, floats};
+use crate::cpu::Operand;
+use crate::cuda::{self, EarlyLaunch, Floats, floats};
 
 /// A kernel of two operands in rows, value by value or 16 bytes at a time.
 struct Paired {
@@ -28,43 +29,43 @@ const THREADS: usize = 256;
 const MAX_BLOCKS: usize = 4096;
 
 /// `gate_up` `[N, 2 * width]` in rows.
-pub fn gated_activation(gate_up: &CudaStorage, layout: &Layout, activation: Activation) -> Result<CudaStorage> {
-    let (_, width) = layout.shape().dims2()?;
-    let [gate, up] = [layout.narrow(1, 0, width / 2)?, layout.narrow(1, width / 2, width / 2)?];
+pub fn gated_activation(device: &CudaDevice, gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
+    let (_, width) = gate_up.dims2()?;
+    let (gate, up) = (gate_up.narrow(1, 0, width / 2)?, gate_up.narrow(1, width / 2, width / 2)?);
     let kernel = match activation {
         Activation::Silu => &SILU,
         Activation::GeluTanh => &GELU_TANH,
     };
-    paired(kernel, (gate_up, &gate), (gate_up, &up))
+    paired(device, kernel, &gate, &up)
 }
 
 /// `x` and `gate` of one shape, in rows.
-pub fn sigmoid_gated(x: (&CudaStorage, &Layout), gate: (&CudaStorage, &Layout)) -> Result<CudaStorage> {
-    paired(&SIGMOID, x, gate)
+pub fn sigmoid_gated(device: &CudaDevice, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    paired(device, &SIGMOID, x, gate)
 }
 
-fn paired(kernel: &Paired, (a, al): (&CudaStorage, &Layout), (b, bl): (&CudaStorage, &Layout)) -> Result<CudaStorage> {
-    let (device, dtype, shape) = (&a.device, a.dtype(), al.shape());
-    let (rows, d) = (cuda::rows_of(al), al.dims().last().copied().unwrap_or(0));
+fn paired(device: &CudaDevice, kernel: &Paired, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (dtype, shape) = (a.dtype(), a.shape());
+    let (rows, d) = (cuda::rows_of(a.layout()), a.dims().last().copied().unwrap_or(0));
     let stream = device.cuda_stream();
-    let mut out = cuda::uninit(device, shape, dtype)?;
-    if shape.elem_count() == 0 {
-        return Ok(out);
-    }
-    let (a, b) = (cuda::read_rows(a, al, &stream)?, cuda::read_rows(b, bl, &stream)?);
-    let y = cuda::write(&mut out, &Layout::contiguous(shape), &stream)?;
+    let (a, b) = (Operand::new(a), Operand::new(b));
+    let (a, b) = (a.cuda_rows(&stream)?, b.cuda_rows(&stream)?);
     let wide = 16 / dtype.size_in_bytes();
-    let is_wide = d.is_multiple_of(wide) && [&a, &b].iter().all(|rows: &&Rows| rows.are_aligned(16, dtype));
+    let is_wide = d.is_multiple_of(wide) && [&a, &b].iter().all(|rows| rows.are_aligned(16, dtype));
     let (kernel, packs) = if is_wide { (&kernel.wide, d / wide) } else { (&kernel.single, d) };
-    let config = cuda::grid((rows * packs).div_ceil(THREADS), (THREADS, 1))?;
-    let (rows, d) = (rows as u32, d as u32);
-    let mut launch = EarlyLaunch::new(device, kernel.of(dtype)?)?;
-    launch.arg(&a.address.value).rows(&a).arg(&b.address.value).rows(&b);
-    launch.arg(&y.value).arg(&rows).arg(&d);
-    // SAFETY: the arguments are the kernel's, in its order; a, b and y have `rows` rows of `d` values.
-    unsafe { launch.launch(config) }?;
-    drop(y);
-    Ok(out)
+    cuda::output(device, shape, dtype, |y| {
+        if rows * d == 0 {
+            return Ok(());
+        }
+        let y = cuda::write(y, &Layout::contiguous(shape), &stream)?;
+        let config = cuda::grid((rows * packs).div_ceil(THREADS), (THREADS, 1))?;
+        let (rows, d) = (rows as u32, d as u32);
+        let mut launch = EarlyLaunch::new(device, kernel.of(dtype)?)?;
+        launch.arg(&a.address.value).rows(&a).arg(&b.address.value).rows(&b);
+        launch.arg(&y.value).arg(&rows).arg(&d);
+        // SAFETY: the arguments are the kernel's, in its order; a, b and y have `rows` rows of `d` values.
+        unsafe { launch.launch(config) }
+    })
 }
 
 /// `x` of any shape, contiguous.

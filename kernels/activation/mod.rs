@@ -49,7 +49,12 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
     if width % 2 != 0 {
         bail!("gated_activation: gate_up is {:?}, expected [N, 2 I]", gate_up.dims())
     }
-    as_rows(gate_up)?.apply_op1_no_bwd(&GatedActivation(activation))
+    let gate_up = as_rows(gate_up)?;
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = gate_up.device() {
+        return cuda::gated_activation(device, &gate_up, activation);
+    }
+    gate_up.apply_op1_no_bwd(&GatedActivation(activation))
 }
 
 /// The Gaussian error linear unit, by the error function itself and not its usual approximation:
@@ -100,7 +105,12 @@ pub fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor> {
     if x.device().is_metal() {
         return x * (gate.neg()?.exp()? + 1.0)?.recip()?;
     }
-    as_rows(x)?.apply_op2_no_bwd(&as_rows(gate)?, &SigmoidGated)
+    let (x, gate) = (as_rows(x)?, as_rows(gate)?);
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        return cuda::sigmoid_gated(device, &x, &gate);
+    }
+    x.apply_op2_no_bwd(&gate, &SigmoidGated)
 }
 
 struct SigmoidGated;
@@ -118,11 +128,6 @@ impl CustomOp2 for SigmoidGated {
             (other, _) => bail!("sigmoid_gated: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, xl.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout, gate: &CudaStorage, gl: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::sigmoid_gated((x, xl), (gate, gl))?, xl.shape().clone()))
     }
 }
 
@@ -169,12 +174,6 @@ impl CustomOp1 for GatedActivation {
             other => bail!("gated_activation: gate_up is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, (n, width / 2).into()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (n, width) = xl.shape().dims2()?;
-        Ok((cuda::gated_activation(x, xl, self.0)?, (n, width / 2).into()))
     }
 
     #[cfg(feature = "metal")]

@@ -1,10 +1,12 @@
 //! Heads on their way to attention on CUDA, in one kernel.
 
-use candle_core::{CudaDevice, CudaStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use std::cell::RefCell;
+
+use candle_core::{CudaDevice, CudaStorage, DType, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::KeyValueHeads;
 use crate::Batch;
-use crate::cpu::{Operand, as_rows, tensor};
+use crate::cpu::{Operand, as_rows};
 use crate::cuda::{self, EarlyLaunch, Floats, Rows, floats};
 use crate::norm::Norm;
 
@@ -69,15 +71,13 @@ pub fn norm_rope_write(
         batch.check_blocks("norm_rope_write", blocks, block_size, |sequence| sequence.past())?;
     }
     let shape = Shape::from((n, hq, d));
-    let mut out = cuda::uninit(device, &shape, dtype)?;
     let (q, k, v) = (as_rows(q)?, kv.map(|kv| as_rows(kv.k)).transpose()?, kv.map(|kv| as_rows(kv.v)).transpose()?);
     let (cos, sin) = (cos.contiguous()?, sin.contiguous()?);
     let operation = NormRopeWrite { device, q: &q, kv: k.as_ref().zip(v.as_ref()), norms, cos: &cos, sin: &sin, batch };
-    match kv {
-        Some(_) => pages.inplace_op1(&Writing { operation, out: std::cell::RefCell::new(&mut out) })?,
-        None => operation.run(None, &mut out)?,
-    }
-    Ok(tensor(Storage::Cuda(out), shape))
+    cuda::output(device, shape, dtype, |out| match kv {
+        Some(_) => pages.inplace_op1(&Writing { operation, out: RefCell::new(out) }),
+        None => operation.run(None, out),
+    })
 }
 
 struct NormRopeWrite<'a> {
@@ -143,7 +143,7 @@ impl NormRopeWrite<'_> {
 /// The pages are the target of an in-place op, so that candle locks them.
 struct Writing<'a> {
     operation: NormRopeWrite<'a>,
-    out: std::cell::RefCell<&'a mut CudaStorage>,
+    out: RefCell<&'a mut CudaStorage>,
 }
 
 impl InplaceOp1 for Writing<'_> {

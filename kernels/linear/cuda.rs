@@ -1,10 +1,10 @@
 //! Products of few rows on CUDA: chooses the kernel by rows, dtype and what surrounds the product.
 
-use candle_core::{CudaDevice, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::Around;
 use crate::activation::Activation;
-use crate::cpu::{Operand, as_rows, tensor};
+use crate::cpu::{Operand, as_rows};
 use crate::cuda::{self, EarlyLaunch, Floats, Kernel, floats, modules};
 
 /// A product of some number of rows: with one or two outputs a warp, or a gate and what it multiplies.
@@ -125,9 +125,6 @@ pub fn linear(
     if !is_aligned {
         return Ok(None);
     }
-    let mut out = cuda::uninit(device, &shape, dtype)?;
-    let y = cuda::write(&mut out, &Layout::contiguous(&shape), &stream)?;
-
     let (kernel, outputs_per_block) = if on_tiles {
         let tiles = if dtype == DType::F16 { &TILES_F16 } else { &TILES_BF16 };
         (&tiles[usize::from(rows > 8)][usize::from(is_gated)], TILE)
@@ -149,11 +146,13 @@ pub fn linear(
     let [rows, inner, outer] = [rows, inner, outer].map(|size| size as u32);
     let [norm_weight, bias] = [&norm_weight, &bias].map(|address| address.as_ref().map_or(0, |address| address.value));
     let (onto, onto_stride) = onto.as_ref().map_or((0, 0), |onto| (onto.address.value, onto.strides[0]));
-    let mut launch = EarlyLaunch::new(device, kernel)?;
-    launch.arg(&x.address.value).arg(&x.strides[0]).arg(&norm_weight).arg(&eps).arg(&weight.value).arg(&bias);
-    launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&outer).arg(&activation);
-    // SAFETY: the arguments are the kernel's, in its order; shapes, dtypes and alignment were compared above.
-    unsafe { launch.launch(config) }?;
-    drop(y);
-    Ok(Some(tensor(Storage::Cuda(out), shape)))
+    let y = cuda::output(device, shape.clone(), dtype, |y| {
+        let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
+        let mut launch = EarlyLaunch::new(device, kernel)?;
+        launch.arg(&x.address.value).arg(&x.strides[0]).arg(&norm_weight).arg(&eps).arg(&weight.value).arg(&bias);
+        launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&outer).arg(&activation);
+        // SAFETY: the arguments are the kernel's, in its order; shapes, dtypes and alignment were compared above.
+        unsafe { launch.launch(config) }
+    })?;
+    Ok(Some(y))
 }

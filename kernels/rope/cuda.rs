@@ -3,9 +3,9 @@
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use crate::cpu::{Operand, tensor};
+use crate::cpu::Operand;
 use crate::cuda::{self, EarlyLaunch, Floats, Kernel, floats, modules};
 
 static ROPE: Floats = floats!(ROPE, "rope");
@@ -39,26 +39,22 @@ pub fn rope(
     Ok(out)
 }
 
-/// `positions` `[N]`, `inv_freq` `[R/2]`.
-pub fn rotations(device: &CudaDevice, positions: &Tensor, inv_freq: &Tensor) -> Result<(Tensor, Tensor)> {
-    let shape = Shape::from((positions.elem_count(), inv_freq.elem_count()));
-    let stream = device.cuda_stream();
-    let mut outs = [cuda::uninit(device, &shape, DType::F32)?, cuda::uninit(device, &shape, DType::F32)?];
-    let (half, count) = (inv_freq.elem_count() as u32, shape.elem_count() as u32);
-    if count > 0 {
+/// `positions` `[N]`, `inv_freq` `[R/2]`; cosines and sines as `[2, N, R/2]`.
+pub fn rotations(device: &CudaDevice, positions: &Tensor, inv_freq: &Tensor) -> Result<Tensor> {
+    let (n, half) = (positions.elem_count(), inv_freq.elem_count());
+    let shape = Shape::from((2, n, half));
+    cuda::output(device, shape.clone(), DType::F32, |out| {
+        if n * half == 0 {
+            return Ok(());
+        }
+        let stream = device.cuda_stream();
         let (positions, inv_freq) = (Operand::new(positions), Operand::new(inv_freq));
         let (positions, inv_freq) = (positions.cuda(&stream)?, inv_freq.cuda(&stream)?);
-        let layout = Layout::contiguous(&shape);
-        let [cos, sin] = outs.each_mut().map(|out| cuda::write(out, &layout, &stream));
-        let (cos, sin) = (cos?, sin?);
+        let out = cuda::write(out, &Layout::contiguous(&shape), &stream)?;
+        let (half, count) = (half as u32, (n * half) as u32);
         let mut launch = EarlyLaunch::new(device, &ROTATIONS)?;
-        for address in [&positions, &inv_freq, &cos, &sin] {
-            launch.arg(&address.value);
-        }
-        launch.arg(&half).arg(&count);
-        // SAFETY: the arguments are the kernel's, in its order; the outputs have `count` values.
-        unsafe { launch.launch(cuda::grid(shape.elem_count().div_ceil(THREADS), (THREADS, 1))?) }?;
-    }
-    let [cos, sin] = outs.map(|out| tensor(Storage::Cuda(out), shape.clone()));
-    Ok((cos, sin))
+        launch.arg(&positions.value).arg(&inv_freq.value).arg(&out.value).arg(&half).arg(&count);
+        // SAFETY: the arguments are the kernel's, in its order; the output has two halves of `count` values.
+        unsafe { launch.launch(cuda::grid((n * half as usize).div_ceil(THREADS), (THREADS, 1))?) }
+    })
 }

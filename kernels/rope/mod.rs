@@ -71,7 +71,8 @@ pub fn rotations(positions: &Tensor, inv_freq: &Tensor) -> Result<(Tensor, Tenso
     }
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = positions.device() {
-        return cuda::rotations(device, positions, inv_freq);
+        let both = cuda::rotations(device, positions, inv_freq)?;
+        return Ok((both.get(0)?, both.get(1)?));
     }
     let angles = positions.to_dtype(DType::F32)?.reshape((n, 1))?.broadcast_mul(&inv_freq.reshape((1, half))?)?;
     Ok((angles.cos()?, angles.sin()?))

@@ -22,13 +22,13 @@ __device__ void rope(const T *x, Rows rows, const float *cos, const float *sin, 
   }
 }
 
-// cos and sin [N, half] of positions [N] times frequencies [half].
-extern "C" __global__ void rotations(const uint32_t *positions, const float *inv_freq, float *cos, float *sin,
-                                     uint32_t half, uint32_t count) {
+// Cosines, then sines, [2, N, half] of positions [N] times frequencies [half]; count is N * half.
+extern "C" __global__ void rotations(const uint32_t *positions, const float *inv_freq, float *out, uint32_t half,
+                                     uint32_t count) {
   wait_for_inputs();
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < count)
-    sincosf(positions[i / half] * inv_freq[i % half], &sin[i], &cos[i]);
+    sincosf(positions[i / half] * inv_freq[i % half], &out[count + i], &out[i]);
 }
 
 #define ROPE(name, T)                                                                                                  \
