@@ -36,7 +36,7 @@ fn compile() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let sources = sources().map_err(|error| format!("cuda: cannot list the kernels: {error}"))?;
     let arguments = arguments();
-    let headers = fs::read_to_string("cuda.cuh").map_err(|error| format!("cuda: cuda.cuh: {error}"))?;
+    let headers = headers().map_err(|error| format!("cuda: cannot read the headers: {error}"))?;
 
     let mut table = String::new();
     let mut stale = Vec::new();
@@ -74,7 +74,21 @@ fn compile() -> Result<(), String> {
 /// `<op>/*.cu`, sorted. Their folders are watched, and `cuda.cuh`.
 fn sources() -> io::Result<Vec<PathBuf>> {
     println!("cargo::rerun-if-changed=cuda.cuh");
-    let mut sources = Vec::new();
+    files("cu")
+}
+
+/// The text of `cuda.cuh` and of every `<op>/*.cuh`.
+fn headers() -> io::Result<String> {
+    let mut headers = fs::read_to_string("cuda.cuh")?;
+    for header in files("cuh")? {
+        headers += &fs::read_to_string(header)?;
+    }
+    Ok(headers)
+}
+
+/// The files with this extension in the folders of ops, sorted.
+fn files(extension: &str) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
     for folder in fs::read_dir(".")? {
         let folder = folder?.path();
         if !folder.join("mod.rs").is_file() {
@@ -83,13 +97,13 @@ fn sources() -> io::Result<Vec<PathBuf>> {
         println!("cargo::rerun-if-changed={}", folder.display());
         for file in fs::read_dir(folder)? {
             let file = file?.path();
-            if file.extension().is_some_and(|extension| extension == "cu") {
-                sources.push(file);
+            if file.extension().is_some_and(|other| other == extension) {
+                found.push(file);
             }
         }
     }
-    sources.sort();
-    Ok(sources)
+    found.sort();
+    Ok(found)
 }
 
 fn arguments() -> Vec<String> {

@@ -9,6 +9,7 @@
 use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, SyncOnDrop,
 };
@@ -55,6 +56,17 @@ impl Kernel {
 
     pub fn on(&self, device: &CudaDevice) -> Result<&CudaFunction> {
         self.loaded.get(device, || self.module.on(device)?.load_function(self.name).w())
+    }
+
+    /// The kernel, allowed up to `bytes` of shared memory at launch, the same in every call.
+    pub fn on_sharing(&self, device: &CudaDevice, bytes: usize) -> Result<&CudaFunction> {
+        self.loaded.get(device, || {
+            let function = self.module.on(device)?.load_function(self.name).w()?;
+            function
+                .set_attribute(CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as i32)
+                .w()?;
+            Ok(function)
+        })
     }
 }
 
