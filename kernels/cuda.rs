@@ -22,7 +22,9 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape,
 use crate::cpu::Operand;
 
 mod recording;
+mod upload;
 pub(crate) use recording::{Recorded, measure};
+pub(crate) use upload::upload;
 
 /// What `build.rs` compiled: one static `Module` for each `.cu`, named like the file.
 pub(crate) mod modules {

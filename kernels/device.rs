@@ -1,8 +1,6 @@
 //! Accelerators: how one is opened for these kernels, and what memory it has left.
 
-use candle_core::Device;
-#[cfg(feature = "cuda")]
-use candle_core::Result;
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 
 /// The first CUDA GPU, with a stream of its own. Nothing else may use the device's memory from another stream: candle
 /// does not order streams by events here, which costs more than a small kernel takes. Freed memory stays with the
@@ -22,5 +20,33 @@ pub fn free_memory(device: &Device) -> Option<usize> {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => crate::cuda::free_memory(device).ok(),
         _ => None,
+    }
+}
+
+/// Whether [`upload`] serves `device`.
+pub fn takes_uploads(device: &Device) -> bool {
+    device.is_cuda()
+}
+
+/// A tensor of the little-endian elements in `parts`, one after the other, f32, f16 or bf16. The host is read in
+/// parallel, and while the device takes what was read before. `done(i)` is told of each part that is needed no longer.
+///
+/// # Errors
+///
+/// The bytes are not those of `shape`, the dtype is another, or the device has no memory left, or is no CUDA GPU.
+pub fn upload(
+    device: &Device,
+    shape: impl Into<Shape>,
+    dtype: DType,
+    parts: &[&[u8]],
+    done: impl Fn(usize),
+) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::upload(device, &shape.into(), dtype, parts, done),
+        _ => {
+            let _ = (shape.into(), dtype, parts, done);
+            bail!("upload: {:?} is no cuda gpu", device.location())
+        }
     }
 }

@@ -413,6 +413,15 @@ fn decode_tensor(
     shape: (usize, usize),
     device: &Device,
 ) -> Result<Option<Tensor>> {
+    if kernels::device::takes_uploads(device) {
+        let dtype = match stored {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            _ => return Ok(None),
+        };
+        return kernels::device::upload(device, shape, dtype, parts, done).map(Some);
+    }
     Ok(Some(match stored {
         Dtype::F32 => Tensor::from_vec(decode(parts, done, f32::from_le_bytes), shape, device)?,
         Dtype::F16 => Tensor::from_vec(decode(parts, done, f16::from_le_bytes), shape, device)?,

@@ -65,9 +65,21 @@ pub fn available_memory(device: &Device) -> usize {
 
 fn cuda() -> Result<Device> {
     #[cfg(feature = "cuda")]
-    return kernels::device::cuda().map_err(|error| Error::Request(format!("no CUDA device: {error}")));
+    return kernels::device::cuda().map_err(|error| Error::Request(format!("no CUDA device: {}", reason(&error))));
     #[cfg(not(feature = "cuda"))]
     Err(Error::Request("this build has no CUDA: build it with --features cuda".into()))
+}
+
+/// What the driver calls an error, without its trace.
+#[cfg(feature = "cuda")]
+fn reason(error: &candle_core::Error) -> String {
+    let text = error.to_string();
+    let name = text.split(|c: char| !c.is_ascii_uppercase() && c != '_').find(|word| word.starts_with("CUDA_ERROR_"));
+    match name {
+        Some("CUDA_ERROR_NO_DEVICE") => "the driver finds none".into(),
+        Some(name) => format!("the driver says {name}"),
+        None => text.lines().next().unwrap_or_default().into(),
+    }
 }
 
 fn metal() -> Result<Device> {

@@ -186,6 +186,11 @@ impl Engine {
         self.max_context
     }
 
+    /// Where the model runs.
+    pub fn device(&self) -> &Device {
+        &self.cache.config().device
+    }
+
     /// What the engine must know of its model.
     pub fn limits(&self) -> &ModelLimits {
         &self.limits

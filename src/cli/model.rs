@@ -108,6 +108,14 @@ impl DeviceArgs {
         }
     }
 
+    /// Says so if this build has an accelerator's kernels, none was asked for by name, and the model came to the CPU.
+    pub fn note(&self, device: &candle_core::Device) {
+        let could = cfg!(any(feature = "cuda", feature = "metal"));
+        if could && device.is_cpu() && matches!(self.device, Device::Auto) {
+            eprintln!("taper: no GPU that this build can use was found, so the model runs on the CPU");
+        }
+    }
+
     pub fn dtype(&self) -> Option<DType> {
         self.dtype.map(|dtype| match dtype {
             Dtype::F32 => DType::F32,
@@ -147,10 +155,12 @@ impl ModelArgs {
         let quantization = self.quant.quantization();
         let (device, dtype, hub) = (self.device.choice(), self.device.dtype(), self.source.hub());
         let options = Options { device, dtype, quantization, pack_cache: self.pack_cache.cache(), engine, hub };
-        match &self.model {
-            Some(model) => Ok(Llm::load_with(model, &options, &mut Bars::default())?),
-            None => demo(&options),
-        }
+        let llm = match &self.model {
+            Some(model) => Llm::load_with(model, &options, &mut Bars::default())?,
+            None => demo(&options)?,
+        };
+        self.device.note(llm.engine().device());
+        Ok(llm)
     }
 }
 
