@@ -120,7 +120,11 @@ pub(crate) struct EarlyLaunch<'a> {
 
 impl<'a> EarlyLaunch<'a> {
     pub fn new(device: &'a CudaDevice, kernel: &'a Kernel) -> Result<Self> {
-        Ok(Self { device, function: kernel.on(device)?, arguments: Vec::with_capacity(24), borrowed: PhantomData })
+        Ok(Self::of(device, kernel.on(device)?))
+    }
+
+    pub fn of(device: &'a CudaDevice, function: &'a CudaFunction) -> Self {
+        Self { device, function, arguments: Vec::with_capacity(24), borrowed: PhantomData }
     }
 
     /// The kernel's next argument.

@@ -8,12 +8,12 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute};
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 use super::{AttentionParams, Mask};
 use crate::Batch;
 use crate::cpu::Operand;
-use crate::cuda::{self, Address, Floats, Kernel, Rows, floats, modules};
+use crate::cuda::{self, EarlyLaunch, Floats, Kernel, Rows, floats, modules};
 
 /// Of a block of `write_kv`.
 const THREADS: usize = 256;
@@ -106,34 +106,38 @@ static MERGE_VECTOR: Floats = floats!(ATTENTION_ANY, "attention_merge_vector");
 
 /// `q` `[N, Hq, D]` in rows, `kv` `[2, blocks, block_size, Hk, D]` contiguous, of one dtype.
 pub fn paged_attention(
-    (q, ql): (&CudaStorage, &Layout),
-    (kv, kvl): (&CudaStorage, &Layout),
+    device: &CudaDevice,
+    q: &Tensor,
+    kv: &Tensor,
     batch: &Batch,
     params: AttentionParams,
-) -> Result<CudaStorage> {
-    let (_, blocks, block_size, hk, d) = kvl.shape().dims5()?;
-    let stream = q.device.cuda_stream();
-    let kv = cuda::read(kv, kvl, &stream)?;
+) -> Result<Tensor> {
+    let (_, blocks, block_size, hk, d) = kv.dims5()?;
+    let stream = device.cuda_stream();
+    let kv = Operand::new(kv);
+    let kv = kv.cuda(&stream)?;
     let plane = (blocks * block_size * hk * d * q.dtype().size_in_bytes()) as u64;
     let pages = |address| Keys { address, strides: [(hk * d) as u32, d as u32] };
     let keys = [pages(kv.value), pages(kv.value + plane)];
     let max_blocks = batch.block_tables.dim(1)?;
-    run((q, ql), keys, hk, blocks * block_size, Some((block_size, max_blocks)), batch, params)
+    run(device, q, keys, hk, blocks * block_size, Some((block_size, max_blocks)), batch, params)
 }
 
 /// `q` `[N, Hq, D]`, `k` and `v` `[N, Hk, D]` in rows, of one dtype.
 pub fn attention(
-    (q, ql): (&CudaStorage, &Layout),
-    (k, kl): (&CudaStorage, &Layout),
-    (v, vl): (&CudaStorage, &Layout),
+    device: &CudaDevice,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
     batch: &Batch,
     params: AttentionParams,
-) -> Result<CudaStorage> {
-    let stream = q.device.cuda_stream();
-    let (n, hk, _) = kl.shape().dims3()?;
-    let (k, v) = (cuda::read_rows(k, kl, &stream)?, cuda::read_rows(v, vl, &stream)?);
+) -> Result<Tensor> {
+    let stream = device.cuda_stream();
+    let (n, hk, _) = k.dims3()?;
+    let (k, v) = (Operand::new(k), Operand::new(v));
+    let (k, v) = (k.cuda_rows(&stream)?, v.cuda_rows(&stream)?);
     let keys = [&k, &v].map(|rows| Keys { address: rows.address.value, strides: rows.strides });
-    run((q, ql), keys, hk, n, None, batch, params)
+    run(device, q, keys, hk, n, None, batch, params)
 }
 
 /// Where the rows of keys or of values lie: strides in values, from token to token and from head to head.
@@ -144,27 +148,27 @@ struct Keys {
 }
 
 /// `pages` are the tokens of a block and the blocks of a table.
+#[expect(clippy::too_many_arguments, reason = "two public functions in one")]
 fn run(
-    (q, ql): (&CudaStorage, &Layout),
+    device: &CudaDevice,
+    q: &Tensor,
     keys: [Keys; 2],
     hk: usize,
     key_rows: usize,
     pages: Option<(usize, usize)>,
     batch: &Batch,
     params: AttentionParams,
-) -> Result<CudaStorage> {
-    let (n, hq, d) = ql.shape().dims3()?;
+) -> Result<Tensor> {
+    let ((n, hq, d), shape) = (q.dims3()?, q.shape());
     if d > MAX_D {
         bail!("attention: D is {d}, the cuda kernels take at most {MAX_D}")
     }
-    let (device, dtype) = (q.device.clone(), q.dtype());
-    let stream = device.cuda_stream();
-    let mut out = cuda::uninit(&device, ql.shape(), dtype)?;
-    let q = cuda::read_rows(q, ql, &stream)?;
+    let (dtype, stream) = (q.dtype(), device.cuda_stream());
+    let q = Operand::new(q);
+    let q = q.cuda_rows(&stream)?;
     let arrays = [&batch.cu_seqlens, &batch.context_lens, &batch.block_tables].map(Operand::new);
     let [starts, lens, tables] = arrays.each_ref().map(|operand| operand.cuda(&stream));
     let (starts, lens, tables) = (starts?, lens?, tables?);
-    let y = cuda::write(&mut out, &Layout::contiguous(ql.shape()), &stream)?;
 
     let (block_size, max_blocks) = pages.unwrap_or((0, 0));
     let [k, v] = keys;
@@ -172,7 +176,7 @@ fn run(
         q: q.address.value,
         k: k.address,
         v: v.address,
-        y: y.value,
+        y: 0,
         partial: 0,
         cu_seqlens: starts.value,
         context_lens: lens.value,
@@ -191,23 +195,26 @@ fn run(
         scale: params.scale,
         softcap: params.softcap.unwrap_or(0.0),
     };
-    let gpu = Gpu::of(&device)?;
+    let gpu = Gpu::of(device)?;
     let singles = batch.host.iter().filter(|sequence| sequence.tokens.len() == 1).count();
     let has_prompts = singles < batch.num_sequences();
-    let call = Call { device: &device, dtype, gpu, step, key_rows, has_prompts };
-    match call.tensor_cores(&q)? {
-        Some((size, prompt_kernel)) => {
-            if let Some(kernel) = prompt_kernel {
-                call.prompts(size, kernel)?;
+    cuda::output(device, shape, dtype, |y| {
+        let y = cuda::write(y, &Layout::contiguous(shape), &stream)?;
+        let step = Step { y: y.value, ..step };
+        let call = Call { device, dtype, gpu, step, key_rows, has_prompts };
+        match call.tensor_cores(&q)? {
+            Some((size, prompt_kernel)) => {
+                if let Some(kernel) = prompt_kernel {
+                    call.prompts(size, kernel)?;
+                }
+                if singles > 0 {
+                    call.decode(size)?;
+                }
+                Ok(())
             }
-            if singles > 0 {
-                call.decode(size)?;
-            }
+            None => call.any(),
         }
-        None => call.any()?,
-    }
-    drop(y);
-    Ok(out)
+    })
 }
 
 /// The kernels' argument, as `Step` in `attention.cuh`.
@@ -412,7 +419,7 @@ impl Call<'_> {
         let splits = self.splits(blocks, slots);
         self.split(splits, |step| {
             let grid = [splits, heads, step.num_sequences as usize];
-            self.launch(kernel, step, grid, warps * 32, shared, &[])
+            self.launch_early(kernel, step, grid, warps * 32, shared)
         })
     }
 
@@ -456,15 +463,17 @@ impl Call<'_> {
             return launch(&step);
         }
         let values = (step.num_tokens * step.hq) as usize * splits * (step.d as usize + 2);
-        let shape = Shape::from(values);
-        let mut partial = cuda::uninit(self.device, &shape, DType::F32)?;
         let stream = self.device.cuda_stream();
-        let address: Address = cuda::write(&mut partial, &Layout::contiguous(shape), &stream)?;
-        step.partial = address.value;
-        launch(&step)?;
+        let partial = cuda::output(self.device, values, DType::F32, |partial| {
+            let address = cuda::write(partial, &Layout::contiguous(values), &stream)?;
+            step.partial = address.value;
+            launch(&step)
+        })?;
         let (kernel, values) = if step.d.is_multiple_of(4) { (&MERGE_VECTOR, 4) } else { (&MERGE_SCALAR, 1) };
         let grid = [step.hq as usize, step.num_sequences as usize, step.d.div_ceil(32 * values) as usize];
-        self.launch(kernel.of(self.dtype)?.on(self.device)?, &step, grid, 128, 0, &[])
+        self.launch_early(kernel.of(self.dtype)?.on(self.device)?, &step, grid, 128, 0)?;
+        drop(partial);
+        Ok(())
     }
 
     fn launch(
@@ -476,14 +485,7 @@ impl Call<'_> {
         shared: usize,
         maps: &[TensorMap],
     ) -> Result<()> {
-        if grid[0] > i32::MAX as usize || grid[1..].iter().any(|&blocks| blocks > 65535) {
-            bail!("attention: a grid of {grid:?} blocks is more than cuda takes")
-        }
-        let config = LaunchConfig {
-            grid_dim: (grid[0] as u32, grid[1] as u32, grid[2] as u32),
-            block_dim: (threads as u32, 1, 1),
-            shared_mem_bytes: shared as u32,
-        };
+        let config = config(grid, threads, shared)?;
         let stream = self.device.cuda_stream();
         let mut launch = stream.launch_builder(function);
         launch.arg(step);
@@ -495,6 +497,31 @@ impl Call<'_> {
         unsafe { launch.launch(config) }.w()?;
         Ok(())
     }
+
+    /// As `launch`, of a kernel that waits for its inputs itself.
+    fn launch_early(
+        &self,
+        function: &CudaFunction,
+        step: &Step,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+    ) -> Result<()> {
+        let config = config(grid, threads, shared)?;
+        // SAFETY: as for `launch`.
+        unsafe { EarlyLaunch::of(self.device, function).arg(step).launch(config) }
+    }
+}
+
+fn config(grid: [usize; 3], threads: usize, shared: usize) -> Result<LaunchConfig> {
+    if grid[0] > i32::MAX as usize || grid[1..].iter().any(|&blocks| blocks > 65535) {
+        bail!("attention: a grid of {grid:?} blocks is more than cuda takes")
+    }
+    Ok(LaunchConfig {
+        grid_dim: (grid[0] as u32, grid[1] as u32, grid[2] as u32),
+        block_dim: (threads as u32, 1, 1),
+        shared_mem_bytes: shared as u32,
+    })
 }
 
 /// Rows that a block of `paged_decode` takes.

@@ -109,7 +109,12 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: Atte
         bail!("attention: q is {:?}, k {:?}, v {:?}, expected one dtype", q.dtype(), k.dtype(), v.dtype())
     }
     params.check("attention")?;
-    as_rows(q)?.apply_op3_no_bwd(&as_rows(k)?, &as_rows(v)?, &Attention { batch, params })
+    let (q, k, v) = (as_rows(q)?, as_rows(k)?, as_rows(v)?);
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = q.device() {
+        return cuda::attention(device, &q, &k, &v, batch, params);
+    }
+    q.apply_op3_no_bwd(&k, &v, &Attention { batch, params })
 }
 
 /// Writes the step's keys and values into their pages, in place:
@@ -188,7 +193,12 @@ pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attention
     params.check("paged_attention")?;
     let first_seen = |sequence: &Sequence| params.visible(sequence.past(), sequence.context_len).start;
     batch.check_blocks("paged_attention", blocks, block_size, first_seen)?;
-    as_rows(q)?.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
+    let q = as_rows(q)?;
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = q.device() {
+        return cuda::paged_attention(device, &q, kv, batch, params);
+    }
+    q.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
 }
 
 /// Whether there is a kernel for these rows and pages.
@@ -223,19 +233,6 @@ impl CustomOp3 for Attention<'_> {
             other => bail!("attention: q is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, ql.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        q: &CudaStorage,
-        ql: &Layout,
-        k: &CudaStorage,
-        kl: &Layout,
-        v: &CudaStorage,
-        vl: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::attention((q, ql), (k, kl), (v, vl), self.batch, self.params)?, ql.shape().clone()))
     }
 }
 
@@ -356,11 +353,6 @@ impl CustomOp2 for PagedAttention<'_> {
             (q, kv) => bail!("paged_attention: {:?} over pages of {:?}", dtype_of(q), dtype_of(kv)),
         };
         Ok((out, ql.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, q: &CudaStorage, ql: &Layout, kv: &CudaStorage, kvl: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::paged_attention((q, ql), (kv, kvl), self.batch, self.params)?, ql.shape().clone()))
     }
 
     #[cfg(feature = "metal")]

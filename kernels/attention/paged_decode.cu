@@ -16,6 +16,8 @@ constexpr int PADDING = 4;
 template <typename T, int D> __device__ void decode(const Step &step) {
   constexpr int CHUNKS = D / 8, TILE = KEYS * D * sizeof(T);
   extern __shared__ __align__(1024) uint8_t shared[];
+  let_next_start();
+  wait_for_inputs();
   const Sequence sequence(step, blockIdx.z);
   if (sequence.tokens != 1)
     return;
