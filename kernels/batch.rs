@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor, bail};
 
 /// Stands in a block table for a block that a window has left behind and that holds nothing any more.
 pub const NO_BLOCK: u32 = u32::MAX;
@@ -42,6 +42,8 @@ pub struct Batch {
     pub state_slots: Tensor,
     /// `[B]` index of each sequence's last token.
     pub last: Tensor,
+    /// The upload.
+    arrays: Tensor,
     pub(crate) host: Vec<Sequence>,
     pub(crate) host_slot_mapping: Vec<u32>,
     host_tokens: Vec<u32>,
@@ -84,14 +86,53 @@ impl Batch {
     /// A segment is empty, its blocks do not hold its tokens, or two segments share a slot or a page that
     /// both write.
     pub fn new(segments: &[Segment], block_size: usize, device: &Device) -> Result<Self> {
-        let mut arrays = Arrays::default();
-        for (index, segment) in segments.iter().enumerate() {
-            if segments[..index].iter().any(|other| other.slot == segment.slot) {
-                bail!("batch: segment {index} shares state slot {} with an earlier segment", segment.slot)
-            }
-            arrays.push_paged(index, segment, block_size)?;
+        Self::with_width(segments, block_size, 1, device)
+    }
+
+    /// As [`Batch::new`], with block tables of at least `width` columns: room for the sequences to grow in when the batch
+    /// is [refilled](Batch::refill).
+    ///
+    /// # Errors
+    ///
+    /// As [`Batch::new`].
+    pub fn with_width(segments: &[Segment], block_size: usize, width: usize, device: &Device) -> Result<Self> {
+        Arrays::paged(segments, block_size)?.upload(width, device)
+    }
+
+    /// Puts other segments in place of the ones the batch was made of, at the same addresses on the device, with tables
+    /// for layers with a window if it has them. What a kernel was told of the old ones must hold for the new.
+    ///
+    /// # Errors
+    ///
+    /// As [`Batch::new`] and [`Batch::with_windows`]; also if there are other numbers of tokens or sequences than before,
+    /// or block tables are longer than there is room for.
+    pub fn refill(&mut self, segments: &[Segment], tables: &[&[u32]], block_size: usize) -> Result<()> {
+        self.replace(Arrays::paged(segments, block_size)?)?;
+        match self.windowed.as_mut() {
+            Some(windowed) => windowed.replace(Arrays::windowed(segments, tables, block_size)?),
+            None => Ok(()),
         }
-        arrays.upload(device)
+    }
+
+    fn replace(&mut self, arrays: Arrays) -> Result<()> {
+        let (_, width) = self.block_tables.dims2()?;
+        if arrays.tokens.len() != self.num_tokens()
+            || arrays.sequences.len() != self.num_sequences()
+            || arrays.width() > width
+        {
+            bail!(
+                "batch: {} tokens of {} sequences with {} blocks, recorded for {}, {} and {width}",
+                arrays.tokens.len(),
+                arrays.sequences.len(),
+                arrays.width(),
+                self.num_tokens(),
+                self.num_sequences()
+            )
+        }
+        self.arrays.inplace_op1(&Overwrite(arrays.concatenated(width)))?;
+        let Arrays { tokens, slot_mapping, sequences, .. } = arrays;
+        (self.host, self.host_slot_mapping, self.host_tokens) = (sequences, slot_mapping, tokens);
+        Ok(())
     }
 
     /// Gives layers with a window block tables of their own, one for each sequence: see [`Batch::windowed`]. Blocks
@@ -100,17 +141,28 @@ impl Batch {
     /// # Errors
     ///
     /// Other than one table for each sequence, or one whose blocks do not hold the sequence's tokens.
-    pub fn with_windows(mut self, tables: &[&[u32]], block_size: usize) -> Result<Self> {
-        if tables.len() != self.host.len() {
-            bail!("batch: {} window tables for {} sequences", tables.len(), self.host.len())
-        }
-        let mut arrays = Arrays::default();
-        for (index, (sequence, blocks)) in self.host.iter().zip(tables).enumerate() {
-            let tokens = &self.host_tokens[sequence.tokens.clone()];
-            let (past, blocks) = (sequence.past(), *blocks);
-            arrays.push_paged(index, &Segment { tokens, past, blocks, slot: sequence.slot as u32 }, block_size)?;
-        }
-        self.windowed = Some(Box::new(arrays.upload(self.tokens.device())?));
+    pub fn with_windows(self, tables: &[&[u32]], block_size: usize) -> Result<Self> {
+        self.with_wide_windows(tables, block_size, 1)
+    }
+
+    /// As [`Batch::with_windows`], with block tables of at least `width` columns.
+    ///
+    /// # Errors
+    ///
+    /// As [`Batch::with_windows`].
+    pub fn with_wide_windows(mut self, tables: &[&[u32]], block_size: usize, width: usize) -> Result<Self> {
+        let segments: Vec<Segment> = self
+            .host
+            .iter()
+            .map(|sequence| Segment {
+                tokens: &self.host_tokens[sequence.tokens.clone()],
+                past: sequence.past(),
+                blocks: &sequence.blocks,
+                slot: sequence.slot as u32,
+            })
+            .collect();
+        let windowed = Arrays::windowed(&segments, tables, block_size)?.upload(width, self.tokens.device())?;
+        self.windowed = Some(Box::new(windowed));
         Ok(self)
     }
 
@@ -133,7 +185,7 @@ impl Batch {
             arrays.push(tokens, 0, &[], index as u32);
             arrays.slot_mapping.extend(std::iter::repeat_n(0, tokens.len()));
         }
-        arrays.upload(device)
+        arrays.upload(1, device)
     }
 
     /// The last tokens of some sequences, by index, as a step of their own: queries over the same pages, for layers
@@ -153,7 +205,7 @@ impl Batch {
             arrays.push(token, sequence.context_len - 1, &sequence.blocks, sequence.slot as u32);
             arrays.slot_mapping.push(self.host_slot_mapping[last]);
         }
-        let mut last = arrays.upload(self.tokens.device())?;
+        let mut last = arrays.upload(1, self.tokens.device())?;
         if let Some(windowed) = &self.windowed {
             last.windowed = Some(Box::new(windowed.last_tokens(sequences)?));
         }
@@ -227,6 +279,29 @@ impl Batch {
     }
 }
 
+/// Writes over a whole tensor of u32.
+struct Overwrite(Vec<u32>);
+
+impl InplaceOp1 for Overwrite {
+    fn name(&self) -> &'static str {
+        "overwrite"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        match storage {
+            CpuStorage::U32(values) => values.copy_from_slice(&self.0),
+            _ => bail!("overwrite: expected u32"),
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, _: &Layout) -> Result<()> {
+        let device = storage.device.clone();
+        device.memcpy_htod(&self.0, storage.as_cuda_slice_mut::<u32>()?)
+    }
+}
+
 #[derive(Default)]
 struct Arrays {
     tokens: Vec<u32>,
@@ -271,12 +346,37 @@ impl Arrays {
         Ok(())
     }
 
-    fn upload(self, device: &Device) -> Result<Batch> {
-        let (n, b) = (self.tokens.len(), self.sequences.len());
-        if b == 0 {
-            bail!("batch: no sequences")
+    fn paged(segments: &[Segment], block_size: usize) -> Result<Self> {
+        let mut arrays = Self::default();
+        for (index, segment) in segments.iter().enumerate() {
+            if segments[..index].iter().any(|other| other.slot == segment.slot) {
+                bail!("batch: segment {index} shares state slot {} with an earlier segment", segment.slot)
+            }
+            arrays.push_paged(index, segment, block_size)?;
         }
-        let width = self.sequences.iter().map(|s| s.blocks.len()).max().unwrap_or(0).max(1);
+        Ok(arrays)
+    }
+
+    /// The segments over other blocks.
+    fn windowed(segments: &[Segment], tables: &[&[u32]], block_size: usize) -> Result<Self> {
+        if tables.len() != segments.len() {
+            bail!("batch: {} window tables for {} sequences", tables.len(), segments.len())
+        }
+        let mut arrays = Self::default();
+        for (index, (segment, blocks)) in segments.iter().zip(tables).enumerate() {
+            arrays.push_paged(index, &Segment { blocks, ..*segment }, block_size)?;
+        }
+        Ok(arrays)
+    }
+
+    /// Blocks of the sequence that has most, at least one.
+    fn width(&self) -> usize {
+        self.sequences.iter().map(|s| s.blocks.len()).max().unwrap_or(0).max(1)
+    }
+
+    /// The arrays one after the other, block tables of `width` columns last.
+    fn concatenated(&self, width: usize) -> Vec<u32> {
+        let (n, b) = (self.tokens.len(), self.sequences.len());
         let mut all = Vec::with_capacity(3 * n + (b + 1) + b * (3 + width));
         all.extend_from_slice(&self.tokens);
         all.extend_from_slice(&self.positions);
@@ -290,6 +390,16 @@ impl Arrays {
             all.extend(sequence.blocks.iter().map(|&block| if block == NO_BLOCK { 0 } else { block }));
             all.extend(std::iter::repeat_n(0, width - sequence.blocks.len()));
         }
+        all
+    }
+
+    fn upload(self, width: usize, device: &Device) -> Result<Batch> {
+        let (n, b) = (self.tokens.len(), self.sequences.len());
+        if b == 0 {
+            bail!("batch: no sequences")
+        }
+        let width = self.width().max(width);
+        let all = self.concatenated(width);
         let len = all.len();
         let all = Tensor::from_vec(all, len, device)?;
         let mut start = 0;
@@ -306,6 +416,7 @@ impl Arrays {
             state_slots: view(b)?,
             last: view(b)?,
             block_tables: view(b * width)?.reshape((b, width))?,
+            arrays: all,
             host: self.sequences,
             host_slot_mapping: self.slot_mapping,
             host_tokens: self.tokens,

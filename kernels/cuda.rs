@@ -6,18 +6,23 @@
 //! A kernel is looked up by name once per GPU and then found with one atomic load. Its module stays loaded as
 //! long as the process lives: candle's devices on one GPU share its primary context, which the module keeps.
 
+use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, SyncOnDrop,
+    CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::Operand;
+
+mod recording;
+pub(crate) use recording::{Recorded, measure};
 
 /// What `build.rs` compiled: one static `Module` for each `.cu`, named like the file.
 pub(crate) mod modules {
@@ -70,7 +75,8 @@ impl Kernel {
     }
 }
 
-/// A kernel in the three float dtypes, named `<op>_<variant>_f32`, `_f16`, `_bf16`; made by [`floats!`].
+/// A kernel in the three float dtypes, named `<op>_<variant>_f32`, `_f16`, `_bf16`, or with something behind that; made
+/// by [`floats!`].
 pub(crate) struct Floats {
     pub f32: Kernel,
     pub f16: Kernel,
@@ -89,16 +95,76 @@ impl Floats {
 }
 
 macro_rules! floats {
-    ($module:ident, $name:literal) => {{
+    ($module:ident, $name:literal $(, $suffix:literal)?) => {{
         use $crate::cuda::{Floats, Kernel, modules};
         Floats {
-            f32: Kernel::new(&modules::$module, concat!($name, "_f32")),
-            f16: Kernel::new(&modules::$module, concat!($name, "_f16")),
-            bf16: Kernel::new(&modules::$module, concat!($name, "_bf16")),
+            f32: Kernel::new(&modules::$module, concat!($name, "_f32" $(, $suffix)?)),
+            f16: Kernel::new(&modules::$module, concat!($name, "_f16" $(, $suffix)?)),
+            bf16: Kernel::new(&modules::$module, concat!($name, "_bf16" $(, $suffix)?)),
         }
     }};
 }
 pub(crate) use floats;
+
+/// A launch that may begin while the kernel before it in the stream still runs: a kernel for it calls
+/// `wait_for_inputs` before it touches anything that another kernel writes. Where the GPU cannot do that, it begins
+/// afterwards.
+pub(crate) struct EarlyLaunch<'a> {
+    device: &'a CudaDevice,
+    function: &'a CudaFunction,
+    arguments: Vec<*mut c_void>,
+    borrowed: PhantomData<&'a ()>,
+}
+
+impl<'a> EarlyLaunch<'a> {
+    pub fn new(device: &'a CudaDevice, kernel: &'a Kernel) -> Result<Self> {
+        Ok(Self { device, function: kernel.on(device)?, arguments: Vec::with_capacity(24), borrowed: PhantomData })
+    }
+
+    /// The kernel's next argument.
+    pub fn arg<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
+        self.arguments.push(std::ptr::from_ref(value).cast_mut().cast());
+        self
+    }
+
+    /// The kernel's next three arguments: heads and strides of an operand's rows.
+    pub fn rows(&mut self, rows: &'a Rows) -> &mut Self {
+        self.arg(&rows.heads).arg(&rows.strides[0]).arg(&rows.strides[1])
+    }
+
+    /// # Safety
+    ///
+    /// The arguments are the kernel's, in its order, and what they point to is as large as the kernel takes it to be.
+    pub unsafe fn launch(&mut self, config: LaunchConfig) -> Result<()> {
+        static CAN_START_EARLY: PerGpu<bool> = PerGpu::new();
+        let stream = self.device.cuda_stream();
+        let context = stream.context();
+        let early = *CAN_START_EARLY.get(self.device, || Ok(context.compute_capability().w()?.0 >= 9))?;
+        context.bind_to_thread().w()?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: config.grid_dim.0,
+            gridDimY: config.grid_dim.1,
+            gridDimZ: config.grid_dim.2,
+            blockDimX: config.block_dim.0,
+            blockDimY: config.block_dim.1,
+            blockDimZ: config.block_dim.2,
+            sharedMemBytes: config.shared_mem_bytes,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
+        };
+        let function = self.function.cu_function();
+        // SAFETY: the caller's promise; the arguments are borrowed until here.
+        unsafe { sys::cuLaunchKernelEx(&config, function, self.arguments.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .w()
+    }
+}
 
 /// A value made on first use on each GPU.
 struct PerGpu<T>([OnceLock<T>; PerGpu::<()>::LIMIT]);
@@ -218,10 +284,60 @@ impl Operand<'_> {
     }
 }
 
+/// A tensor of `shape` that `fill` writes in full. While a stream records, its memory is the recording's.
+pub(crate) fn output(
+    device: &CudaDevice,
+    shape: impl Into<Shape>,
+    dtype: DType,
+    fill: impl FnOnce(&mut CudaStorage) -> Result<()>,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut storage = match recording::take(device, &shape, dtype)? {
+        Some(storage) => storage,
+        None => uninit(device, &shape, dtype)?,
+    };
+    let filled = fill(&mut storage);
+    let tensor = crate::cpu::tensor(Storage::Cuda(storage), shape);
+    recording::keep(&tensor);
+    filled.map(|()| tensor)
+}
+
 /// An output that the launch writes in full.
 pub(crate) fn uninit(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
     // SAFETY: any bits are a valid float or integer.
     unsafe { device.alloc_uninit(shape, dtype) }
+}
+
+/// The GPU `ordinal`, as [`device::cuda`](crate::device::cuda) says.
+pub(crate) fn open(ordinal: usize) -> Result<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    let cuda = device.as_cuda_device()?;
+    // SAFETY: the device is new, its stream the only one that work on it is queued on.
+    unsafe { cuda.disable_event_tracking() };
+    let stream = cuda.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    let mut pool = std::ptr::null_mut();
+    let mut kept = u64::MAX;
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: both calls write to, or read from, locals of the types that they document.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device()).result().w()?;
+        sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()).result().w()?;
+    }
+    Ok(device)
+}
+
+pub(crate) fn free_memory(device: &CudaDevice) -> Result<usize> {
+    device.cuda_stream().context().bind_to_thread().w()?;
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: it writes to two locals.
+    unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }.result().w()?;
+    Ok(free)
+}
+
+/// How many rows an operand `[.., D]` has.
+pub(crate) fn rows_of(layout: &Layout) -> usize {
+    layout.dims().iter().rev().skip(1).product()
 }
 
 /// A one-dimensional grid of blocks of `threads` (x, y), without shared memory beyond what the kernel declares.
@@ -239,15 +355,15 @@ pub(crate) fn grid(blocks: usize, threads: (usize, usize)) -> Result<LaunchConfi
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Tensor};
+    use crate::quantized::Quantization;
 
     #[test]
     fn an_op_without_a_kernel_says_so() -> Result<()> {
         for device in crate::testing::devices().into_iter().filter(Device::is_cuda) {
-            let x = Tensor::zeros((1, 2, 4), DType::F32, &device)?;
-            let table = Tensor::zeros((1, 2), DType::F32, &device)?;
-            let error = crate::rope::rope(&x, &table, &table).expect_err("there is no kernel").to_string();
-            assert!(error.contains("no cuda implementation for rope"), "{error}");
+            let x = Tensor::zeros((1, 4), DType::F32, &device)?;
+            let matrix = crate::quantized::QuantizedMatrix::pack(Quantization::Q8, [4, 4], |_, row| row.fill(1.0))?;
+            let error = crate::quantized::linear(&x, &matrix).expect_err("there is no kernel").to_string();
+            assert!(error.contains("no cuda implementation for"), "{error}");
         }
         Ok(())
     }

@@ -35,9 +35,13 @@
 //! tokens or sequences share the step, how the prompt was cut into chunks, or the number of threads.
 
 pub mod activation;
+pub mod argmax;
 pub mod attention;
 pub mod conv;
+pub mod device;
 pub mod gated_delta;
+pub mod graph;
+pub mod heads;
 pub mod linear;
 pub mod memory;
 pub mod moe;

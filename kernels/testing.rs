@@ -44,7 +44,7 @@ pub fn devices() -> Vec<Device> {
     #[allow(unused_mut)] // grows only in builds with an accelerator
     let mut devices = vec![Device::Cpu];
     #[cfg(feature = "cuda")]
-    match Device::new_cuda_with_stream(0) {
+    match crate::device::cuda() {
         Ok(device) => devices.push(device),
         Err(error) => eprintln!("cuda: no kernel was tested: {error}"),
     }

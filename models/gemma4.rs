@@ -13,8 +13,9 @@ use std::ops::Range;
 use candle_core::{IndexOp, Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::{Activation, gated_activation};
-use kernels::attention::{AttentionParams, paged_attention, write_kv};
-use kernels::linear::linear;
+use kernels::attention::{AttentionParams, paged_attention};
+use kernels::heads::KeyValueHeads;
+use kernels::linear::{Around, linear};
 use kernels::softcap::softcap;
 use serde::Deserialize;
 use serde_json::Value;
@@ -23,7 +24,7 @@ use crate::cache::{Cache, CacheSpec};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, RopeParameters};
 use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
-use crate::weights::{Ignored, MappedRows, Weights};
+use crate::weights::{Ignored, Table, Weights};
 use crate::{CausalLm, Description, Observed, Observer};
 
 /// The text part of `config.json`, with its names.
@@ -425,8 +426,8 @@ impl CausalLm for Gemma4 {
 
 /// What each layer is told about its token: a row of a table too large for memory, and a projection of the embedding.
 struct PerLayerEmbedding {
-    /// `[V, L * P]`, which stays in its file.
-    embed_tokens_per_layer: MappedRows,
+    /// `[V, L * P]`
+    embed_tokens_per_layer: Table,
     /// `[L * P, H]`
     per_layer_model_projection: Tensor,
     per_layer_projection_norm: RmsNorm,
@@ -439,7 +440,7 @@ impl PerLayerEmbedding {
         let (width, hidden) = (config.num_hidden_layers * size, config.hidden_size);
         let table = [config.vocab_size_per_layer_input(), width];
         Ok(Self {
-            embed_tokens_per_layer: model.pp("embed_tokens_per_layer").mapped("weight", table)?,
+            embed_tokens_per_layer: model.pp("embed_tokens_per_layer").table("weight", table)?,
             per_layer_model_projection: model.pp("per_layer_model_projection").matrix("weight", [width, hidden])?,
             per_layer_projection_norm: RmsNorm::load(
                 &model.pp("per_layer_projection_norm"),
@@ -458,7 +459,7 @@ impl PerLayerEmbedding {
         let projected = (linear(embedded, &projection)? * (hidden as f64).powf(-0.5))?;
         let shape = ((), layers.len(), self.size);
         let projected = self.per_layer_projection_norm.forward(&projected.reshape(shape)?)?;
-        let looked_up = self.embed_tokens_per_layer.gather(batch.token_ids(), columns)?.reshape(shape)?;
+        let looked_up = self.embed_tokens_per_layer.rows(batch, columns)?.reshape(shape)?;
         (projected + (looked_up * (self.size as f64).sqrt())?)? * 0.5f64.sqrt()
     }
 }
@@ -508,9 +509,10 @@ impl DecoderLayer {
         batch: &Batch,
         cache: &Cache,
     ) -> Result<Tensor> {
-        let mixed = self.self_attn.forward(&self.input_layernorm.forward(x)?, rotations, batch, cache)?;
+        let mixed = self.self_attn.forward(x, &self.input_layernorm, rotations, batch, cache)?;
         let x = (x + self.post_attention_layernorm.forward(&mixed)?)?;
-        let y = self.mlp.forward(&self.pre_feedforward_layernorm.forward(&x)?)?;
+        let norm = Some(self.pre_feedforward_layernorm.parts());
+        let y = self.mlp.forward_around(&x, Around { norm, ..Around::default() })?;
         let mut x = (x + self.post_feedforward_layernorm.forward(&y)?)?;
         if let (Some(per_layer), Some(input)) = (&self.per_layer, input) {
             x = (&x + per_layer.forward(&x, input)?)?;
@@ -596,23 +598,34 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor, rotations: &StepRotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        norm: &RmsNorm,
+        rotations: &StepRotations,
+        batch: &Batch,
+        cache: &Cache,
+    ) -> Result<Tensor> {
         let (rotations, batch) = match self.window {
             Some(_) => (&rotations.sliding, batch.windowed()),
             None => (&rotations.full, batch),
         };
-        let qkv = self.qkv_proj.forward(x)?;
+        let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
         let heads = |start: usize, count: usize| {
             qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))
         };
-        let q = rotations.apply(&self.q_norm.forward(&heads(0, self.num_heads)?)?)?;
-        let kv = cache.kv(self.kv_source)?;
-        if let Some([k_norm, v_norm]) = &self.kv_norms {
-            let k = heads(self.num_heads, self.num_kv_heads)?;
-            let v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
-            write_kv(kv, &rotations.apply(&k_norm.forward(&k)?)?, &v_norm.forward(&v)?, batch)?;
-        }
+        let (k, v);
+        let kv = match &self.kv_norms {
+            Some([k_norm, v_norm]) => {
+                k = heads(self.num_heads, self.num_kv_heads)?;
+                v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
+                Some(KeyValueHeads { k: &k, v: &v, k_norm: k_norm.parts(), v_norm: Some(v_norm.parts()) })
+            }
+            None => None,
+        };
+        let pages = cache.kv(self.kv_source)?;
+        let q = rotations.enter(&heads(0, self.num_heads)?, &self.q_norm, kv, pages, batch)?;
         let params = AttentionParams { window: self.window, ..AttentionParams::causal(1.0) };
-        self.o_proj.forward(&paged_attention(&q, kv, batch, params)?.flatten_from(1)?)
+        self.o_proj.forward(&paged_attention(&q, pages, batch, params)?.flatten_from(1)?)
     }
 }

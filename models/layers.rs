@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
-use kernels::activation::{Activation, gated_activation};
+use kernels::activation::Activation;
+use kernels::heads::{KeyValueHeads, norm_rope_write};
+use kernels::linear::{Around, linear_around};
+use kernels::norm::{self, Norm};
 use kernels::quantized::{self, QuantizedMatrix};
-use kernels::{Batch, linear, norm, rope};
+use kernels::{Batch, rope};
 
 use crate::weights::Weights;
 
@@ -96,11 +99,21 @@ impl Linear {
     ///
     /// `x` has another width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match (&self.weight, &self.bias) {
-            (Matrix::Dense(weight), Some(bias)) => linear::linear_with_bias(x, weight, bias),
-            (Matrix::Dense(weight), None) => linear::linear(x, weight),
-            (Matrix::Packed(weight), Some(bias)) => quantized::linear(x, weight)?.broadcast_add(bias),
-            (Matrix::Packed(weight), None) => quantized::linear(x, weight),
+        self.forward_around(x, Around::default())
+    }
+
+    /// As [`Linear::forward`], with what surrounds the layer in its block.
+    ///
+    /// # Errors
+    ///
+    /// `x`, or what is added, has another width.
+    pub fn forward_around(&self, x: &Tensor, around: Around) -> Result<Tensor> {
+        match &self.weight {
+            Matrix::Dense(weight) => linear_around(x, weight, self.bias.as_ref(), around),
+            Matrix::Packed(weight) => around.apply(x, |x| match &self.bias {
+                Some(bias) => quantized::linear(x, weight)?.broadcast_add(bias),
+                None => quantized::linear(x, weight),
+            }),
         }
     }
 }
@@ -184,6 +197,11 @@ impl RmsNorm {
         norm::rms_norm(x, &self.weight, self.eps)
     }
 
+    /// What an op needs that normalises on the way.
+    pub fn parts(&self) -> Norm<'_> {
+        Norm { weight: &self.weight, eps: self.eps }
+    }
+
     /// Normalises, then multiplies by `silu(gate)`.
     ///
     /// # Errors
@@ -196,7 +214,7 @@ impl RmsNorm {
 
 /// Rotary frequencies of a model, and a step's angles made from them.
 pub struct RotaryEmbedding {
-    /// `[1, R / 2]` f32, radians per position.
+    /// `[R / 2]` f32, radians per position.
     inv_freq: Tensor,
 }
 
@@ -209,7 +227,7 @@ impl RotaryEmbedding {
     pub fn new(theta: f64, rotary_dim: usize, device: &Device) -> Result<Self> {
         let half = rotary_dim / 2;
         let inv_freq: Vec<f32> = (0..half).map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64) as f32).collect();
-        Ok(Self { inv_freq: Tensor::from_vec(inv_freq, (1, half), device)? })
+        Ok(Self { inv_freq: Tensor::from_vec(inv_freq, half, device)? })
     }
 
     /// Frequencies of the whole head, of which only the first `factor` turn: pair `i` of `head_dim / 2` has
@@ -221,8 +239,8 @@ impl RotaryEmbedding {
     pub fn proportional(theta: f64, head_dim: usize, factor: f64, device: &Device) -> Result<Self> {
         let turning = (factor * head_dim as f64 / 2.0) as usize;
         let whole = Self::new(theta, head_dim, device)?.inv_freq;
-        let still = whole.narrow(1, turning, head_dim / 2 - turning)?.zeros_like()?;
-        Ok(Self { inv_freq: Tensor::cat(&[whole.narrow(1, 0, turning)?, still], 1)? })
+        let still = whole.narrow(0, turning, head_dim / 2 - turning)?.zeros_like()?;
+        Ok(Self { inv_freq: Tensor::cat(&[whole.narrow(0, 0, turning)?, still], 0)? })
     }
 
     /// The rotations of the step's tokens, made once and shared by all layers.
@@ -231,9 +249,8 @@ impl RotaryEmbedding {
     ///
     /// The device has no memory left.
     pub fn rotations(&self, batch: &Batch) -> Result<Rotations> {
-        let positions = batch.positions.to_dtype(DType::F32)?.unsqueeze(1)?;
-        let angles = positions.broadcast_mul(&self.inv_freq)?;
-        Ok(Rotations { cos: angles.cos()?, sin: angles.sin()? })
+        let (cos, sin) = rope::rotations(&batch.positions, &self.inv_freq)?;
+        Ok(Rotations { cos, sin })
     }
 }
 
@@ -251,6 +268,23 @@ impl Rotations {
     /// `x` has another number of tokens, or heads smaller than the rotation.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         rope::rope(x, &self.cos, &self.sin)
+    }
+
+    /// The way of heads from a projection to attention: norms, rotations, and keys and values into `pages`; returns the
+    /// query `[N, Hq, D]`.
+    ///
+    /// # Errors
+    ///
+    /// As [`norm_rope_write`].
+    pub fn enter(
+        &self,
+        q: &Tensor,
+        q_norm: &RmsNorm,
+        kv: Option<KeyValueHeads>,
+        pages: &Tensor,
+        batch: &Batch,
+    ) -> Result<Tensor> {
+        norm_rope_write(q, q_norm.parts(), kv, (&self.cos, &self.sin), pages, batch)
     }
 }
 
@@ -282,6 +316,17 @@ impl GatedMlp {
     ///
     /// `x` has another width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.down_proj.forward(&gated_activation(&self.gate_up_proj.forward(x)?, self.activation)?)
+        self.forward_around(x, Around::default())
+    }
+
+    /// As [`GatedMlp::forward`], with the norm before and the sum behind it.
+    ///
+    /// # Errors
+    ///
+    /// As [`GatedMlp::forward`].
+    pub fn forward_around(&self, x: &Tensor, around: Around) -> Result<Tensor> {
+        let gate = Some(self.activation);
+        let gated = self.gate_up_proj.forward_around(x, Around { norm: around.norm, gate, onto: None })?;
+        self.down_proj.forward_around(&gated, Around { onto: around.onto, ..Around::default() })
     }
 }

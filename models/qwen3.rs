@@ -6,7 +6,9 @@
 use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::Activation;
-use kernels::attention::{AttentionParams, attention, paged_attention, write_kv};
+use kernels::attention::{AttentionParams, attention, paged_attention};
+use kernels::heads::KeyValueHeads;
+use kernels::linear::Around;
 use serde::Deserialize;
 
 use crate::cache::{Cache, CacheSpec};
@@ -247,10 +249,9 @@ impl DecoderLayer {
     }
 
     fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: Option<&Cache>) -> Result<Tensor> {
-        let mixed = self.self_attn.forward(&self.input_layernorm.forward(x)?, rotations, batch, cache)?;
-        let x = (x + mixed)?;
-        let y = self.mlp.forward(&self.post_attention_layernorm.forward(&x)?)?;
-        x + y
+        let x = self.self_attn.forward(x, &self.input_layernorm, rotations, batch, cache)?;
+        let norm = Some(self.post_attention_layernorm.parts());
+        self.mlp.forward_around(&x, Around { norm, onto: Some(&x), ..Around::default() })
     }
 }
 
@@ -284,25 +285,36 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: Option<&Cache>) -> Result<Tensor> {
-        let qkv = self.qkv_proj.forward(x)?;
+    /// What enters a layer, normalised, to what leaves its attention, added to it.
+    fn forward(
+        &self,
+        x: &Tensor,
+        norm: &RmsNorm,
+        rotations: &Rotations,
+        batch: &Batch,
+        cache: Option<&Cache>,
+    ) -> Result<Tensor> {
+        let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
         let heads = |start: usize, count: usize| {
             qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))
         };
         let q = heads(0, self.num_heads)?;
         let k = heads(self.num_heads, self.num_kv_heads)?;
         let v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
-        let q = rotations.apply(&self.q_norm.forward(&q)?)?;
-        let k = rotations.apply(&self.k_norm.forward(&k)?)?;
         let params = AttentionParams::causal((self.head_dim as f32).powf(-0.5));
         let mixed = match cache {
             Some(cache) => {
-                let kv = cache.kv(self.layer)?;
-                write_kv(kv, &k, &v, batch)?;
-                paged_attention(&q, kv, batch, params)?
+                let pages = cache.kv(self.layer)?;
+                let kv = KeyValueHeads { k: &k, v: &v, k_norm: self.k_norm.parts(), v_norm: None };
+                let q = rotations.enter(&q, &self.q_norm, Some(kv), pages, batch)?;
+                paged_attention(&q, pages, batch, params)?
             }
-            None => attention(&q, &k, &v, batch, params)?,
+            None => {
+                let q = rotations.apply(&self.q_norm.forward(&q)?)?;
+                let k = rotations.apply(&self.k_norm.forward(&k)?)?;
+                attention(&q, &k, &v, batch, params)?
+            }
         };
-        self.o_proj.forward(&mixed.flatten_from(1)?)
+        self.o_proj.forward_around(&mixed.flatten_from(1)?, Around { onto: Some(x), ..Around::default() })
     }
 }

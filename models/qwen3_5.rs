@@ -5,12 +5,13 @@
 //! untied, one to three value heads per key head, experts stacked and one by one.
 
 use candle_core::{Result, Tensor, bail};
-use candle_nn::ops::sigmoid;
 use kernels::Batch;
-use kernels::activation::Activation;
-use kernels::attention::{AttentionParams, paged_attention, write_kv};
+use kernels::activation::{Activation, sigmoid_gated};
+use kernels::attention::{AttentionParams, paged_attention};
 use kernels::conv::causal_conv1d;
 use kernels::gated_delta::{gated_delta_rule, gates};
+use kernels::heads::KeyValueHeads;
+use kernels::linear::Around;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -291,14 +292,12 @@ impl DecoderLayer {
         cache: &Cache,
         observe: &mut Observer,
     ) -> Result<Tensor> {
-        let normed = self.input_layernorm.forward(x)?;
-        let mixed = match &self.mixer {
-            Mixer::SelfAttn(attention) => attention.forward(&normed, rotations, batch, cache)?,
-            Mixer::LinearAttn(delta_net) => delta_net.forward(&normed, batch, cache)?,
+        let norm = &self.input_layernorm;
+        let x = match &self.mixer {
+            Mixer::SelfAttn(attention) => attention.forward(x, norm, rotations, batch, cache)?,
+            Mixer::LinearAttn(delta_net) => delta_net.forward(x, norm, batch, cache)?,
         };
-        let x = (x + mixed)?;
-        let y = self.mlp.forward(&self.post_attention_layernorm.forward(&x)?, observe)?;
-        x + y
+        self.mlp.forward(&x, &self.post_attention_layernorm, observe)
     }
 }
 
@@ -312,10 +311,13 @@ impl Mlp {
         Ok(Self::Dense(GatedMlp::load(weights, hidden, intermediate, Activation::Silu)?))
     }
 
-    fn forward(&self, x: &Tensor, observe: &mut Observer) -> Result<Tensor> {
+    /// What the MLP makes of `x`, normalised, added to it.
+    fn forward(&self, x: &Tensor, norm: &RmsNorm, observe: &mut Observer) -> Result<Tensor> {
         match self {
-            Self::Dense(mlp) => mlp.forward(x),
-            Self::Sparse(mlp) => mlp.forward(x, observe),
+            Self::Dense(mlp) => {
+                mlp.forward_around(x, Around { norm: Some(norm.parts()), onto: Some(x), ..Around::default() })
+            }
+            Self::Sparse(mlp) => x + mlp.forward(&norm.forward(x)?, observe)?,
         }
     }
 }
@@ -351,23 +353,30 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+    /// What enters a layer, normalised, to what leaves its attention, added to it.
+    fn forward(
+        &self,
+        x: &Tensor,
+        norm: &RmsNorm,
+        rotations: &Rotations,
+        batch: &Batch,
+        cache: &Cache,
+    ) -> Result<Tensor> {
         let d = self.head_dim;
-        let qkv = self.qkv_proj.forward(x)?;
+        let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
         let heads = |start: usize, count: usize, size: usize| {
             qkv.narrow(1, start * d, count * size)?.reshape(((), count, size))
         };
         let query_and_gate = heads(0, self.num_heads, 2 * d)?;
         let k = heads(2 * self.num_heads, self.num_kv_heads, d)?;
         let v = heads(2 * self.num_heads + self.num_kv_heads, self.num_kv_heads, d)?;
-        let gate = query_and_gate.narrow(2, d, d)?.flatten_from(1)?;
-        let q = rotations.apply(&self.q_norm.forward(&query_and_gate.narrow(2, 0, d)?)?)?;
-        let k = rotations.apply(&self.k_norm.forward(&k)?)?;
-        let kv = cache.kv(self.layer)?;
-        write_kv(kv, &k, &v, batch)?;
+        let (q, gate) = (query_and_gate.narrow(2, 0, d)?, query_and_gate.narrow(2, d, d)?);
+        let pages = cache.kv(self.layer)?;
+        let kv = KeyValueHeads { k: &k, v: &v, k_norm: self.k_norm.parts(), v_norm: None };
+        let q = rotations.enter(&q, &self.q_norm, Some(kv), pages, batch)?;
         let params = AttentionParams::causal((d as f32).powf(-0.5));
-        let mixed = paged_attention(&q, kv, batch, params)?.flatten_from(1)?;
-        self.o_proj.forward(&(mixed * sigmoid(&gate)?)?)
+        let mixed = sigmoid_gated(&paged_attention(&q, pages, batch, params)?, &gate)?;
+        self.o_proj.forward_around(&mixed.flatten_from(1)?, Around { onto: Some(x), ..Around::default() })
     }
 }
 
@@ -409,10 +418,11 @@ impl GatedDeltaNet {
         })
     }
 
-    fn forward(&self, x: &Tensor, batch: &Batch, cache: &Cache) -> Result<Tensor> {
+    /// What enters a layer, normalised, to what leaves its mixer, added to it.
+    fn forward(&self, x: &Tensor, norm: &RmsNorm, batch: &Batch, cache: &Cache) -> Result<Tensor> {
         let (hk, hv, kd, vd) = (self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim);
         let conv_dim = 2 * hk * kd + hv * vd;
-        let projected = self.in_proj.forward(x)?;
+        let projected = self.in_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
         let z = projected.narrow(1, conv_dim, hv * vd)?.reshape(((), hv, vd))?;
         let b = projected.narrow(1, conv_dim + hv * vd, hv)?;
         let a = projected.narrow(1, conv_dim + hv * vd + hv, hv)?;
@@ -424,6 +434,7 @@ impl GatedDeltaNet {
         let k = qkv.narrow(1, hk * kd, hk * kd)?.reshape(((), hk, kd))?;
         let v = qkv.narrow(1, 2 * hk * kd, hv * vd)?.reshape(((), hv, vd))?;
         let mixed = gated_delta_rule(&q, &k, &v, &g, &beta, cache.state(self.layer)?, batch)?;
-        self.out_proj.forward(&self.norm.forward_gated(&mixed, &z)?.flatten_from(1)?)
+        let gated = self.norm.forward_gated(&mixed, &z)?.flatten_from(1)?;
+        self.out_proj.forward_around(&gated, Around { onto: Some(x), ..Around::default() })
     }
 }

@@ -13,6 +13,7 @@ use std::sync::{Arc, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use half::{bf16, f16};
+use kernels::Batch;
 use kernels::quantized::{Quantization, QuantizedMatrix};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -228,12 +229,20 @@ impl Weights {
         Tensor::from_vec(values, shape, &self.device)
     }
 
-    /// A matrix that stays in its file, for a table of which a step reads a few rows.
+    /// A matrix for a table of which a step reads a few rows. For the CPU it stays in its file; elsewhere it is on the
+    /// device, which a step does not wait for.
     ///
     /// # Errors
     ///
     /// As [`Weights::matrix`].
-    pub fn mapped(&self, name: &str, shape: [usize; 2]) -> Result<MappedRows> {
+    pub fn table(&self, name: &str, shape: [usize; 2]) -> Result<Table> {
+        if !self.device.is_cpu() {
+            return self.matrix(name, shape).map(Table::OnDevice);
+        }
+        self.mapped(name, shape).map(Table::InFile)
+    }
+
+    fn mapped(&self, name: &str, shape: [usize; 2]) -> Result<MappedRows> {
         let entry = self.entry(name, &shape)?;
         let element_bytes = match entry.dtype {
             Dtype::F32 => 4,
@@ -250,7 +259,6 @@ impl Weights {
             row_bytes: shape[1] * element_bytes,
             columns: shape[1],
             dtype: self.dtype,
-            device: self.device.clone(),
         })
     }
 
@@ -310,6 +318,28 @@ impl Weights {
     }
 }
 
+/// A matrix of which a step reads a few rows; from [`Weights::table`].
+pub enum Table {
+    OnDevice(Tensor),
+    InFile(MappedRows),
+}
+
+impl Table {
+    /// The given columns of the rows of a step's tokens, `[N, columns.len()]` in the activations' dtype.
+    ///
+    /// # Errors
+    ///
+    /// On the CPU a token beyond the table, columns beyond it, or no memory left on the device.
+    pub fn rows(&self, batch: &Batch, columns: Range<usize>) -> Result<Tensor> {
+        match self {
+            Self::OnDevice(table) => {
+                table.index_select(&batch.tokens, 0)?.narrow(1, columns.start, columns.len())?.contiguous()
+            }
+            Self::InFile(rows) => rows.gather(batch.token_ids(), columns),
+        }
+    }
+}
+
 /// A matrix that stays in its file. Only what [`MappedRows::gather`] reads comes to memory, and leaves it again.
 pub struct MappedRows {
     tensors: Arc<Tensors>,
@@ -321,7 +351,6 @@ pub struct MappedRows {
     row_bytes: usize,
     columns: usize,
     dtype: DType,
-    device: Device,
 }
 
 impl MappedRows {
@@ -330,7 +359,7 @@ impl MappedRows {
     /// # Errors
     ///
     /// A row or column lies beyond the matrix, or the device has no memory left.
-    pub fn gather(&self, rows: &[u32], columns: Range<usize>) -> Result<Tensor> {
+    fn gather(&self, rows: &[u32], columns: Range<usize>) -> Result<Tensor> {
         let count = self.range.len() / self.row_bytes;
         if let Some(row) = rows.iter().find(|&&row| row as usize >= count) {
             bail!("{}: row {row} of {count}", self.name)
@@ -346,7 +375,7 @@ impl MappedRows {
             rows.iter().map(|&row| &matrix[row as usize * self.row_bytes..][bytes.clone()]).collect();
         let shape = (rows.len(), columns.len());
         let tensor =
-            decode_tensor(self.stored, &parts, |_| (), shape, &self.device)?.expect("a float dtype, checked by mapped");
+            decode_tensor(self.stored, &parts, |_| (), shape, &Device::Cpu)?.expect("a float dtype, checked by mapped");
         file.release(&self.range);
         tensor.to_dtype(self.dtype)
     }

@@ -43,9 +43,18 @@ pub fn kv_dtype(device: &Device, dtype: DType, quantization: Option<Quantization
     if device.is_cpu() && dtype == DType::F32 && quantization.is_some() { DType::F16 } else { dtype }
 }
 
-/// Bytes of memory that this process can still have; 4 GiB where the system does not say.
-pub fn available_memory() -> usize {
+/// Tokens of a step that keep a device busy without making whoever waits for a reply wait long for another's prompt.
+pub fn default_step(device: &Device) -> usize {
+    if device.is_cpu() { 512 } else { 4096 }
+}
+
+/// Bytes of memory that this process can still have where `device` keeps its tensors; 4 GiB where the system does not
+/// say.
+pub fn available_memory(device: &Device) -> usize {
     const UNKNOWN: u64 = 4 << 30;
+    if let Some(free) = kernels::device::free_memory(device) {
+        return free;
+    }
     let available = sysinfo::System::new().map_or(UNKNOWN, |mut system| {
         system.refresh_memory();
         let container = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
@@ -56,7 +65,7 @@ pub fn available_memory() -> usize {
 
 fn cuda() -> Result<Device> {
     #[cfg(feature = "cuda")]
-    return Device::new_cuda_with_stream(0).map_err(|error| Error::Request(format!("no CUDA device: {error}")));
+    return kernels::device::cuda().map_err(|error| Error::Request(format!("no CUDA device: {error}")));
     #[cfg(not(feature = "cuda"))]
     Err(Error::Request("this build has no CUDA: build it with --features cuda".into()))
 }

@@ -7,13 +7,15 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
+use kernels::argmax::{self, argmax};
 use kernels::{Batch, NO_BLOCK, Segment};
 use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
 use serde::{Deserialize, Serialize};
 
-use crate::device::available_memory;
+use crate::device::{available_memory, default_step};
 use crate::prefix_cache::Prefix;
-use crate::sampler::{Logprobs, Sampler, SamplingParams};
+use crate::recorded::{Recordings, Runner};
+use crate::sampler::{self, Logprobs, Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Copy, Limits, Plan, Scheduler, Window};
 use crate::sequence::{Reuse, Sequence, SequenceId};
 use crate::{Error, Result};
@@ -23,8 +25,8 @@ use crate::{Error, Result};
 pub struct EngineOptions {
     /// Sequences that run at the same time; further requests wait. Default 8.
     pub max_sequences: usize,
-    /// Tokens that a step runs at most, over all sequences. Default 512.
-    pub max_tokens_per_step: usize,
+    /// Tokens that a step runs at most, over all sequences. Default: 512 on the CPU, 4096 elsewhere.
+    pub max_tokens_per_step: Option<usize>,
     /// Tokens per block of keys and values. Default 32.
     pub block_size: usize,
     /// Bytes for keys, values, states and checkpoints together. Default: half of the free memory.
@@ -42,7 +44,7 @@ impl Default for EngineOptions {
     fn default() -> Self {
         Self {
             max_sequences: 8,
-            max_tokens_per_step: 512,
+            max_tokens_per_step: None,
             block_size: 32,
             memory: None,
             max_context: None,
@@ -132,6 +134,7 @@ pub struct Engine {
     requests: HashMap<SequenceId, Active>,
     max_context: usize,
     next_id: u64,
+    recordings: Recordings,
 }
 
 struct Active {
@@ -154,7 +157,7 @@ impl Engine {
         options: &EngineOptions,
     ) -> Result<Self> {
         let specs = model.cache_specs();
-        let sizes = Sizes::plan(&specs, &limits, dtype, options)?;
+        let sizes = Sizes::plan(&specs, &limits, dtype, device, options)?;
         let scheduler = Scheduler::new(sizes.limits);
         let config = CacheConfig {
             num_blocks: sizes.limits.num_blocks,
@@ -166,7 +169,16 @@ impl Engine {
         };
         let cache = Cache::new(&specs, config)?;
         let max_context = sizes.max_context.min(scheduler.capacity());
-        Ok(Self { model, cache, limits, scheduler, requests: HashMap::new(), max_context, next_id: 0 })
+        Ok(Self {
+            model,
+            cache,
+            limits,
+            scheduler,
+            requests: HashMap::new(),
+            max_context,
+            next_id: 0,
+            recordings: Recordings::default(),
+        })
     }
 
     /// Longest sequence in tokens, prompt and reply together.
@@ -339,31 +351,61 @@ impl Engine {
                 }
             })
             .collect();
-        let config = self.cache.config();
-        let mut batch = Batch::new(&segments, config.block_size, &config.device)?;
-        if self.scheduler.has_window() {
-            let sequences = plan.work.iter().filter_map(|work| self.scheduler.running(work.id));
-            let tables: Vec<&[u32]> = sequences.map(|sequence| sequence.window_blocks.as_slice()).collect();
-            batch = batch.with_windows(&tables, config.block_size)?;
-        }
+        let sequences = plan.work.iter().filter_map(|work| self.scheduler.running(work.id));
+        let tables: Vec<&[u32]> = match self.scheduler.has_window() {
+            true => sequences.map(|sequence| sequence.window_blocks.as_slice()).collect(),
+            false => vec![],
+        };
         let (sampled, ids): (Vec<u32>, Vec<SequenceId>) =
             (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(index, work)| (index, work.id)).unzip();
-        let (model, cache, batch) = (&mut self.model, &mut self.cache, &batch);
-        let mut forward = move || match model.forward_last(batch, cache, &sampled)? {
-            Some(hidden) => model.logits(&hidden)?.to_dtype(DType::F32)?.to_vec2::<f32>().map(Some),
-            None => Ok(None),
+        let needs_logits = ids.iter().any(|id| !self.requests[id].sampler.is_argmax());
+        let model = self.model.as_mut();
+        let device = self.cache.config().device.clone();
+        let cache = &mut self.cache;
+        let is_decode = sampled.len() == segments.len() && segments.iter().all(|segment| segment.tokens.len() == 1);
+        let choices = if is_decode && self.recordings.are_used(&device) {
+            let runner = Runner { model, cache, sampled_vocab: self.limits.sampled_vocab };
+            let step = self.recordings.step(runner, &segments, &tables)?;
+            match needs_logits {
+                true => Choices::logits(step.logits)?,
+                false => Choices::MostLikely(step.most_likely.to_vec1()?),
+            }
+        } else {
+            let block_size = cache.config().block_size;
+            let mut batch = Batch::new(&segments, block_size, &device)?;
+            if !tables.is_empty() {
+                batch = batch.with_windows(&tables, block_size)?;
+            }
+            let limit = self.limits.sampled_vocab;
+            let mut forward = move || {
+                let Some(hidden) = model.forward_last(&batch, cache, &sampled)? else { return Ok(Choices::None) };
+                let logits = model.logits(&hidden)?;
+                match needs_logits || batch.tokens.device().is_cpu() {
+                    true => Choices::logits(&logits),
+                    false => Ok(Choices::MostLikely(argmax(&logits, limit)?.to_vec1()?)),
+                }
+            };
+            if device.is_cpu() { kernels::on_pool(forward) } else { forward() }?
         };
-        let logits = if batch.tokens.device().is_cpu() { kernels::on_pool(forward) } else { forward() }?;
         let checkpoints = self.scheduler.complete(&plan.work);
         self.copy(&checkpoints)?;
-
-        let Some(logits) = logits else { return Ok(vec![]) };
-        Ok(ids.into_iter().zip(&logits).map(|(id, row)| self.sample(id, row)).collect())
+        Ok(match choices {
+            Choices::None => vec![],
+            Choices::Logits(logits) => {
+                ids.into_iter().zip(&logits).map(|(id, row)| self.choose(id, |sampler| sampler.sample(row))).collect()
+            }
+            Choices::MostLikely(tokens) => ids
+                .into_iter()
+                .zip(tokens)
+                .map(|(id, token)| self.choose(id, |sampler| accept(sampler, token)))
+                .collect(),
+        })
     }
 
-    fn sample(&mut self, id: SequenceId, logits: &[f32]) -> Output {
+    /// Gives a sequence the token that `choose` makes its sampler choose.
+    fn choose(&mut self, id: SequenceId, choose: impl FnOnce(&mut Sampler) -> Result<Sampled>) -> Output {
         let active = self.requests.get_mut(&id).expect("a running sequence has a request");
-        let sampled = match active.sampler.sample(logits) {
+        let sampled = match choose(&mut active.sampler) {
             Ok(sampled) => sampled,
             Err(error) => {
                 self.cancel(id);
@@ -399,6 +441,30 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// What the sampled sequences of a step choose from.
+enum Choices {
+    None,
+    /// A row for each.
+    Logits(Vec<Vec<f32>>),
+    /// The token of the largest logit of each.
+    MostLikely(Vec<u32>),
+}
+
+impl Choices {
+    fn logits(logits: &Tensor) -> candle_core::Result<Self> {
+        logits.to_dtype(DType::F32)?.to_vec2().map(Self::Logits)
+    }
+}
+
+/// Takes the most likely token, unless there was none.
+fn accept(sampler: &mut Sampler, token: u32) -> Result<Sampled> {
+    if token == argmax::NOTHING {
+        return Err(sampler::nothing_to_choose_from());
+    }
+    sampler.accept(token);
+    Ok(Sampled { token, logprobs: None })
 }
 
 /// A part of the cache on the host.
@@ -476,8 +542,15 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn plan(specs: &[CacheSpec], model: &ModelLimits, dtype: DType, options: &EngineOptions) -> Result<Self> {
-        let EngineOptions { max_sequences, max_tokens_per_step, block_size, checkpoint_interval, .. } = *options;
+    fn plan(
+        specs: &[CacheSpec],
+        model: &ModelLimits,
+        dtype: DType,
+        device: &Device,
+        options: &EngineOptions,
+    ) -> Result<Self> {
+        let EngineOptions { max_sequences, block_size, checkpoint_interval, .. } = *options;
+        let max_tokens_per_step = options.max_tokens_per_step.unwrap_or(default_step(device));
         for (name, value) in [
             ("max_sequences", max_sequences),
             ("max_tokens_per_step", max_tokens_per_step),
@@ -492,7 +565,7 @@ impl Sizes {
         let block_bytes = cache::bytes_per_block(specs, block_size, dtype);
         let slot_bytes = cache::bytes_per_slot(specs);
         let stateful = slot_bytes > 0;
-        let memory = options.memory.unwrap_or_else(|| available_memory() / 2);
+        let memory = options.memory.unwrap_or_else(|| available_memory(device) / 2);
         let num_slots = if stateful {
             (memory / 2 / slot_bytes).clamp(1, max_sequences + options.max_checkpoints)
         } else {

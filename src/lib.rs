@@ -34,6 +34,7 @@ pub mod hub;
 mod llm;
 mod message;
 mod prefix_cache;
+mod recorded;
 mod reply;
 mod sampler;
 mod scheduler;
@@ -47,7 +48,7 @@ mod tokenizer;
 pub mod verify;
 
 pub use chat::{Chat, ChatStream, Loaded};
-pub use device::{DeviceChoice, available_memory, default_dtype, kv_dtype};
+pub use device::{DeviceChoice, available_memory, default_dtype, default_step, kv_dtype};
 pub use embedder::{Embedder, EmbedderOptions, instruct};
 pub use embedding::Embedding;
 pub use engine::{Engine, EngineOptions, FinishReason, ModelLimits, Output, Request, Stats, Token};

@@ -281,6 +281,11 @@ impl Sampler {
     }
 }
 
+/// The error of a row that has no most likely token.
+pub(crate) fn nothing_to_choose_from() -> Error {
+    candle_core::Error::Msg("sampler: NaN or +inf among the logits, or none of them is finite".into()).into()
+}
+
 /// The largest of `logits`, or an error if they leave nothing to choose from.
 fn checked_max(logits: &[f32]) -> Result<f32> {
     let mut max = f32::NEG_INFINITY;

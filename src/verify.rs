@@ -117,7 +117,7 @@ pub fn verify(checkpoint: &Checkpoint, reference: &Path, dtype: DType, device: &
         stop_ids: vec![],
     };
     let options =
-        EngineOptions { memory: Some(1 << 30), max_tokens_per_step: 48, block_size: 16, ..Default::default() };
+        EngineOptions { memory: Some(1 << 30), max_tokens_per_step: Some(48), block_size: 16, ..Default::default() };
     let mut engine = Engine::new(model, limits, dtype, device, &options)?;
     for (prompt, tie) in prompts.iter().zip(ties) {
         report.compare_greedy(&reference, prompt, tie, precision, &mut engine)?;

@@ -82,7 +82,7 @@ fn a_reply_does_not_depend_on_its_schedule() {
             [(512, 16, 8, 1 << 30), (7, 4, 3, 1 << 30), (64, 8, 5, 1_000_000), (33, 32, 4, 600_000)]
         {
             let options = EngineOptions {
-                max_tokens_per_step: tokens,
+                max_tokens_per_step: Some(tokens),
                 block_size,
                 max_sequences: sequences,
                 memory: Some(memory),

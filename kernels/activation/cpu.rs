@@ -34,6 +34,39 @@ pub fn gelu<T: Stored>(x: &[T], layout: &Layout) -> Result<Vec<T>> {
     Ok(out)
 }
 
+/// `x` and `gate` `[.., d]`.
+pub fn sigmoid_gated<T: Stored>((x, xl): (&[T], &Layout), (gate, gl): (&[T], &Layout)) -> Result<Vec<T>> {
+    let d = xl.dims().last().copied().unwrap_or(0);
+    let (x_rows, gate_rows) = (RowStarts::new(xl)?, RowStarts::new(gl)?);
+    let mut out = vec![T::round(0.0); xl.shape().elem_count()];
+    fill_rows(&mut out, d, |first, out| {
+        for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
+            let (x, gate) = (&x[x_rows.start(row)..][..d], &gate[gate_rows.start(row)..][..d]);
+            dispatch(SigmoidGated { x, gate, out });
+        }
+    });
+    Ok(out)
+}
+
+struct SigmoidGated<'a, T> {
+    x: &'a [T],
+    gate: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Stored> Kernel for SigmoidGated<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let operands = self.x.chunks(LANES).zip(self.gate.chunks(LANES));
+        for ((x, gate), out) in operands.zip(self.out.chunks_mut(LANES)) {
+            let gate: V = load(gate);
+            store(gate.sigmoid().mul(load(x)), out);
+        }
+    }
+}
+
 struct Gelu<'a, T> {
     x: &'a [T],
     out: &'a mut [T],

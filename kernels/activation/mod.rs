@@ -1,6 +1,8 @@
 //! The activations of MLPs: gated, and GELU by itself.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
 #[cfg(test)]
@@ -8,11 +10,13 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 #[cfg(feature = "metal")]
 use candle_core::MetalStorage;
 #[cfg(feature = "metal")]
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::{as_rows, dtype_of};
 
@@ -37,7 +41,7 @@ pub enum Activation {
 ///
 /// The last dimension is odd.
 ///
-/// Devices: CPU, Metal.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
@@ -45,7 +49,12 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
     if width % 2 != 0 {
         bail!("gated_activation: gate_up is {:?}, expected [N, 2 I]", gate_up.dims())
     }
-    as_rows(gate_up)?.apply_op1_no_bwd(&GatedActivation(activation))
+    let gate_up = as_rows(gate_up)?;
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = gate_up.device() {
+        return cuda::gated_activation(device, &gate_up, activation);
+    }
+    gate_up.apply_op1_no_bwd(&GatedActivation(activation))
 }
 
 /// The Gaussian error linear unit, by the error function itself and not its usual approximation:
@@ -60,11 +69,66 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
 ///
 /// `x` is of another dtype.
 ///
-/// Devices: CPU.
+/// Devices: CPU, CUDA.
 ///
 /// Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    as_rows(x)?.apply_op1_no_bwd(&Gelu)
+    let x = if x.device().is_cpu() { as_rows(x)? } else { x.contiguous()? };
+    x.apply_op1_no_bwd(&Gelu)
+}
+
+/// Multiplies by the sigmoid of a gate:
+///
+/// ```text
+/// y = cast(x * sigmoid(gate))        in f32, one rounding
+/// ```
+///
+/// `x` and `gate` `[.., D]` of one dtype, f32, f16 or bf16. Returns `x`'s shape and dtype.
+///
+/// # Errors
+///
+/// `gate` differs from `x` in shape or dtype.
+///
+/// Devices: CPU, CUDA; Metal through candle's ops.
+///
+/// Source: Qiu et al., "Gated Attention for Large Language Models", 2025.
+pub fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    if gate.shape() != x.shape() || gate.dtype() != x.dtype() {
+        bail!(
+            "sigmoid_gated: gate is {:?} {:?}, expected {:?} {:?} like x",
+            gate.dims(),
+            gate.dtype(),
+            x.dims(),
+            x.dtype()
+        )
+    }
+    if x.device().is_metal() {
+        return x * (gate.neg()?.exp()? + 1.0)?.recip()?;
+    }
+    let (x, gate) = (as_rows(x)?, as_rows(gate)?);
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        return cuda::sigmoid_gated(device, &x, &gate);
+    }
+    x.apply_op2_no_bwd(&gate, &SigmoidGated)
+}
+
+struct SigmoidGated;
+
+impl CustomOp2 for SigmoidGated {
+    fn name(&self) -> &'static str {
+        "sigmoid-gated"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, gate: &CpuStorage, gl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = match (x, gate) {
+            (CpuStorage::F32(x), CpuStorage::F32(gate)) => CpuStorage::F32(cpu::sigmoid_gated((x, xl), (gate, gl))?),
+            (CpuStorage::F16(x), CpuStorage::F16(gate)) => CpuStorage::F16(cpu::sigmoid_gated((x, xl), (gate, gl))?),
+            (CpuStorage::BF16(x), CpuStorage::BF16(gate)) => CpuStorage::BF16(cpu::sigmoid_gated((x, xl), (gate, gl))?),
+            (other, _) => bail!("sigmoid_gated: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
+        };
+        Ok((out, xl.shape().clone()))
+    }
 }
 
 struct Gelu;
@@ -82,6 +146,11 @@ impl CustomOp1 for Gelu {
             other => bail!("gelu: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, xl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::gelu(x, xl)?, xl.shape().clone()))
     }
 }
 

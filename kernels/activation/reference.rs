@@ -22,6 +22,11 @@ fn activate(x: f32, activation: Activation) -> f32 {
     }
 }
 
+/// `x` and `gate` of one shape.
+pub fn sigmoid_gated(x: &[f32], gate: &[f32]) -> Vec<f32> {
+    x.iter().zip(gate).map(|(&x, &gate)| x / (1.0 + (-gate).exp())).collect()
+}
+
 /// `x` of any shape.
 pub fn gelu(x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| (0.5 * f64::from(x) * (1.0 + erf(f64::from(x) / std::f64::consts::SQRT_2))) as f32).collect()

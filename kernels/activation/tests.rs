@@ -43,8 +43,7 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn gated_activation_is_the_reference() -> Result<()> {
-    // Has no kernel on CUDA so far.
-    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+    for device in devices() {
         for case in cases() {
             run(case, &device)?;
         }
@@ -87,10 +86,42 @@ fn wrong_metal_launches_are_noticed() {
     assert_wrong_launches_fail(smoke);
 }
 
-fn run_gelu(dtype: DType, n: usize, d: usize, deviation: f32) -> Result<()> {
-    let x = Random::new((n * d) as u64).tensor(&[n, d], deviation, dtype, &Device::Cpu)?;
+fn run_sigmoid_gated(dtype: DType, n: usize, heads: usize, d: usize, device: &Device) -> Result<()> {
+    let mut random = Random::new((n * d) as u64);
+    let x = random.tensor(&[n, heads, d], 3.0, dtype, device)?;
+    // Beside each head's query lies its gate.
+    let merged = random.tensor(&[n, heads, 2 * d], 3.0, dtype, device)?;
+    let gate = merged.narrow(2, d, d)?;
+    let want = reference::sigmoid_gated(&values(&x)?, &values(&gate)?);
+    let got = sigmoid_gated(&x, &gate)?;
+    assert_eq!((got.dims(), got.dtype()), (&[n, heads, d][..], dtype));
+    assert_close(&format!("sigmoid_gated {dtype:?} {n} {heads} {d}"), &values(&got)?, &want, op_limit(dtype));
+    Ok(())
+}
+
+fn run_sigmoids(device: &Device) -> Result<()> {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (n, heads, d) in [(1, 1, 1), (3, 2, 7), (5, 3, 64), (300, 2, 100)] {
+            run_sigmoid_gated(dtype, n, heads, d, device)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sigmoid_gated_is_the_reference() -> Result<()> {
+    devices().iter().try_for_each(run_sigmoids)?;
+    let x = Tensor::new(&[2f32, 2.0, 2.0], &Device::Cpu)?;
+    let gate = Tensor::new(&[3f32.ln(), 1e30, -1e30], &Device::Cpu)?;
+    assert_close("sigmoid_gated", &values(&sigmoid_gated(&x, &gate)?)?, &[1.5, 2.0, 0.0], 1e-6);
+    assert!(sigmoid_gated(&x, &gate.narrow(0, 0, 2)?).is_err());
+    Ok(())
+}
+
+fn run_gelu(dtype: DType, n: usize, d: usize, deviation: f32, device: &Device) -> Result<()> {
+    let x = Random::new((n * d) as u64).tensor(&[n, d], deviation, dtype, device)?;
     let want = reference::gelu(&values(&x)?);
-    let frame = poisoned(&[n, 3], dtype, &Device::Cpu)?;
+    let frame = poisoned(&[n, 3], dtype, device)?;
     let view = Tensor::cat(&[&frame, &x, &frame], 1)?.narrow(1, 3, d)?;
     for x in [x, view] {
         let got = gelu(&x)?;
@@ -100,11 +131,11 @@ fn run_gelu(dtype: DType, n: usize, d: usize, deviation: f32) -> Result<()> {
     Ok(())
 }
 
-fn run_gelus() -> Result<()> {
+fn run_gelus(device: &Device) -> Result<()> {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for (n, d) in [(1, 1), (1, 7), (3, 63), (2, 64), (5, 100), (1, 1000), (33, 1024), (300, 65)] {
             for deviation in [0.01, 1.0, 4.0] {
-                run_gelu(dtype, n, d, deviation)?;
+                run_gelu(dtype, n, d, deviation, device)?;
             }
         }
     }
@@ -113,7 +144,7 @@ fn run_gelus() -> Result<()> {
 
 #[test]
 fn gelu_is_the_reference() -> Result<()> {
-    run_gelus()
+    devices().iter().try_for_each(run_gelus)
 }
 
 /// Relative to each value, not to the largest: small ones come from a difference.
@@ -134,7 +165,8 @@ fn gelu_is_exact_everywhere() -> Result<()> {
 fn portable_lanes_are_the_reference() -> Result<()> {
     portable(|| {
         cases().into_iter().try_for_each(|case| run(case, &Device::Cpu))?;
-        run_gelus()
+        run_sigmoids(&Device::Cpu)?;
+        run_gelus(&Device::Cpu)
     })
 }
 

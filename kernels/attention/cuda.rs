@@ -1,15 +1,21 @@
-//! Writing keys and values into their pages on CUDA: chooses the word that rows are copied by.
+//! Attention and the page writes on CUDA: chooses kernels, their tiles, and how contexts are split.
+//!
+//! f16 and bf16 of the head sizes that models have go to the tensor cores: prompts to `flash_wgmma` on compute
+//! capability 9.0 and to `flash_mma` elsewhere, sequences of one token to `paged_decode`. A step that has both launches
+//! both, and each leaves the other's sequences alone. Everything else goes to `attention_any`.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{CudaStorage, Layout, Result, bail};
+use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, bail};
 
+use super::{AttentionParams, Mask};
 use crate::Batch;
 use crate::cpu::Operand;
-use crate::cuda::{self, Kernel, modules};
+use crate::cuda::{self, Address, Floats, Kernel, Rows, floats, modules};
 
-/// Of a block.
+/// Of a block of `write_kv`.
 const THREADS: usize = 256;
 
 /// By bytes of a word, widest first.
@@ -64,3 +70,436 @@ pub fn write_kv(
     unsafe { launch.launch(config) }.w()?;
     Ok(())
 }
+
+/// Head sizes that the tensor cores take.
+const SIZES: [usize; 4] = [64, 128, 256, 512];
+const MAX_D: usize = 512;
+
+/// A kernel for each of [`SIZES`], in f16 and in bf16.
+type Sizes = [[Kernel; 2]; SIZES.len()];
+
+macro_rules! sizes {
+    ($module:ident, $name:literal) => {
+        [
+            sizes!($module, $name, "_d64"),
+            sizes!($module, $name, "_d128"),
+            sizes!($module, $name, "_d256"),
+            sizes!($module, $name, "_d512"),
+        ]
+    };
+    ($module:ident, $name:literal, $size:literal) => {
+        [
+            Kernel::new(&modules::$module, concat!($name, $size, "_f16")),
+            Kernel::new(&modules::$module, concat!($name, $size, "_bf16")),
+        ]
+    };
+}
+
+static FLASH_WGMMA: Sizes = sizes!(FLASH_WGMMA, "flash_wgmma");
+static FLASH_MMA: Sizes = sizes!(FLASH_MMA, "flash_mma");
+static PAGED_DECODE: Sizes = sizes!(PAGED_DECODE, "paged_decode");
+static ANY_D128: Floats = floats!(ATTENTION_ANY, "attention_any_d128");
+static ANY_D512: Floats = floats!(ATTENTION_ANY, "attention_any_d512");
+static MERGE_SCALAR: Floats = floats!(ATTENTION_ANY, "attention_merge_scalar");
+/// Moves four values at a time.
+static MERGE_VECTOR: Floats = floats!(ATTENTION_ANY, "attention_merge_vector");
+
+/// `q` `[N, Hq, D]` in rows, `kv` `[2, blocks, block_size, Hk, D]` contiguous, of one dtype.
+pub fn paged_attention(
+    (q, ql): (&CudaStorage, &Layout),
+    (kv, kvl): (&CudaStorage, &Layout),
+    batch: &Batch,
+    params: AttentionParams,
+) -> Result<CudaStorage> {
+    let (_, blocks, block_size, hk, d) = kvl.shape().dims5()?;
+    let stream = q.device.cuda_stream();
+    let kv = cuda::read(kv, kvl, &stream)?;
+    let plane = (blocks * block_size * hk * d * q.dtype().size_in_bytes()) as u64;
+    let pages = |address| Keys { address, strides: [(hk * d) as u32, d as u32] };
+    let keys = [pages(kv.value), pages(kv.value + plane)];
+    let max_blocks = batch.block_tables.dim(1)?;
+    run((q, ql), keys, hk, blocks * block_size, Some((block_size, max_blocks)), batch, params)
+}
+
+/// `q` `[N, Hq, D]`, `k` and `v` `[N, Hk, D]` in rows, of one dtype.
+pub fn attention(
+    (q, ql): (&CudaStorage, &Layout),
+    (k, kl): (&CudaStorage, &Layout),
+    (v, vl): (&CudaStorage, &Layout),
+    batch: &Batch,
+    params: AttentionParams,
+) -> Result<CudaStorage> {
+    let stream = q.device.cuda_stream();
+    let (n, hk, _) = kl.shape().dims3()?;
+    let (k, v) = (cuda::read_rows(k, kl, &stream)?, cuda::read_rows(v, vl, &stream)?);
+    let keys = [&k, &v].map(|rows| Keys { address: rows.address.value, strides: rows.strides });
+    run((q, ql), keys, hk, n, None, batch, params)
+}
+
+/// Where the rows of keys or of values lie: strides in values, from token to token and from head to head.
+#[derive(Clone, Copy)]
+struct Keys {
+    address: u64,
+    strides: [u32; 2],
+}
+
+/// `pages` are the tokens of a block and the blocks of a table.
+fn run(
+    (q, ql): (&CudaStorage, &Layout),
+    keys: [Keys; 2],
+    hk: usize,
+    key_rows: usize,
+    pages: Option<(usize, usize)>,
+    batch: &Batch,
+    params: AttentionParams,
+) -> Result<CudaStorage> {
+    let (n, hq, d) = ql.shape().dims3()?;
+    if d > MAX_D {
+        bail!("attention: D is {d}, the cuda kernels take at most {MAX_D}")
+    }
+    let (device, dtype) = (q.device.clone(), q.dtype());
+    let stream = device.cuda_stream();
+    let mut out = cuda::uninit(&device, ql.shape(), dtype)?;
+    let q = cuda::read_rows(q, ql, &stream)?;
+    let arrays = [&batch.cu_seqlens, &batch.context_lens, &batch.block_tables].map(Operand::new);
+    let [starts, lens, tables] = arrays.each_ref().map(|operand| operand.cuda(&stream));
+    let (starts, lens, tables) = (starts?, lens?, tables?);
+    let y = cuda::write(&mut out, &Layout::contiguous(ql.shape()), &stream)?;
+
+    let (block_size, max_blocks) = pages.unwrap_or((0, 0));
+    let [k, v] = keys;
+    let step = Step {
+        q: q.address.value,
+        k: k.address,
+        v: v.address,
+        y: y.value,
+        partial: 0,
+        cu_seqlens: starts.value,
+        context_lens: lens.value,
+        block_tables: tables.value,
+        strides: [q.strides, k.strides, v.strides],
+        num_tokens: n as u32,
+        num_sequences: batch.num_sequences() as u32,
+        hq: hq as u32,
+        hk: hk as u32,
+        d: d as u32,
+        block_size: block_size as u32,
+        max_blocks: max_blocks as u32,
+        splits: 1,
+        is_causal: u32::from(params.mask == Mask::Causal),
+        window: params.window.map_or(u32::MAX, |window| window.min(u32::MAX as usize) as u32),
+        scale: params.scale,
+        softcap: params.softcap.unwrap_or(0.0),
+    };
+    let gpu = Gpu::of(&device)?;
+    let singles = batch.host.iter().filter(|sequence| sequence.tokens.len() == 1).count();
+    let has_prompts = singles < batch.num_sequences();
+    let call = Call { device: &device, dtype, gpu, step, key_rows, has_prompts };
+    match call.tensor_cores(&q)? {
+        Some((size, prompt_kernel)) => {
+            if let Some(kernel) = prompt_kernel {
+                call.prompts(size, kernel)?;
+            }
+            if singles > 0 {
+                call.decode(size)?;
+            }
+        }
+        None => call.any()?,
+    }
+    drop(y);
+    Ok(out)
+}
+
+/// The kernels' argument, as `Step` in `attention.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Step {
+    q: u64,
+    k: u64,
+    v: u64,
+    y: u64,
+    partial: u64,
+    cu_seqlens: u64,
+    context_lens: u64,
+    block_tables: u64,
+    /// Of q, k and v, from token to token and from head to head.
+    strides: [[u32; 2]; 3],
+    num_tokens: u32,
+    num_sequences: u32,
+    hq: u32,
+    hk: u32,
+    d: u32,
+    block_size: u32,
+    max_blocks: u32,
+    splits: u32,
+    is_causal: u32,
+    window: u32,
+    scale: f32,
+    softcap: f32,
+}
+
+// SAFETY: addresses and numbers, laid out as in C without padding.
+unsafe impl DeviceRepr for Step {}
+
+/// What tensor copies need to know of keys or values.
+#[repr(transparent)]
+struct TensorMap(sys::CUtensorMap);
+
+// SAFETY: the driver's own type for a kernel's argument.
+unsafe impl DeviceRepr for TensorMap {}
+
+impl TensorMap {
+    /// Rows of `[heads, d]` that copies fetch in boxes of 64 values of one head by `box_rows` rows.
+    fn new(keys: Keys, dtype: DType, [rows, heads, d]: [usize; 3], box_rows: usize) -> Result<Self> {
+        let kind = match dtype {
+            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let sizes = [d as u64, heads as u64, rows as u64];
+        let [token, head] = keys.strides.map(|stride| u64::from(stride) * dtype.size_in_bytes() as u64);
+        let mut map = std::mem::MaybeUninit::uninit();
+        // SAFETY: three dimensions everywhere; the driver checks what it is told and writes the map.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                kind,
+                3,
+                keys.address as *mut _,
+                sizes.as_ptr(),
+                [head, token].as_ptr(),
+                [64, 1, box_rows as u32].as_ptr(),
+                [1; 3].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()
+            .w()?;
+            Ok(Self(map.assume_init()))
+        }
+    }
+}
+
+struct Gpu {
+    multiprocessors: usize,
+    /// Bytes of shared memory that a block can have, and a multiprocessor has.
+    shared: [usize; 2],
+    is_hopper: bool,
+}
+
+impl Gpu {
+    fn of(device: &CudaDevice) -> Result<Self> {
+        let context = device.cuda_stream().context().clone();
+        let get = |attribute| Ok::<_, candle_core::Error>(context.attribute(attribute).w()? as usize);
+        Ok(Self {
+            multiprocessors: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared: [
+                get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+                get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
+            ],
+            is_hopper: get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? == 9,
+        })
+    }
+}
+
+/// How a prompt kernel is launched.
+struct Prompts<'a> {
+    function: &'a CudaFunction,
+    /// Of queries and of keys in a tile.
+    tile: [usize; 2],
+    threads: usize,
+    shared: usize,
+    has_maps: bool,
+}
+
+struct Call<'a> {
+    device: &'a CudaDevice,
+    dtype: DType,
+    gpu: Gpu,
+    step: Step,
+    key_rows: usize,
+    has_prompts: bool,
+}
+
+impl Call<'_> {
+    /// Which of [`SIZES`] the heads have and the kernel for prompts, if there are any; nothing if the tensor cores
+    /// cannot run the step.
+    fn tensor_cores(&self, q: &Rows) -> Result<Option<(usize, Option<Prompts<'_>>)>> {
+        let Step { k, v, strides, scale, .. } = self.step;
+        let Some(size) = SIZES.iter().position(|&d| d == self.step.d as usize) else { return Ok(None) };
+        // Rows move by 16 bytes; the maximum of scaled products is the scaled maximum.
+        let are_aligned = q.are_aligned(16, self.dtype)
+            && [k, v].iter().all(|address| address.is_multiple_of(16))
+            && strides.iter().flatten().all(|stride| stride.is_multiple_of(8));
+        if !matches!(self.dtype, DType::F16 | DType::BF16) || !are_aligned || scale <= 0.0 || scale.is_nan() {
+            return Ok(None);
+        }
+        let (_, decode_shared) = self.decode_block(size);
+        if !self.has_prompts {
+            return Ok((decode_shared <= self.gpu.shared[0]).then_some((size, None)));
+        }
+        let prompts = match self.wgmma(size) {
+            Some(prompts) => prompts,
+            None => self.mma(size)?,
+        };
+        Ok((prompts.shared.max(decode_shared) <= self.gpu.shared[0]).then_some((size, Some(prompts))))
+    }
+
+    fn of<'a>(&self, sizes: &'a Sizes, size: usize) -> &'a Kernel {
+        &sizes[size][usize::from(self.dtype == DType::BF16)]
+    }
+
+    /// Needs pages that are whole boxes of a tile's rows: powers of two from a swizzle's 8 rows on.
+    fn wgmma(&self, size: usize) -> Option<Prompts<'_>> {
+        let block_size = self.step.block_size;
+        let takes_pages = block_size == 0 || (block_size >= 8 && block_size.is_power_of_two());
+        if !self.gpu.is_hopper || !takes_pages {
+            return None;
+        }
+        let [rows, keys, q_stages, stages] =
+            [[128, 128, 2, 2], [128, 128, 2, 2], [128, 64, 1, 2], [64, 64, 1, 1]][size];
+        let tiles = (q_stages * rows + 2 * stages * keys) * SIZES[size] * self.dtype.size_in_bytes();
+        // Tiles are aligned to 1024 bytes; a stage of queries has two barriers, one of keys and values four.
+        let shared = 1024 + tiles + (2 * q_stages + 4 * stages) * 8;
+        // A build for other GPUs has no such kernel.
+        let function = self.of(&FLASH_WGMMA, size).on_sharing(self.device, shared).ok()?;
+        Some(Prompts { function, tile: [rows, keys], threads: 384, shared, has_maps: true })
+    }
+
+    fn mma(&self, size: usize) -> Result<Prompts<'_>> {
+        let d = SIZES[size];
+        let (rows, keys, threads) = if d > 256 { (64, 32, 256) } else { (64, 64, 128) };
+        // Beside the tiles, two tiles' slots.
+        let shared = (rows + 2 * keys) * d * self.dtype.size_in_bytes() + 2 * keys * size_of::<u32>();
+        let limit = self.gpu.shared[0];
+        let function = self.of(&FLASH_MMA, size).on_sharing(self.device, shared.min(limit))?;
+        Ok(Prompts { function, tile: [rows, keys], threads, shared, has_maps: false })
+    }
+
+    fn group(&self) -> usize {
+        (self.step.hq / self.step.hk) as usize
+    }
+
+    /// Tiles of `rows` rows of all sequences, at most.
+    fn tiles(&self, rows: usize) -> usize {
+        self.step.num_tokens as usize * self.group() / rows + self.step.num_sequences as usize
+    }
+
+    fn prompts(&self, size: usize, kernel: Prompts) -> Result<()> {
+        let [rows, keys] = kernel.tile;
+        let (tiles, hk) = (self.tiles(rows), self.step.hk as usize);
+        if !kernel.has_maps {
+            let grid = [tiles, hk, 1];
+            return self.launch(kernel.function, &self.step, grid, kernel.threads, kernel.shared, &[]);
+        }
+        let Step { k, v, strides, block_size, .. } = self.step;
+        let box_rows = if block_size == 0 { keys } else { keys.min(block_size as usize) };
+        let shape = [self.key_rows, hk, SIZES[size]];
+        let map = |address, strides| TensorMap::new(Keys { address, strides }, self.dtype, shape, box_rows);
+        let maps = [map(k, strides[1])?, map(v, strides[2])?];
+        // A block a multiprocessor takes tiles in turn.
+        let grid = [self.gpu.multiprocessors.min(tiles * hk), 1, 1];
+        self.launch(kernel.function, &self.step, grid, kernel.threads, kernel.shared, &maps)
+    }
+
+    fn decode(&self, size: usize) -> Result<()> {
+        let (warps, shared) = self.decode_block(size);
+        let kernel = self.of(&PAGED_DECODE, size).on_sharing(self.device, shared)?;
+        let heads = self.step.hk as usize * self.group().div_ceil(DECODE_ROWS);
+        let blocks = heads * self.step.num_sequences as usize;
+        let slots = self.gpu.multiprocessors * (self.gpu.shared[1] / (shared + 1024)).max(1);
+        let splits = self.splits(blocks, slots);
+        self.split(splits, |step| {
+            let grid = [splits, heads, step.num_sequences as usize];
+            self.launch(kernel, step, grid, warps * 32, shared, &[])
+        })
+    }
+
+    /// Warps of a block of `paged_decode`, and bytes of their pipelines: 192 KiB, or half as much for smaller GPUs.
+    fn decode_block(&self, size: usize) -> (usize, usize) {
+        const STAGES: usize = 3;
+        const KEYS: usize = 16;
+        let pipeline = STAGES * 2 * KEYS * SIZES[size] * self.dtype.size_in_bytes();
+        let warps = if self.gpu.shared[0] >= 192 << 10 { 1024 } else { 512 } / SIZES[size];
+        (warps, warps * pipeline)
+    }
+
+    fn any(&self) -> Result<()> {
+        const ROWS: usize = 16;
+        const KEYS: usize = 32;
+        let shared = |d| (ROWS * d + KEYS * (d + 1)) * size_of::<f32>();
+        let d = self.step.d as usize;
+        let (kernel, max_d) = if d <= 128 { (&ANY_D128, 128) } else { (&ANY_D512, MAX_D) };
+        let function = kernel.of(self.dtype)?.on_sharing(self.device, shared(max_d))?;
+        let (tiles, hk) = (self.tiles(ROWS), self.step.hk as usize);
+        // The merge takes sequences of one token.
+        let splits = if self.has_prompts { 1 } else { self.splits(tiles * hk, 2 * self.gpu.multiprocessors) };
+        self.split(splits, |step| self.launch(function, step, [tiles, hk, splits], 128, shared(d), &[]))
+    }
+
+    /// Parts of each context, for `blocks` times as many blocks in turn on a GPU that has `slots` for them: the fewer
+    /// turns and the shorter the better. Lengths are not asked: a step is replayed with others.
+    fn splits(&self, blocks: usize, slots: usize) -> usize {
+        // What a block takes to start and end, in parts of the time that a whole context takes.
+        const OVERHEAD: f64 = 1.0 / 32.0;
+        let max_context = (self.step.max_blocks * self.step.block_size).min(self.step.window) as usize;
+        let time = |splits: usize| (blocks * splits).div_ceil(slots) as f64 * (1.0 / splits as f64 + OVERHEAD);
+        let splits = 1..=(max_context / KEYS_OF_SPLIT).clamp(1, MAX_SPLITS);
+        splits.min_by(|&a, &b| time(a).total_cmp(&time(b))).unwrap_or(1)
+    }
+
+    /// Runs `launch` over so many parts of each context, and merges them.
+    fn split(&self, splits: usize, launch: impl Fn(&Step) -> Result<()>) -> Result<()> {
+        let mut step = Step { splits: splits as u32, ..self.step };
+        if splits == 1 {
+            return launch(&step);
+        }
+        let values = (step.num_tokens * step.hq) as usize * splits * (step.d as usize + 2);
+        let shape = Shape::from(values);
+        let mut partial = cuda::uninit(self.device, &shape, DType::F32)?;
+        let stream = self.device.cuda_stream();
+        let address: Address = cuda::write(&mut partial, &Layout::contiguous(shape), &stream)?;
+        step.partial = address.value;
+        launch(&step)?;
+        let (kernel, values) = if step.d.is_multiple_of(4) { (&MERGE_VECTOR, 4) } else { (&MERGE_SCALAR, 1) };
+        let grid = [step.hq as usize, step.num_sequences as usize, step.d.div_ceil(32 * values) as usize];
+        self.launch(kernel.of(self.dtype)?.on(self.device)?, &step, grid, 128, 0, &[])
+    }
+
+    fn launch(
+        &self,
+        function: &CudaFunction,
+        step: &Step,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+        maps: &[TensorMap],
+    ) -> Result<()> {
+        if grid[0] > i32::MAX as usize || grid[1..].iter().any(|&blocks| blocks > 65535) {
+            bail!("attention: a grid of {grid:?} blocks is more than cuda takes")
+        }
+        let config = LaunchConfig {
+            grid_dim: (grid[0] as u32, grid[1] as u32, grid[2] as u32),
+            block_dim: (threads as u32, 1, 1),
+            shared_mem_bytes: shared as u32,
+        };
+        let stream = self.device.cuda_stream();
+        let mut launch = stream.launch_builder(function);
+        launch.arg(step);
+        for map in maps {
+            launch.arg(map);
+        }
+        // SAFETY: the arguments are the kernel's; `attention` and `paged_attention` have compared the shapes behind
+        // them with each other and the batch's pages with the cache, and a grid has a block for every tile.
+        unsafe { launch.launch(config) }.w()?;
+        Ok(())
+    }
+}
+
+/// Rows that a block of `paged_decode` takes.
+const DECODE_ROWS: usize = 8;
+/// Of a split, at least.
+const KEYS_OF_SPLIT: usize = 64;
+/// As in `attention_any.cu`.
+const MAX_SPLITS: usize = 64;

@@ -84,7 +84,7 @@ impl AttentionParams {
 ///
 /// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, or `params` has a window of 0 or one that is not causal.
 ///
-/// Devices: CPU.
+/// Devices: CPU; CUDA, `D` up to 512.
 ///
 /// Source: Vaswani et al., "Attention Is All You Need", 2017; grouped heads after Ainslie et al., 2023.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
@@ -162,7 +162,7 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 /// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, a page that a query sees lies outside `kv`, or `params`
 /// is refused as by [`attention`].
 ///
-/// Devices: CPU; Metal, `D` up to 512.
+/// Devices: CPU; CUDA and Metal, `D` up to 512.
 ///
 /// Source: Kwon et al., 2023, as for [`write_kv`].
 pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
@@ -223,6 +223,19 @@ impl CustomOp3 for Attention<'_> {
             other => bail!("attention: q is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, ql.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        ql: &Layout,
+        k: &CudaStorage,
+        kl: &Layout,
+        v: &CudaStorage,
+        vl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::attention((q, ql), (k, kl), (v, vl), self.batch, self.params)?, ql.shape().clone()))
     }
 }
 
@@ -343,6 +356,11 @@ impl CustomOp2 for PagedAttention<'_> {
             (q, kv) => bail!("paged_attention: {:?} over pages of {:?}", dtype_of(q), dtype_of(kv)),
         };
         Ok((out, ql.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, q: &CudaStorage, ql: &Layout, kv: &CudaStorage, kvl: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::paged_attention((q, ql), (kv, kvl), self.batch, self.params)?, ql.shape().clone()))
     }
 
     #[cfg(feature = "metal")]

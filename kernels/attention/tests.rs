@@ -293,10 +293,57 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-// Has no kernel on CUDA so far.
+/// For kernels on tensor cores: steps at the edges of tiles of 64 and 128 queries and of 16 to 128 keys, with and
+/// without sequences of one token.
+fn tensor_core_cases() -> Vec<Case> {
+    let steps: [&[(usize, usize)]; 4] = [
+        &[(0, 129), (63, 2), (64, 1), (0, 1)],
+        &[(120, 70), (0, 33)],
+        &[(15, 1), (16, 1), (300, 1), (0, 1)],
+        &[(700, 3), (2, 1)],
+    ];
+    let mut cases = Vec::new();
+    for d in [64, 128, 256, 512] {
+        let causal = AttentionParams::causal((d as f32).powf(-0.5));
+        let window = |window| AttentionParams { window: Some(window), ..causal };
+        let capped = AttentionParams { softcap: Some(0.7), ..window(65) };
+        let ahead = AttentionParams { mask: Mask::Bidirectional, ..causal };
+        for (i, sequences) in steps.into_iter().enumerate() {
+            for (j, params) in [causal, window(1), window(20), window(130), capped, ahead].into_iter().enumerate() {
+                let (hq, hk) = [(4, 2), (8, 1), (3, 3), (20, 2)][(i + j) % 4];
+                // 24 is no power of two, as tensor copies need.
+                let block_size = [16, 32, 8, 512, 24][(i + j) % 5];
+                let dtype = if (i + j) % 2 == 0 { DType::BF16 } else { DType::F16 };
+                cases.push(Case { dtype, hq, hk, d, block_size, sequences, params });
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn paged_attention_on_tensor_cores_is_the_reference() -> Result<()> {
+    for device in devices() {
+        for case in tensor_core_cases() {
+            run_paged_attention(case, &device)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_on_tensor_cores_is_the_reference() -> Result<()> {
+    for device in devices() {
+        for case in tensor_core_cases() {
+            run_attention(case, &device)?;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn paged_attention_is_the_reference() -> Result<()> {
-    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+    for device in devices() {
         for case in cases() {
             run_paged_attention(case, &device)?;
         }
@@ -353,7 +400,12 @@ fn wrong_launches_of_paged_attention_on_metal_are_noticed() {
 
 #[test]
 fn attention_is_the_reference() -> Result<()> {
-    cases().into_iter().try_for_each(|case| run_attention(case, &Device::Cpu))
+    for device in devices() {
+        for case in cases() {
+            run_attention(case, &device)?;
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -7,12 +7,15 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
+use taper_kernels::attention::{self, AttentionParams, Mask};
 use taper_kernels::moe::{self, Experts, Stack};
 use taper_kernels::testing::{Random, poisoned};
-use taper_kernels::{Batch, Segment, attention, conv, gated_delta, norm};
+use taper_kernels::{Batch, Segment, conv, gated_delta, norm};
 
 const CALLS: usize = 64;
 const REPEATS: usize = 9;
+/// Tokens of a page.
+const BLOCK_SIZE: usize = 32;
 
 fn main() -> Result<()> {
     let device = Device::new_cuda_with_stream(0)?;
@@ -31,6 +34,13 @@ fn main() -> Result<()> {
     }
     bench.write_kv(16384, 8, 128)?;
     bench.write_kv(64, 8, 128)?;
+    for (tokens, hq, hk, d) in [(4096, 32, 8, 128), (16384, 32, 8, 128), (16384, 16, 4, 256), (4096, 8, 1, 512)] {
+        bench.prompt(tokens, hq, hk, d)?;
+    }
+    bench.encoder(64, 512, 16, 64)?;
+    for (batch, hq, hk, d) in [(1, 32, 8, 128), (8, 32, 8, 128), (64, 32, 8, 128), (1, 16, 4, 256), (1, 8, 1, 512)] {
+        bench.decode(batch, 4096, hq, hk, d)?;
+    }
     for batch in [64, 8, 1] {
         bench.gated_delta(&format!("decode, {batch} sequences"), &vec![(1, 100); batch])?;
     }
@@ -97,14 +107,75 @@ impl Bench {
     }
 
     fn write_kv(&self, n: usize, heads: usize, d: usize) -> Result<()> {
-        let block_size = 32;
-        let blocks = Random::new(1).permutation(n.div_ceil(block_size));
-        let kv = poisoned(&[2, blocks.len(), block_size, heads, d], DType::BF16, &self.device)?;
+        let blocks = Random::new(1).permutation(n.div_ceil(BLOCK_SIZE));
+        let kv = poisoned(&[2, blocks.len(), BLOCK_SIZE, heads, d], DType::BF16, &self.device)?;
         let (k, v) = (self.random(&[n, heads, d], DType::BF16)?, self.random(&[n, heads, d], DType::BF16)?);
         let segment = Segment { tokens: &vec![0; n], past: 0, blocks: &blocks, slot: 0 };
-        let batch = Batch::new(&[segment], block_size, &self.device)?;
+        let batch = Batch::new(&[segment], BLOCK_SIZE, &self.device)?;
         let bytes = 2 * 2 * n * heads * d * 2;
         self.row(&format!("write_kv bf16 [{n}, {heads}, {d}]"), bytes, |_| attention::write_kv(&kv, &k, &v, &batch))?;
+        Ok(())
+    }
+
+    /// Attention of a whole prompt over its pages; bytes are those of queries, keys, values and results.
+    fn prompt(&self, tokens: usize, hq: usize, hk: usize, d: usize) -> Result<()> {
+        let (kv, blocks) = self.pages(&[tokens], hk, d)?;
+        let segment = Segment { tokens: &vec![0; tokens], past: 0, blocks: &blocks[0], slot: 0 };
+        let batch = Batch::new(&[segment], BLOCK_SIZE, &self.device)?;
+        let q = self.random(&[tokens, hq, d], DType::BF16)?;
+        let name = format!("paged_attention bf16 {hq}:{hk} heads of {d}, prompt of {tokens}");
+        let operations = 2 * tokens * tokens * hq * d;
+        self.products(&name, 4 * tokens * (hq + hk) * d, operations, || {
+            attention::paged_attention(&q, &kv, &batch, AttentionParams::causal(0.1)).map(drop)
+        })
+    }
+
+    /// Attention of texts of equal length that see all of themselves.
+    fn encoder(&self, texts: usize, len: usize, heads: usize, d: usize) -> Result<()> {
+        let tokens = vec![0; len];
+        let batch = Batch::uncached(&vec![&tokens[..]; texts], &self.device)?;
+        let qkv = self.random(&[texts * len, 3 * heads, d], DType::BF16)?;
+        let [q, k, v] = [0, 1, 2].map(|i| qkv.narrow(1, i * heads, heads));
+        let (q, k, v) = (q?, k?, v?);
+        let params = AttentionParams { mask: Mask::Bidirectional, ..AttentionParams::causal(0.1) };
+        let name = format!("attention bf16 {heads} heads of {d}, {texts} texts of {len}");
+        self.products(&name, 8 * texts * len * heads * d, 4 * texts * len * len * heads * d, || {
+            attention::attention(&q, &k, &v, &batch, params).map(drop)
+        })
+    }
+
+    /// One token of each sequence over pages of several layers in turn.
+    fn decode(&self, sequences: usize, context: usize, hq: usize, hk: usize, d: usize) -> Result<()> {
+        let layers = 1 + 16 / sequences;
+        let lens = vec![context; sequences];
+        let layers: Vec<Tensor> =
+            (0..layers).map(|_| self.pages(&lens, hk, d).map(|(kv, _)| kv)).collect::<Result<_>>()?;
+        let (_, blocks) = self.pages(&lens, hk, d)?;
+        let segments: Vec<Segment> = (0..sequences)
+            .map(|i| Segment { tokens: &[0], past: context - 1, blocks: &blocks[i], slot: i as u32 })
+            .collect();
+        let batch = Batch::new(&segments, BLOCK_SIZE, &self.device)?;
+        let q = self.random(&[sequences, hq, d], DType::BF16)?;
+        let name = format!("paged_attention bf16 {hq}:{hk} heads of {d}, {sequences} x 1 after {context}");
+        self.row(&name, 4 * sequences * (context * hk + hq) * d, |i| {
+            let kv = &layers[i % layers.len()];
+            attention::paged_attention(&q, kv, &batch, AttentionParams::causal(0.1)).map(drop)
+        })?;
+        Ok(())
+    }
+
+    /// Random pages for sequences of these lengths, and their blocks in random order.
+    fn pages(&self, lens: &[usize], hk: usize, d: usize) -> Result<(Tensor, Vec<Vec<u32>>)> {
+        let blocks = |len: &usize| len.div_ceil(BLOCK_SIZE);
+        let mut pool = Random::new(3).permutation(lens.iter().map(blocks).sum());
+        let kv = self.random(&[2, pool.len(), BLOCK_SIZE, hk, d], DType::BF16)?;
+        Ok((kv, lens.iter().map(|len| pool.drain(..blocks(len)).collect()).collect()))
+    }
+
+    /// A row for what is bound by products: says also how many operations a second it does.
+    fn products(&self, name: &str, bytes: usize, operations: usize, call: impl Fn() -> Result<()>) -> Result<()> {
+        let rate = self.row(name, bytes, |_| call())?;
+        println!("{:<56} {:>8.0} TFLOP/s", "", operations as f64 * rate / bytes as f64 / 1e12);
         Ok(())
     }
 

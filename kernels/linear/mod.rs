@@ -1,6 +1,8 @@
 //! Products with weight matrices.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -9,7 +11,9 @@ mod tile;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
+use crate::activation::{Activation, gated_activation};
 use crate::cpu::{Operand, view};
+use crate::norm::Norm;
 use crate::simd::Stored;
 
 /// A linear layer:
@@ -27,13 +31,9 @@ use crate::simd::Stored;
 ///
 /// The inner dimensions differ, or the dtypes do on a device other than the CPU.
 ///
-/// Devices: CPU; CUDA and Metal through candle's matmul.
+/// Devices: CPU; CUDA, of more than 16 rows through candle's matmul; Metal through candle's matmul.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    check(x, weight)?;
-    if x.device().is_cpu() {
-        return x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Linear { bias: None });
-    }
-    x.matmul(&weight.t()?)
+    linear_around(x, weight, None, Around::default())
 }
 
 /// As [`linear`], plus `bias` `[O]` of `x`'s dtype, added before the one rounding of the CPU.
@@ -42,23 +42,73 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 ///
 /// As [`linear`]; also if `bias` has another length or dtype.
 pub fn linear_with_bias(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    check(x, weight)?;
-    if bias.dims() != [weight.dim(0)?] || bias.dtype() != x.dtype() {
-        bail!("linear: bias is {:?} {:?}, expected {:?} [{}]", bias.dims(), bias.dtype(), x.dtype(), weight.dim(0)?)
-    }
-    if x.device().is_cpu() {
-        let bias = Some(&bias.contiguous()?);
-        return x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Linear { bias });
-    }
-    x.matmul(&weight.t()?)?.broadcast_add(bias)
+    linear_around(x, weight, Some(bias), Around::default())
 }
 
-fn check(x: &Tensor, weight: &Tensor) -> Result<()> {
+/// What surrounds a product in a model. Done with it in one pass where a device can.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Around<'a> {
+    /// Normalises `x` first.
+    pub norm: Option<Norm<'a>>,
+    /// Takes the halves of a row of the product as a gate and what it multiplies: [`gated_activation`].
+    pub gate: Option<Activation>,
+    /// Is added at the end: the residual stream, of the result's shape and dtype.
+    pub onto: Option<&'a Tensor>,
+}
+
+impl Around<'_> {
+    /// Goes step by step around `product`.
+    ///
+    /// # Errors
+    ///
+    /// As the norm, the product, the activation and the sum.
+    pub fn apply(&self, x: &Tensor, product: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let y = match self.norm {
+            Some(norm) => product(&norm.apply(x)?)?,
+            None => product(x)?,
+        };
+        let y = match self.gate {
+            Some(activation) => gated_activation(&y, activation)?,
+            None => y,
+        };
+        match self.onto {
+            Some(residual) => residual + y,
+            None => Ok(y),
+        }
+    }
+}
+
+/// As [`linear`], or [`linear_with_bias`], with what surrounds it. On CUDA, of up to 16 rows in f16 and bf16 and 4 in
+/// f32, one kernel does it all and rounds once; the norm has one of its own from the third row on.
+///
+/// # Errors
+///
+/// As [`linear_with_bias`] and [`Around::apply`].
+pub fn linear_around(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, around: Around) -> Result<Tensor> {
     let (_, inner) = x.dims2()?;
-    if weight.dims2()?.1 != inner {
+    let (outer, _) = weight.dims2()?;
+    if weight.dim(1)? != inner {
         bail!("linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
     }
-    Ok(())
+    if let Some(bias) = bias
+        && (bias.dims() != [outer] || bias.dtype() != x.dtype())
+    {
+        bail!("linear: bias is {:?} {:?}, expected {:?} [{outer}]", bias.dims(), bias.dtype(), x.dtype())
+    }
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device()
+        && let Some(y) = cuda::linear(device, x, weight, bias, around)?
+    {
+        return Ok(y);
+    }
+    around.apply(x, |x| match bias {
+        bias if x.device().is_cpu() => {
+            let bias = bias.map(Tensor::contiguous).transpose()?;
+            x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Linear { bias: bias.as_ref() })
+        }
+        Some(bias) => x.matmul(&weight.t()?)?.broadcast_add(bias),
+        None => x.matmul(&weight.t()?),
+    })
 }
 
 struct Linear<'a> {

@@ -25,6 +25,24 @@ use half::{bf16, f16};
 
 use crate::cpu::as_rows;
 
+/// The weight `[D]` in f32 and the epsilon of an RMS norm, for ops that do one on the way.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<'a> {
+    pub weight: &'a Tensor,
+    pub eps: f64,
+}
+
+impl Norm<'_> {
+    /// [`rms_norm`] by itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`rms_norm`].
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        rms_norm(x, self.weight, self.eps)
+    }
+}
+
 /// RMS normalisation over the last dimension:
 ///
 /// ```text
@@ -42,7 +60,12 @@ use crate::cpu::as_rows;
 /// Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     check_weight("rms_norm", x, weight)?;
-    as_rows(x)?.apply_op2_no_bwd(&weight.contiguous()?, &RmsNorm { eps: eps as f32 })
+    let (x, weight) = (as_rows(x)?, weight.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        return cuda::rms_norm(device, &x, None, &weight, eps as f32);
+    }
+    x.apply_op2_no_bwd(&weight, &RmsNorm { eps: eps as f32 })
 }
 
 /// RMS normalisation followed by a SiLU gate:
@@ -71,7 +94,12 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
             x.dtype()
         )
     }
-    as_rows(x)?.apply_op3_no_bwd(&as_rows(gate)?, &weight.contiguous()?, &RmsNormGated { eps: eps as f32 })
+    let (x, gate, weight) = (as_rows(x)?, as_rows(gate)?, weight.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        return cuda::rms_norm(device, &x, Some(&gate), &weight, eps as f32);
+    }
+    x.apply_op3_no_bwd(&gate, &weight, &RmsNormGated { eps: eps as f32 })
 }
 
 /// Layer normalisation of a sum, as a block with its norm behind it needs it:
@@ -88,7 +116,7 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
 ///
 /// `residual` differs from `x` in shape or dtype, or `weight` or `bias` is not f32 `[D]`.
 ///
-/// Devices: CPU.
+/// Devices: CPU, CUDA.
 ///
 /// Source: Ba et al., "Layer Normalization", 2016.
 pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
@@ -127,11 +155,6 @@ impl CustomOp2 for RmsNorm {
         Ok((run("rms_norm", (x, xl), None, (w, wl), self.eps)?, xl.shape().clone()))
     }
 
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout, w: &CudaStorage, wl: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::rms_norm((x, xl), None, (w, wl), self.eps)?, xl.shape().clone()))
-    }
-
     #[cfg(feature = "metal")]
     fn metal_fwd(&self, x: &MetalStorage, xl: &Layout, w: &MetalStorage, wl: &Layout) -> Result<(MetalStorage, Shape)> {
         let out = metal::rms_norm(x.device(), (x, xl), None, (w, wl), self.eps)?;
@@ -158,19 +181,6 @@ impl CustomOp3 for RmsNormGated {
         wl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         Ok((run("rms_norm_gated", (x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &CudaStorage,
-        xl: &Layout,
-        gate: &CudaStorage,
-        gl: &Layout,
-        w: &CudaStorage,
-        wl: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::rms_norm((x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
     }
 
     #[cfg(feature = "metal")]
@@ -216,6 +226,19 @@ impl CustomOp3 for AddLayerNorm<'_> {
             other => bail!("add_layer_norm: x is {:?}, expected f32, f16 or bf16", crate::cpu::dtype_of(other)),
         };
         Ok((out?, xl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        residual: &CudaStorage,
+        rl: &Layout,
+        w: &CudaStorage,
+        wl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::add_layer_norm((x, xl), (residual, rl), (w, wl), self.bias, self.eps)?, xl.shape().clone()))
     }
 }
 

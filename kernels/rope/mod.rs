@@ -1,6 +1,8 @@
 //! Rotary position embedding over a leading part of the head.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
 #[cfg(test)]
@@ -8,6 +10,8 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 #[cfg(feature = "metal")]
 use candle_core::MetalStorage;
 #[cfg(feature = "metal")]
@@ -32,7 +36,7 @@ use crate::cpu::{as_rows, dtype_of, read_f32};
 ///
 /// The tables are not f32 `[N, R/2]` alike, or `R > D`.
 ///
-/// Devices: CPU, Metal.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Su et al., "RoFormer", 2021, in the half-split form of GPT-NeoX.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
@@ -49,6 +53,29 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         )
     }
     as_rows(x)?.apply_op3_no_bwd(&cos.contiguous()?, &sin.contiguous()?, &Rope)
+}
+
+/// The rotations of a step: cosines and sines `[N, R/2]` in f32 of `position * frequency`.
+///
+/// `positions` `[N]` in u32, `inv_freq` `[R/2]` in f32, radians per position.
+///
+/// # Errors
+///
+/// Other dtypes or ranks.
+///
+/// Devices: CUDA; elsewhere through candle's ops.
+pub fn rotations(positions: &Tensor, inv_freq: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (n, half) = (positions.dims1()?, inv_freq.dims1()?);
+    if positions.dtype() != DType::U32 || inv_freq.dtype() != DType::F32 {
+        bail!("rotations: {:?} and {:?}, expected u32 and f32", positions.dtype(), inv_freq.dtype())
+    }
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = positions.device() {
+        let both = cuda::rotations(device, positions, inv_freq)?;
+        return Ok((both.get(0)?, both.get(1)?));
+    }
+    let angles = positions.to_dtype(DType::F32)?.reshape((n, 1))?.broadcast_mul(&inv_freq.reshape((1, half))?)?;
+    Ok((angles.cos()?, angles.sin()?))
 }
 
 struct Rope;
@@ -80,6 +107,19 @@ impl CustomOp3 for Rope {
             other => bail!("rope: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, xl.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        xl: &Layout,
+        cos: &CudaStorage,
+        cl: &Layout,
+        sin: &CudaStorage,
+        sl: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::rope((x, xl), (cos, cl), (sin, sl))?, xl.shape().clone()))
     }
 
     #[cfg(feature = "metal")]

@@ -49,8 +49,7 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn rope_is_the_reference() -> Result<()> {
-    // Has no kernel on CUDA so far.
-    for device in devices().into_iter().filter(|device| !device.is_cuda()) {
+    for device in devices() {
         for case in cases() {
             run(case, &device)?;
         }
@@ -111,6 +110,26 @@ fn tables(positions: &[f32], half: usize, rotating: usize) -> Result<(Tensor, Te
     let angles: Vec<f32> = positions.iter().flat_map(|p| (0..half).map(move |i| p * frequency(i))).collect();
     let angles = Tensor::from_vec(angles, (positions.len(), half), &Device::Cpu)?;
     Ok((angles.cos()?, angles.sin()?))
+}
+
+#[test]
+fn rotations_are_cosines_and_sines_of_positions() -> Result<()> {
+    for device in devices() {
+        for (n, half) in [(1, 1), (3, 32), (70, 50)] {
+            let positions: Vec<u32> = (0..n as u32).map(|i| i * i * 37).collect();
+            let inv_freq: Vec<f32> = (0..half).map(|i| 10000f32.powf(-(i as f32) / half as f32)).collect();
+            let angles: Vec<f32> =
+                positions.iter().flat_map(|&p| inv_freq.iter().map(move |&f| p as f32 * f)).collect();
+            let frame = Tensor::new(&[9u32][..], &device)?;
+            let positions = Tensor::cat(&[&frame, &Tensor::new(&positions[..], &device)?], 0)?.narrow(0, 1, n)?;
+            let (cos, sin) = rotations(&positions, &Tensor::new(&inv_freq[..], &device)?)?;
+            assert_eq!((cos.dims(), sin.dims()), (&[n, half][..], &[n, half][..]));
+            let want = |f: fn(f32) -> f32| angles.iter().map(|&a| f(a)).collect::<Vec<f32>>();
+            assert_close("cos", &values(&cos)?, &want(f32::cos), 1e-6);
+            assert_close("sin", &values(&sin)?, &want(f32::sin), 1e-6);
+        }
+    }
+    Ok(())
 }
 
 #[test]

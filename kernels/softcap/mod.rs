@@ -6,6 +6,8 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::dtype_of;
@@ -22,14 +24,14 @@ use crate::cpu::dtype_of;
 ///
 /// `x` has another dtype, or `cap` is not a positive number.
 ///
-/// Devices: CPU; CUDA and Metal through candle's tanh.
+/// Devices: CPU, CUDA; Metal through candle's tanh.
 ///
 /// Source: Gemma 2, <https://arxiv.org/abs/2408.00118>, section 2.
 pub fn softcap(x: &Tensor, cap: f32) -> Result<Tensor> {
     if !(cap > 0.0 && cap.is_finite()) {
         bail!("softcap: cap is {cap}, expected a positive number")
     }
-    if x.device().is_cpu() {
+    if !x.device().is_metal() {
         return x.contiguous()?.apply_op1_no_bwd(&Softcap(cap));
     }
     let y = (x.to_dtype(candle_core::DType::F32)? / f64::from(cap))?.tanh()?;
@@ -51,5 +53,10 @@ impl CustomOp1 for Softcap {
             other => bail!("softcap: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((crate::activation::cuda::softcap(x, layout, self.0)?, layout.shape().clone()))
     }
 }

@@ -88,7 +88,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let setup = Setup { checkpoint, config, description, device, dtype, is_encoder };
     let weights = setup.weights(&args.quant)?;
     let needed = setup.memory(args, longest) * args.quant.len() + weights.iter().map(|it| it.resident).sum::<usize>();
-    let free = taper::available_memory();
+    let free = taper::available_memory(&setup.device);
     if needed > free {
         let [needed, free] = [needed, free].map(|bytes| bytes_of(bytes as u64));
         return Err(Error::Usage(format!(
@@ -261,7 +261,7 @@ impl Setup {
         let sequences = batch + measure::checkpoints(args);
         let blocks = |tokens: usize| tokens.div_ceil(measure::BLOCK) + 3;
         let window = cache::window(specs).map_or(0, |window| {
-            let blocks = sequences * blocks(window) + measure::STEP / measure::BLOCK + batch;
+            let blocks = sequences * blocks(window) + taper::default_step(&self.device) / measure::BLOCK + batch;
             blocks * cache::bytes_per_window_block(specs, measure::BLOCK, self.dtype)
         });
         // An engine gives at most half of its memory to states, and half of the rest to windows.

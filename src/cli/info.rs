@@ -37,7 +37,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let per_sequence = cache::bytes_per_slot(specs);
     let window = cache::window(specs).unwrap_or(0);
     let per_window = window * cache::bytes_per_window_block(specs, 1, dtype);
-    let free = taper::available_memory();
+    let free = taper::available_memory(&device);
     let context = free
         .saturating_sub(parts.resident as usize + per_sequence + per_window)
         .checked_div(per_token)

@@ -14,10 +14,8 @@ use super::{Args, Kind, Setup, Test};
 
 /// Tokens in a block of the cache.
 pub const BLOCK: usize = 32;
-/// Tokens that a step runs at most.
-pub const STEP: usize = 512;
-/// Sequences that fit into a step.
-pub const MAX_BATCH: usize = STEP;
+/// Sequences that fit into a step on every device.
+pub const MAX_BATCH: usize = 512;
 
 /// What a test took.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +58,6 @@ impl Subject {
         let limits = ModelLimits { vocab_size: vocab, sampled_vocab: vocab, max_positions, stop_ids: vec![] };
         let options = EngineOptions {
             max_sequences: args.max_batch(),
-            max_tokens_per_step: STEP,
             block_size: BLOCK,
             memory: Some(setup.memory(args, longest)),
             max_checkpoints: checkpoints(args),

@@ -1,0 +1,161 @@
+//! Heads on their way to attention on CUDA, in one kernel.
+
+use std::cell::RefCell;
+
+use candle_core::{CudaDevice, CudaStorage, DType, InplaceOp1, Layout, Result, Shape, Tensor, bail};
+
+use super::KeyValueHeads;
+use crate::Batch;
+use crate::cpu::{Operand, as_rows};
+use crate::cuda::{self, EarlyLaunch, Floats, Rows, floats};
+use crate::norm::Norm;
+
+static SINGLE: Floats = floats!(HEADS, "norm_rope_write");
+/// Moves four values at a time.
+static WIDE: Floats = floats!(HEADS, "norm_rope_write_wide");
+const WIDTH: usize = 4;
+
+/// Of a block, as in the kernels.
+const WARPS: usize = 8;
+/// The shared memory of a block that every GPU grants.
+const MAX_D: usize = (48 << 10) / (4 * WARPS);
+
+/// As the public function.
+pub fn norm_rope_write(
+    device: &CudaDevice,
+    q: &Tensor,
+    q_norm: Norm,
+    kv: Option<KeyValueHeads>,
+    (cos, sin): (&Tensor, &Tensor),
+    pages: &Tensor,
+    batch: &Batch,
+) -> Result<Tensor> {
+    let ((n, hq, d), (_, half), dtype) = (q.dims3()?, cos.dims2()?, q.dtype());
+    if n != batch.num_tokens() || cos.dims() != [n, half] || sin.dims() != cos.dims() || 2 * half > d || d > MAX_D {
+        bail!(
+            "norm_rope_write: q is {:?}, cos {:?}, sin {:?}, the batch has {} tokens, heads have at most {MAX_D} values",
+            q.dims(),
+            cos.dims(),
+            sin.dims(),
+            batch.num_tokens()
+        )
+    }
+    if cos.dtype() != DType::F32 || sin.dtype() != DType::F32 {
+        bail!("norm_rope_write: cos is {:?} and sin {:?}, expected f32", cos.dtype(), sin.dtype())
+    }
+    let norms = [Some(q_norm), kv.map(|kv| kv.k_norm), kv.and_then(|kv| kv.v_norm)];
+    for norm in norms.into_iter().flatten() {
+        if norm.weight.dims() != [d] || norm.weight.dtype() != DType::F32 {
+            bail!("norm_rope_write: weight is {:?} {:?}, expected f32 [{d}]", norm.weight.dims(), norm.weight.dtype())
+        }
+    }
+    if let Some(kv) = kv {
+        let (two, blocks, block_size, hk, _) = pages.dims5()?;
+        if two != 2
+            || kv.k.dims() != [n, hk, d]
+            || kv.v.dims() != kv.k.dims()
+            || pages.dim(4)? != d
+            || [kv.k.dtype(), kv.v.dtype(), pages.dtype()] != [dtype; 3]
+        {
+            bail!(
+                "norm_rope_write: k is {:?} {:?} and v {:?} {:?}, q {:?} {dtype:?}, pages {:?} {:?}",
+                kv.k.dims(),
+                kv.k.dtype(),
+                kv.v.dims(),
+                kv.v.dtype(),
+                q.dims(),
+                pages.dims(),
+                pages.dtype()
+            )
+        }
+        batch.check_blocks("norm_rope_write", blocks, block_size, |sequence| sequence.past())?;
+    }
+    let shape = Shape::from((n, hq, d));
+    let (q, k, v) = (as_rows(q)?, kv.map(|kv| as_rows(kv.k)).transpose()?, kv.map(|kv| as_rows(kv.v)).transpose()?);
+    let (cos, sin) = (cos.contiguous()?, sin.contiguous()?);
+    let operation = NormRopeWrite { device, q: &q, kv: k.as_ref().zip(v.as_ref()), norms, cos: &cos, sin: &sin, batch };
+    cuda::output(device, shape, dtype, |out| match kv {
+        Some(_) => pages.inplace_op1(&Writing { operation, out: RefCell::new(out) }),
+        None => operation.run(None, out),
+    })
+}
+
+struct NormRopeWrite<'a> {
+    device: &'a CudaDevice,
+    q: &'a Tensor,
+    kv: Option<(&'a Tensor, &'a Tensor)>,
+    norms: [Option<Norm<'a>>; 3],
+    cos: &'a Tensor,
+    sin: &'a Tensor,
+    batch: &'a Batch,
+}
+
+impl NormRopeWrite<'_> {
+    fn run(&self, pages: Option<(&mut CudaStorage, &Layout)>, out: &mut CudaStorage) -> Result<()> {
+        let ((n, hq, d), (_, half), dtype) = (self.q.dims3()?, self.cos.dims2()?, self.q.dtype());
+        let stream = self.device.cuda_stream();
+        let q = Operand::new(self.q);
+        let kv = self.kv.map(|(k, v)| (Operand::new(k), Operand::new(v)));
+        let [cos, sin, slots] = [self.cos, self.sin, &self.batch.slot_mapping].map(Operand::new);
+        let weights = self.norms.map(|norm| norm.map(|norm| Operand::new(norm.weight)));
+        let q = q.cuda_rows(&stream)?;
+        let kv = match &kv {
+            Some((k, v)) => Some((k.cuda_rows(&stream)?, v.cuda_rows(&stream)?)),
+            None => None,
+        };
+        let [cos, sin, slots] = [&cos, &sin, &slots].map(|operand| operand.cuda(&stream));
+        let (cos, sin, slots) = (cos?, sin?, slots?);
+        let addresses = weights.each_ref().map(|weight| weight.as_ref().map(|weight| weight.cuda(&stream)).transpose());
+        let [q_weight, k_weight, v_weight] = addresses;
+        let weights = [q_weight?, k_weight?, v_weight?];
+        let plane = pages.as_ref().map_or(0, |(_, layout)| layout.shape().elem_count() as u64 / 2);
+        let pages = pages.map(|(pages, layout)| cuda::write(pages, layout, &stream)).transpose()?;
+        let y = cuda::write(out, &Layout::contiguous((n, hq, d)), &stream)?;
+
+        let rows: Vec<&Rows> = std::iter::once(&q).chain(kv.iter().flat_map(|(k, v)| [k, v])).collect();
+        let bytes = WIDTH * dtype.size_in_bytes();
+        let is_wide = d.is_multiple_of(WIDTH)
+            && rows.iter().all(|rows| rows.are_aligned(bytes, dtype))
+            && pages.as_ref().is_none_or(|pages| pages.is_aligned(bytes));
+        let hk = kv.as_ref().map_or(0, |(k, _)| k.heads);
+        let (k, v) = kv
+            .as_ref()
+            .map_or(((0, [0; 2]), (0, [0; 2])), |(k, v)| ((k.address.value, k.strides), (v.address.value, v.strides)));
+        let weights = weights.each_ref().map(|weight| weight.as_ref().map_or(0, |weight| weight.value));
+        let eps = self.norms.map(|norm| norm.map_or(0.0, |norm| norm.eps as f32));
+        let pages = pages.as_ref().map_or(0, |pages| pages.value);
+        let heads = n * (hq + 2 * hk as usize);
+        let mut config = cuda::grid(heads.div_ceil(WARPS), (WARPS * 32, 1))?;
+        config.shared_mem_bytes = (WARPS * d * 4) as u32;
+        let [n, d, half] = [n, d, half].map(|size| size as u32);
+        let mut launch = EarlyLaunch::new(self.device, if is_wide { &WIDE } else { &SINGLE }.of(dtype)?)?;
+        launch.arg(&q.address.value).rows(&q).arg(&weights[0]).arg(&eps[0]);
+        launch.arg(&k.0).arg(&hk).arg(&k.1[0]).arg(&k.1[1]).arg(&weights[1]).arg(&eps[1]);
+        launch.arg(&v.0).arg(&v.1[0]).arg(&v.1[1]).arg(&weights[2]).arg(&eps[2]);
+        launch.arg(&cos.value).arg(&sin.value).arg(&slots.value).arg(&plane).arg(&pages).arg(&y.value);
+        launch.arg(&n).arg(&d).arg(&half);
+        // SAFETY: the arguments are the kernel's, in its order; the public function compared shapes and dtypes, and
+        // `check_blocks` the batch's pages with these.
+        unsafe { launch.launch(config) }
+    }
+}
+
+/// The pages are the target of an in-place op, so that candle locks them.
+struct Writing<'a> {
+    operation: NormRopeWrite<'a>,
+    out: RefCell<&'a mut CudaStorage>,
+}
+
+impl InplaceOp1 for Writing<'_> {
+    fn name(&self) -> &'static str {
+        "norm-rope-write"
+    }
+
+    fn cpu_fwd(&self, _: &mut candle_core::CpuStorage, _: &Layout) -> Result<()> {
+        bail!("norm_rope_write: pages on the cpu, q on a gpu")
+    }
+
+    fn cuda_fwd(&self, pages: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.operation.run(Some((pages, layout)), &mut self.out.borrow_mut())
+    }
+}

@@ -1,0 +1,95 @@
+//! The fused step against its parts, each of which is tested against its own reference, on every device.
+
+use candle_core::{DType, Device};
+
+use super::*;
+use crate::Segment;
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dtype: DType,
+    hq: usize,
+    hk: usize,
+    d: usize,
+    half: usize,
+    /// Query heads lie beside gates of their size.
+    gated: bool,
+    norm_values: bool,
+    writes: bool,
+}
+
+const BLOCK_SIZE: usize = 4;
+
+/// The query and the pages.
+fn run(case: Case, device: &Device) -> Result<(Vec<f32>, Vec<f32>)> {
+    let Case { dtype, hq, hk, d, half, gated, norm_values, writes } = case;
+    let mut random = Random::new((hq * d + half) as u64);
+    let blocks = random.permutation(8);
+    let tokens = [0; 9];
+    let segments = [
+        Segment { tokens: &tokens[..1], past: 5, blocks: &blocks[..2], slot: 0 },
+        Segment { tokens: &tokens[..7], past: 2, blocks: &blocks[2..5], slot: 1 },
+    ];
+    let batch = Batch::new(&segments, BLOCK_SIZE, device)?;
+    let (n, kinds) = (8, if gated { 2 } else { 1 });
+    let qkv = random.tensor(&[n, (kinds * hq + 2 * hk) * d], 1.0, dtype, device)?;
+    let heads =
+        |start: usize, count: usize, size: usize| qkv.narrow(1, start * d, count * size)?.reshape((n, count, size));
+    let q = heads(0, hq, kinds * d)?.narrow(2, 0, d)?;
+    let (k, v) = (heads(kinds * hq, hk, d)?, heads(kinds * hq + hk, hk, d)?);
+    let mut weight = || random.tensor(&[d], 1.0, DType::F32, device);
+    let weights = [weight()?, weight()?, weight()?];
+    let norm = |i: usize| Norm { weight: &weights[i], eps: 1e-6 };
+    let (cos, sin) =
+        (random.tensor(&[n, half], 1.0, DType::F32, device)?, random.tensor(&[n, half], 1.0, DType::F32, device)?);
+    let pages = poisoned(&[2, 8, BLOCK_SIZE, hk, d], dtype, device)?;
+    let kv = KeyValueHeads { k: &k, v: &v, k_norm: norm(1), v_norm: norm_values.then(|| norm(2)) };
+    let q = norm_rope_write(&q, norm(0), writes.then_some(kv), (&cos, &sin), &pages, &batch)?;
+    assert_eq!((q.dims(), q.dtype()), (&[n, hq, d][..], dtype));
+    Ok((values(&q)?, values(&pages)?))
+}
+
+#[test]
+fn is_its_parts_on_every_device() -> Result<()> {
+    for device in devices().into_iter().filter(|device| !device.is_cpu()) {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (hq, hk, d, half) in
+                [(1, 1, 2, 1), (3, 1, 7, 2), (4, 2, 64, 32), (2, 1, 256, 32), (2, 2, 512, 256), (16, 8, 128, 64)]
+            {
+                for (gated, norm_values, writes) in
+                    [(false, false, true), (true, false, true), (false, true, true), (false, false, false)]
+                {
+                    let case = Case { dtype, hq, hk, d, half, gated, norm_values, writes };
+                    let ((got_q, got_pages), (want_q, want_pages)) = (run(case, &device)?, run(case, &Device::Cpu)?);
+                    assert_close(&format!("q {case:?} {device:?}"), &got_q, &want_q, op_limit(dtype));
+                    // What no token owns stays as it was.
+                    let unwritten = |pages: &[f32]| pages.iter().map(|x| x.is_nan()).collect::<Vec<_>>();
+                    assert_eq!(unwritten(&got_pages), unwritten(&want_pages), "{case:?} {device:?}");
+                    let written = |pages: Vec<f32>| pages.into_iter().filter(|x| !x.is_nan()).collect::<Vec<_>>();
+                    let name = format!("pages {case:?} {device:?}");
+                    assert_close(&name, &written(got_pages), &written(want_pages), op_limit(dtype));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn on_the_cpu_it_is_norm_rope_and_write() -> Result<()> {
+    // One token, one head of two values, a quarter turn: (3, 4) normed to (3, 4) / sqrt(12.5) becomes (-4, 3) / sqrt(12.5).
+    let device = Device::Cpu;
+    let batch = Batch::new(&[Segment { tokens: &[0], past: 0, blocks: &[0], slot: 0 }], 1, &device)?;
+    let head = Tensor::new(&[[[3f32, 4.0]]], &device)?;
+    let (cos, sin) = (Tensor::new(&[[0f32]], &device)?, Tensor::new(&[[1f32]], &device)?);
+    let ones = Tensor::ones(2, DType::F32, &device)?;
+    let norm = Norm { weight: &ones, eps: 0.0 };
+    let pages = poisoned(&[2, 1, 1, 1, 2], DType::F32, &device)?;
+    let kv = KeyValueHeads { k: &head, v: &head, k_norm: norm, v_norm: None };
+    let q = norm_rope_write(&head, norm, Some(kv), (&cos, &sin), &pages, &batch)?;
+    let turned = [-4.0 / 12.5f32.sqrt(), 3.0 / 12.5f32.sqrt()];
+    assert_close("q", &values(&q)?, &turned, 1e-6);
+    assert_close("pages", &values(&pages)?, &[turned[0], turned[1], 3.0, 4.0], 1e-6);
+    Ok(())
+}
