@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use taper_kernels::attention::{self, AttentionParams, Mask};
+use taper_kernels::moe::{self, Experts, Stack};
 use taper_kernels::testing::{Random, poisoned};
-use taper_kernels::{Batch, Segment, gated_delta, norm};
+use taper_kernels::{Batch, Segment, conv, gated_delta, norm};
 
 const CALLS: usize = 64;
 const REPEATS: usize = 9;
@@ -43,8 +44,18 @@ fn main() -> Result<()> {
     for batch in [64, 8, 1] {
         bench.gated_delta(&format!("decode, {batch} sequences"), &vec![(1, 100); batch])?;
     }
-    bench.gated_delta("prompt of 4096", &[(4096, 0)])?;
-    bench.gated_delta("8 prompts of 512", &[(512, 0); 8])
+    for prompt in [512, 4096, 16384] {
+        bench.gated_delta(&format!("prompt of {prompt}"), &[(prompt, 0)])?;
+    }
+    bench.gated_delta("8 prompts of 512", &[(512, 0); 8])?;
+    for (name, sequences) in [("prompt of 16384", vec![(16384, 0)]), ("decode, 64 sequences", vec![(1, 100); 64])] {
+        bench.causal_conv1d(name, &sequences)?;
+    }
+    bench.rms_norm_gated(1 << 18, 128)?;
+    for n in [1, 8, 64, 4096] {
+        bench.sparse_mlp(n)?;
+    }
+    Ok(())
 }
 
 struct Bench {
@@ -194,6 +205,58 @@ impl Bench {
         let bytes = state_bytes + n * heads * (4 * d * 2 + 2 * 4);
         self.row(&format!("gated_delta_rule bf16 16x128x128, {name}"), bytes, |i| {
             gated_delta::gated_delta_rule(&q, &k, &v, &g, &beta, &states[i % layers], &batch).map(drop)
+        })?;
+        Ok(())
+    }
+
+    fn causal_conv1d(&self, name: &str, sequences: &[(usize, usize)]) -> Result<()> {
+        let (channels, width) = (6144, 4);
+        let slots = Random::new(3).permutation(sequences.len());
+        let tokens = vec![0; sequences.iter().map(|&(new, _)| new).max().unwrap_or(0)];
+        let segments: Vec<Segment> = sequences
+            .iter()
+            .zip(&slots)
+            .map(|(&(new, past), &slot)| Segment { tokens: &tokens[..new], past, blocks: &[0], slot })
+            .collect();
+        let batch = Batch::new(&segments, 1 << 16, &self.device)?;
+        let n = batch.num_tokens();
+        let x = self.random(&[n, channels], DType::BF16)?;
+        let weight = self.random(&[channels, width], DType::F32)?;
+        let state = Tensor::zeros((sequences.len(), channels, width - 1), DType::F32, &self.device)?;
+        let kept = sequences.iter().filter(|(_, past)| *past > 0).count();
+        let bytes = n * channels * 4 + (kept + sequences.len()) * channels * (width - 1) * 4;
+        self.row(&format!("causal_conv1d bf16, {channels} channels, {name}"), bytes, |_| {
+            conv::causal_conv1d(&x, &weight, &state, &batch).map(drop)
+        })?;
+        Ok(())
+    }
+
+    fn rms_norm_gated(&self, n: usize, d: usize) -> Result<()> {
+        let (x, gate) = (self.random(&[n, d], DType::BF16)?, self.random(&[n, d], DType::BF16)?);
+        let weight = self.random(&[d], DType::F32)?;
+        self.row(&format!("rms_norm_gated bf16 [{n}, {d}]"), n * d * 6, |_| {
+            norm::rms_norm_gated(&x, &gate, &weight, 1e-6).map(drop)
+        })?;
+        Ok(())
+    }
+
+    /// Of Qwen3.5-35B-A3B: bytes are those of the experts that some token goes to. Each call is another layer's.
+    fn sparse_mlp(&self, n: usize) -> Result<()> {
+        let (num_experts, hidden, intermediate, k, layers) = (256, 2048, 512, 8, 3);
+        let stack = |rows: usize, columns: usize| -> Result<Stack> {
+            Ok(Stack::Dense(self.random(&[num_experts, rows, columns], DType::BF16)?))
+        };
+        let experts = (0..layers)
+            .map(|_| Experts::new(stack(2 * intermediate, hidden)?, stack(hidden, intermediate)?))
+            .collect::<Result<Vec<_>>>()?;
+        let x = self.random(&[n, hidden], DType::BF16)?;
+        let routing = moe::route(&self.random(&[n, num_experts], DType::BF16)?, k)?;
+        let mut used: Vec<u32> = routing.experts.flatten_all()?.to_vec1()?;
+        used.sort_unstable();
+        used.dedup();
+        let bytes = used.len() * 3 * hidden * intermediate * 2 + 2 * n * hidden * 2;
+        self.row(&format!("sparse_mlp bf16, 8 of 256 experts of 512, {n} tokens"), bytes, |i| {
+            moe::sparse_mlp(&x, &routing, &experts[i % layers]).map(drop)
         })?;
         Ok(())
     }

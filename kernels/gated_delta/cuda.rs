@@ -41,9 +41,9 @@ const CHUNKED_SIZE: usize = 128;
 /// What is prepared of a chunk, and what blocks share.
 const PREPARED_BYTES: usize = 17408;
 const PREPARE_SHARED: usize = 36096;
-const SCAN_SHARED: usize = 149024;
+const SCAN_SHARED: usize = 132640;
 const PREPARE_THREADS: usize = 128;
-const SCAN_THREADS: usize = 320;
+const SCAN_THREADS: usize = 256;
 /// Rows of the state of a block.
 const SCAN_ROWS: usize = 32;
 /// Tokens of a sequence from which chunks are faster than the recurrence.

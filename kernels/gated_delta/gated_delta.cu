@@ -164,7 +164,7 @@ __device__ void gated_delta_rule(const T *q, const T *k, const T *v, const float
       name(const T *q, uint32_t q_token, uint32_t q_head, const T *k, uint32_t k_token, uint32_t k_head, const T *v,   \
            uint32_t v_token, uint32_t v_head, const float *g, const float *beta, float *state, T *out,                 \
            const uint32_t *cu_seqlens, const uint32_t *context_lens, const uint32_t *state_slots, uint32_t hk,         \
-           uint32_t hv, uint32_t kd, uint32_t vd, uint32_t longest) {                                                                  \
+           uint32_t hv, uint32_t kd, uint32_t vd, uint32_t longest) {                                                  \
     gated_delta_rule<T, LANES, N, CHUNKS, EXACT>(q, k, v, g, beta, state, out,                                         \
                                                  {cu_seqlens, context_lens, state_slots, longest}, {hk, hv, kd, vd},   \
                                                  {hk, q_token, q_head}, {hk, k_token, k_head}, {hv, v_token, v_head}); \

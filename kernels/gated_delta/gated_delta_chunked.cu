@@ -7,9 +7,9 @@
 //   S = exp(G[last]) S + X^T (exp(G[last] - G) k)
 //
 // T and P do not depend on the state: `prepare` finds them for all chunks at once. `scan` then takes the chunks of a
-// sequence one after the other, for 16 rows of the state a group of three warps. Two keep halves of S [16, 128] in
-// registers, in f32, where the accumulators of one product are the operand of the next, and share what S k^T is; the
-// third finds y, one chunk behind. LOADERS more threads fetch operands ahead.
+// sequence one after the other, for 16 rows of the state a group of two warps. One keeps S [16, 128] in its registers,
+// in f32, where the accumulators of one product are the operand of the next; the other finds y, one chunk behind.
+// LOADERS more threads fetch operands ahead.
 //
 // Norms and decays enter as factors of f32 results: products see q, k and v as they are stored.
 #include "gated_delta/mma.cuh"
@@ -269,7 +269,7 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
 }
 
 #define PREPARE(name, T)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)                                                        \
+  extern "C" __global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)                                        \
       name(const T *q, uint32_t q_token, uint32_t q_head, const T *k, uint32_t k_token, uint32_t k_head,               \
            const float *g, const float *beta, Prepared<T> *prepared, const uint32_t *cu_seqlens, uint32_t sequences,   \
            uint32_t hk, uint32_t hv, uint32_t shortest) {                                                              \
@@ -279,8 +279,13 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
 PREPARE(gated_delta_prepare_f16, __half)
 PREPARE(gated_delta_prepare_bf16, __nv_bfloat16)
 
+// Groups of 16 rows of a block, and chunks whose operands it holds.
+constexpr int GROUPS = 2;
+constexpr int STAGES = 2;
+constexpr int SCAN_THREADS = GROUPS * 64 + LOADERS;
+
 // Operands of a chunk: those of the state, and those of the output, which are needed one chunk later.
-template <typename T, int GROUPS> struct StateOperands {
+template <typename T> struct StateOperands {
   T k[CHUNK * D], t[CHUNK * CHUNK], v[CHUNK * GROUPS * 16];
   float from_state[CHUNK], to_state[CHUNK], decay[4];
 };
@@ -292,23 +297,18 @@ template <typename T> struct OutputOperands {
 struct Handed {
   uint4 s[D / 16][32], x[CHUNK / 16][32];
 };
-// What the two warps of a state give each other: their shares of S k^T.
-struct Shares {
-  float4 of[2][CHUNK / 8][32];
-};
-template <typename T, int GROUPS, int STAGES> struct ScanShared {
-  StateOperands<T, GROUPS> state[STAGES];
+template <typename T> struct ScanShared {
+  StateOperands<T> state[STAGES];
   OutputOperands<T> output[STAGES];
   Handed handed[2][GROUPS];
-  Shares shares[GROUPS];
 };
 
-template <typename T, int GROUPS, int STAGES>
+template <typename T>
 __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all, float *state, T *out, Steps steps,
                      Rows q_rows, Rows k_rows, Rows v_rows) {
   constexpr int TILES = D / 16 / GROUPS, V = GROUPS * 16;
   extern __shared__ uint4 memory[];
-  auto &shared = *reinterpret_cast<ScanShared<T, GROUPS, STAGES> *>(memory);
+  auto &shared = *reinterpret_cast<ScanShared<T> *>(memory);
   const uint32_t head = blockIdx.x / TILES % steps.hv, sequence = blockIdx.x / TILES / steps.hv;
   const uint32_t first_row = blockIdx.x % TILES * V;
   if (steps.is_short(sequence))
@@ -321,64 +321,57 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
   // Of a matrix that ldmatrix reads for an operand of columns, as it is stored and transposed.
   const int column_row = lane / 16 * 8 + lane % 8, column_piece = lane / 8 % 2;
 
-  if (warp < 2 * GROUPS) {
-    // Thread: rows lane / 4 and 8 more, columns 8 n + 2 (lane % 4) and the next of this half.
-    constexpr int HALF = D / 2;
-    const int half = warp / GROUPS;
+  if (warp < GROUPS) {
+    // Thread: rows lane / 4 and 8 more, columns 8 n + 2 (lane % 4) and the next.
     float *const slot = state + ((steps.state_slots[sequence] * size_t(steps.hv) + head) * D + row + lane / 4) * D +
-                        half * HALF + lane % 4 * 2;
-    float s[HALF / 8][4] = {};
+                        lane % 4 * 2;
+    float s[D / 8][4] = {};
     if (steps.context_lens[sequence] != end - begin) {
 #pragma unroll
-      for (int n = 0; n < HALF / 8; n++) {
+      for (int n = 0; n < D / 8; n++) {
         const float2 upper = *reinterpret_cast<const float2 *>(slot + n * 8);
         const float2 lower = *reinterpret_cast<const float2 *>(slot + 8 * D + n * 8);
         s[n][0] = upper.x, s[n][1] = upper.y, s[n][2] = lower.x, s[n][3] = lower.y;
       }
     }
     __syncthreads();
-#pragma unroll 1
     for (int chunk = 0; chunk < chunks; chunk++) {
       const auto &operands = shared.state[chunk % STAGES];
       auto &handed = shared.handed[chunk % 2][group];
-      auto &shares = shared.shares[group];
       const Tile<const T, D / 8> k_tile{operands.k};
       const Tile<const T, CHUNK / 8> t_tile{operands.t};
       const Tile<const T, GROUPS * 2> v_tile{operands.v};
 
       float sk[CHUNK / 8][4] = {}; // S k^T
 #pragma unroll
-      for (int step = 0; step < HALF / 16; step++) {
+      for (int step = 0; step < D / 16; step++) {
         const uint32_t rows[4] = {pair(s[2 * step][0], s[2 * step][1], T()), pair(s[2 * step][2], s[2 * step][3], T()),
                                   pair(s[2 * step + 1][0], s[2 * step + 1][1], T()),
                                   pair(s[2 * step + 1][2], s[2 * step + 1][3], T())};
-        handed.s[half * (HALF / 16) + step][lane] = {rows[0], rows[1], rows[2], rows[3]};
+        handed.s[step][lane] = {rows[0], rows[1], rows[2], rows[3]};
 #pragma unroll
         for (int n = 0; n < CHUNK / 16; n++) {
           uint32_t columns[4];
-          load_matrices(columns, k_tile.at(n * 16 + column_row, half * (HALF / 8) + step * 2 + column_piece));
+          load_matrices(columns, k_tile.at(n * 16 + column_row, step * 2 + column_piece));
           multiply_add(sk[2 * n], rows, columns[0], columns[1], T());
           multiply_add(sk[2 * n + 1], rows, columns[2], columns[3], T());
         }
       }
-#pragma unroll
-      for (int n = 0; n < CHUNK / 8; n++)
-        shares.of[half][n][lane] = {sk[n][0], sk[n][1], sk[n][2], sk[n][3]};
       uint32_t rest[CHUNK / 16][4]; // v - exp(G) S k^T
 #pragma unroll
-      for (int n = 0; n < CHUNK / 16; n++)
+      for (int n = 0; n < CHUNK / 16; n++) {
         load_transposed(rest[n], v_tile.at(n * 16 + column_row, group * 2 + column_piece));
-      meet(1 + group, 64);
 #pragma unroll
-      for (int n = 0; n < CHUNK / 8; n++) {
-        const float4 other = shares.of[1 - half][n][lane];
-        sk[n][0] += other.x, sk[n][1] += other.y, sk[n][2] += other.z, sk[n][3] += other.w;
-        const float2 factor = *reinterpret_cast<const float2 *>(&operands.from_state[n * 8 + lane % 4 * 2]);
+        for (int half = 0; half < 2; half++) {
+          const float2 factor =
+              *reinterpret_cast<const float2 *>(&operands.from_state[n * 16 + half * 8 + lane % 4 * 2]);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          uint32_t &values = rest[n / 2][n % 2 * 2 + r];
-          const float2 value = unpair(values, T());
-          values = pair(fmaf(-factor.x, sk[n][r * 2], value.x), fmaf(-factor.y, sk[n][r * 2 + 1], value.y), T());
+          for (int r = 0; r < 2; r++) {
+            const float2 value = unpair(rest[n][half * 2 + r], T());
+            const float *const product = sk[2 * n + half] + r * 2;
+            rest[n][half * 2 + r] =
+                pair(fmaf(-factor.x, product[0], value.x), fmaf(-factor.y, product[1], value.y), T());
+          }
         }
       }
       float x[CHUNK / 8][4] = {};
@@ -393,7 +386,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
         }
       const float decay = operands.decay[0];
 #pragma unroll
-      for (int n = 0; n < HALF / 8; n++)
+      for (int n = 0; n < D / 8; n++)
 #pragma unroll
         for (int c = 0; c < 4; c++)
           s[n][c] *= decay;
@@ -401,21 +394,21 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       for (int step = 0; step < CHUNK / 16; step++) {
         uint32_t rows[4], scaled[4];
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-          const float2 factor = *reinterpret_cast<const float2 *>(&operands.to_state[step * 16 + n * 8 + lane % 4 * 2]);
-          const float *const value = x[2 * step + n];
+        for (int half = 0; half < 2; half++) {
+          const float2 factor =
+              *reinterpret_cast<const float2 *>(&operands.to_state[step * 16 + half * 8 + lane % 4 * 2]);
+          const float *const value = x[2 * step + half];
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            rows[n * 2 + r] = pair(value[r * 2], value[r * 2 + 1], T());
-            scaled[n * 2 + r] = pair(value[r * 2] * factor.x, value[r * 2 + 1] * factor.y, T());
+            rows[half * 2 + r] = pair(value[r * 2], value[r * 2 + 1], T());
+            scaled[half * 2 + r] = pair(value[r * 2] * factor.x, value[r * 2 + 1] * factor.y, T());
           }
         }
-        if (half == 0)
-          handed.x[step][lane] = {rows[0], rows[1], rows[2], rows[3]};
+        handed.x[step][lane] = {rows[0], rows[1], rows[2], rows[3]};
 #pragma unroll
-        for (int n = 0; n < HALF / 16; n++) {
+        for (int n = 0; n < D / 16; n++) {
           uint32_t columns[4];
-          load_transposed(columns, k_tile.at(step * 16 + lane % 16, half * (HALF / 8) + n * 2 + lane / 16));
+          load_transposed(columns, k_tile.at(step * 16 + lane % 16, n * 2 + lane / 16));
           multiply_add(s[2 * n], scaled, columns[0], columns[1], T());
           multiply_add(s[2 * n + 1], scaled, columns[2], columns[3], T());
         }
@@ -423,14 +416,14 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       __syncthreads();
     }
 #pragma unroll
-    for (int n = 0; n < HALF / 8; n++) {
+    for (int n = 0; n < D / 8; n++) {
       *reinterpret_cast<float2 *>(slot + n * 8) = {s[n][0], s[n][1]};
       *reinterpret_cast<float2 *>(slot + 8 * D + n * 8) = {s[n][2], s[n][3]};
     }
     return;
   }
 
-  if (warp < 3 * GROUPS) {
+  if (warp < 2 * GROUPS) {
     __syncthreads();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; chunk++) {
@@ -484,7 +477,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
     return;
   }
 
-  const int loader = threadIdx.x - GROUPS * 96;
+  const int loader = threadIdx.x - GROUPS * 64;
   const uint32_t shared_head = head * steps.hk / steps.hv;
   const T *k_next = k + k_rows.start(begin, shared_head), *q_next = q + q_rows.start(begin, shared_head);
   const T *v_next = v + v_rows.start(begin, head) + first_row;
@@ -529,32 +522,18 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
   }
 }
 
-#define SCAN(name, T, GROUPS, STAGES)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(GROUPS * 96 + LOADERS, 1)                                                         \
+#define SCAN(name, T)                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(SCAN_THREADS, 1)                                                        \
       name(const T *q, uint32_t q_token, uint32_t q_head, const T *k, uint32_t k_token, uint32_t k_head, const T *v,   \
            uint32_t v_token, uint32_t v_head, const Prepared<T> *prepared, float *state, T *out,                       \
            const uint32_t *cu_seqlens, const uint32_t *context_lens, const uint32_t *state_slots, uint32_t sequences,  \
            uint32_t hk, uint32_t hv, uint32_t shortest) {                                                              \
-    scan<T, GROUPS, STAGES>(q, k, v, prepared, state, out,                                                             \
-                            {cu_seqlens, context_lens, state_slots, sequences, hk, hv, shortest},                      \
-                            {hk, q_token, q_head}, {hk, k_token, k_head}, {hv, v_token, v_head});                      \
+    scan<T>(q, k, v, prepared, state, out, {cu_seqlens, context_lens, state_slots, sequences, hk, hv, shortest},       \
+            {hk, q_token, q_head}, {hk, k_token, k_head}, {hv, v_token, v_head});                                      \
   }
-#ifndef VARIANTS
-SCAN(gated_delta_scan_f16, __half, 2, 2)
-SCAN(gated_delta_scan_bf16, __nv_bfloat16, 2, 2)
+SCAN(gated_delta_scan_f16, __half)
+SCAN(gated_delta_scan_bf16, __nv_bfloat16)
 // As the host allocates them.
 static_assert(sizeof(Prepared<__half>) == 17408);
 static_assert(sizeof(PrepareShared<__half>) == 36096);
-static_assert(sizeof(ScanShared<__half, 2, 2>) == 149024);
-#else
-SCAN(scan_1_2, __nv_bfloat16, 1, 2)
-SCAN(scan_2_2, __nv_bfloat16, 2, 2)
-SCAN(scan_2_3, __nv_bfloat16, 2, 3)
-SCAN(scan_4_2, __nv_bfloat16, 4, 2)
-SCAN(scan_2_2h, __half, 2, 2)
-extern "C" __global__ void sizes(uint32_t *o) {
-  o[0] = sizeof(Prepared<__half>); o[1] = sizeof(PrepareShared<__half>);
-  o[2] = sizeof(ScanShared<__half, 1, 2>); o[3] = sizeof(ScanShared<__half, 1, 3>); o[4] = sizeof(ScanShared<__half, 2, 2>);
-  o[5] = sizeof(ScanShared<__half, 2, 3>); o[6] = sizeof(ScanShared<__half, 4, 2>);
-}
-#endif
+static_assert(sizeof(ScanShared<__half>) == 132640);

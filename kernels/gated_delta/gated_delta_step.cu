@@ -88,9 +88,9 @@ __device__ void step(const T *q, const T *k, const T *v, const float *g, const f
   extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                             \
       name(const T *q, uint32_t q_token, uint32_t q_head, const T *k, uint32_t k_token, uint32_t k_head, const T *v,   \
            uint32_t v_token, uint32_t v_head, const float *g, const float *beta, float *state, T *out,                 \
-           const uint32_t *context_lens, const uint32_t *state_slots, uint32_t hk,         \
+           const uint32_t *context_lens, const uint32_t *state_slots, uint32_t hk,                                     \
            uint32_t hv, uint32_t vd) {                                                                                 \
-    step<T, WARPS, ROWS, STREAM>(q, k, v, g, beta, state, out, context_lens, state_slots, hk, hv, vd,    \
+    step<T, WARPS, ROWS, STREAM>(q, k, v, g, beta, state, out, context_lens, state_slots, hk, hv, vd,                  \
                                  {hk, q_token, q_head}, {hk, k_token, k_head}, {hv, v_token, v_head});                 \
   }
 #ifndef VARIANTS

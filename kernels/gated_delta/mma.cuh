@@ -63,11 +63,6 @@ template <int PENDING> __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
 }
 
-// A barrier of `threads` threads of the block; number 0 is that of all.
-__device__ inline void meet(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" : : "r"(number), "r"(threads) : "memory");
-}
-
 // Rows of PIECES pieces of 16 bytes in shared memory, permuted so that the same piece of eight rows lies in all banks.
 template <typename T, int PIECES> struct Tile {
   T *values;

@@ -47,8 +47,10 @@ pub use gates::gates;
 /// Shapes or dtypes disagree, or a slot of the batch lies outside `state`.
 ///
 /// Devices: CPU, by the recurrence: the chunked form takes as many operations there, and the recurrence gives every
-/// token one result however the prompt was cut. CUDA and Metal likewise, `K` up to 256. `q`, `k` and `v` may be column ranges of
-/// one matrix.
+/// token one result however the prompt was cut. CUDA and Metal likewise, `K` up to 256. On CUDA sequences of 24 tokens
+/// and more in f16 or bf16 with `K` and `V` of 128 go in chunks over tensor cores, whose operands, the state among them,
+/// are rounded to the dtype of `q`: there results depend on the cuts within that rounding. `q`, `k` and `v` may be column
+/// ranges of one matrix.
 ///
 /// Source: Yang et al., "Gated Delta Networks", <https://arxiv.org/abs/2412.06464>.
 pub fn gated_delta_rule(

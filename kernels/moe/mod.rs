@@ -1,6 +1,8 @@
 //! A sparse MLP: a router picks a few of many experts for each token, and only these run.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -8,6 +10,8 @@ mod tests;
 
 use std::cell::OnceCell;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use crate::cpu::{Operand, dtype_of, tensor, view};
@@ -38,7 +42,7 @@ pub struct Routing {
 ///
 /// `k` is 0 or more than `E`.
 ///
-/// Devices: CPU.
+/// Devices: CPU; CUDA, up to 1024 experts.
 ///
 /// Source: Shazeer et al., "Outrageously Large Neural Networks", <https://arxiv.org/abs/1701.06538>; softmax before
 /// selection and weights that add up to one as in Qwen3.5.
@@ -73,6 +77,13 @@ impl CustomOp1 for Route {
         };
         self.weights.set(Storage::Cpu(weights)).expect("runs once");
         Ok((experts, (n, self.k).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (experts, weights) = cuda::route(logits, layout, self.k)?;
+        self.weights.set(Storage::Cuda(weights)).expect("runs once");
+        Ok((experts, (layout.shape().dims2()?.0, self.k).into()))
     }
 }
 
@@ -183,7 +194,8 @@ impl Locked<'_> {
 ///
 /// Shapes or dtypes disagree, or `routing` names an expert that is not there.
 ///
-/// Devices: CPU.
+/// Devices: CPU; CUDA, for experts that are not packed. There an expert that is not there counts nothing, lest the host
+/// wait; f16 and bf16 use tensor cores where `H` and `I` are multiples of 32 and all are of one dtype.
 ///
 /// Source: Shazeer et al., "Outrageously Large Neural Networks", <https://arxiv.org/abs/1701.06538>.
 pub fn sparse_mlp(x: &Tensor, routing: &Routing, experts: &Experts) -> Result<Tensor> {
@@ -222,6 +234,11 @@ impl CustomOp1 for SparseMlp<'_> {
             other => bail!("sparse_mlp: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((self.run_cuda(x, layout)?, layout.shape().clone()))
     }
 }
 

@@ -9,74 +9,101 @@
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * 32;
 
-// A warp for a token. logits, [n, num_experts]; experts, weights [n, k].
-template <typename T>
+// A warp for a token; a lane has every 32nd of up to 32 * EACH logits [n, num_experts]. experts, weights [n, k].
+template <typename T, int EACH>
 __device__ void route(const T *logits, uint32_t *experts, T *weights, uint32_t n, uint32_t num_experts, uint32_t k) {
-  extern __shared__ float memory[];
-  const int lane = threadIdx.x % 32;
-  const uint32_t token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const uint32_t lane = threadIdx.x % 32, token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (token >= n)
     return;
-  // Each lane has every 32nd logit, and marks what was chosen. A NaN counts as the least, and makes all weights NaN.
-  float *const left = memory + threadIdx.x / 32 * (num_experts + k), *const chosen = left + num_experts;
-  float largest = -INFINITY, sum = 0;
-  for (uint32_t e = lane; e < num_experts; e += 32) {
-    const float logit = widen(logits[token * size_t(num_experts) + e]);
-    left[e] = logit;
-    largest = fmaxf(largest, logit);
+  logits += token * size_t(num_experts), experts += token * size_t(k), weights += token * size_t(k);
+  float values[EACH], largest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    values[i] = i * 32 + lane < num_experts ? widen(logits[i * 32 + lane]) : -INFINITY;
+    largest = fmaxf(largest, values[i]);
   }
+#pragma unroll
   for (int offset = 16; offset > 0; offset /= 2)
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, offset));
+  // Bits of a positive float are in its order; 0 stands for what is chosen or absent. A NaN counts as the least, and
+  // makes all weights NaN.
+  uint32_t keys[EACH];
   bool is_nan = false;
-  for (uint32_t e = lane; e < num_experts; e += 32) {
-    is_nan |= isnan(left[e]);
-    left[e] = isnan(left[e]) ? 0 : expf(left[e] - largest);
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    is_nan |= isnan(values[i]);
+    const float p = isnan(values[i]) ? 0 : expf(values[i] - largest);
+    keys[i] = i * 32 + lane < num_experts ? __float_as_uint(p) + 1 : 0;
   }
   is_nan = __any_sync(0xffffffff, is_nan);
-  for (uint32_t i = 0; i < k; i++) {
-    float best = -1;
-    uint32_t at = num_experts;
-    for (uint32_t e = lane; e < num_experts; e += 32)
-      if (left[e] > best || at == num_experts && left[e] >= 0)
-        best = left[e], at = e;
+  // Lane i keeps every 32nd choice: k is at most 32 * EACH.
+  float chosen[EACH], sum = 0;
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const float other = __shfl_xor_sync(0xffffffff, best, offset);
-      const uint32_t other_at = __shfl_xor_sync(0xffffffff, at, offset);
-      if (other > best || other == best && other_at < at)
-        best = other, at = other_at;
+  for (int part = 0; part < EACH; part++)
+    for (uint32_t i = 0; i < 32 && part * 32 + i < k; i++) {
+      uint32_t best = 0;
+#pragma unroll
+      for (int j = 0; j < EACH; j++)
+        best = max(best, keys[j]);
+      best = __reduce_max_sync(0xffffffff, best);
+      uint32_t at = UINT32_MAX;
+#pragma unroll
+      for (int j = EACH - 1; j >= 0; j--)
+        at = keys[j] == best ? j * 32 + lane : at;
+      at = __reduce_min_sync(0xffffffff, at);
+#pragma unroll
+      for (int j = 0; j < EACH; j++)
+        keys[j] = at == j * 32 + lane ? 0 : keys[j];
+      const float p = __uint_as_float(best - 1);
+      sum += p;
+      if (lane == i) {
+        chosen[part] = p;
+        experts[part * 32 + i] = at;
+      }
     }
-    if (at % 32 == lane)
-      left[at] = -1;
-    if (lane == 0) {
-      chosen[i] = best;
-      experts[token * size_t(k) + i] = at;
-    }
-    sum += best;
-  }
-  __syncwarp();
-  for (uint32_t i = lane; i < k; i += 32)
-    weights[token * size_t(k) + i] = narrow<T>(is_nan ? NAN : chosen[i] / sum);
+#pragma unroll
+  for (int part = 0; part < EACH; part++)
+    if (part * 32 + lane < k)
+      weights[part * 32 + lane] = narrow<T>(is_nan ? NAN : chosen[part] / sum);
 }
 
-#define ROUTE(name, T)                                                                                                 \
-  extern "C" __global__ void name(const T *logits, uint32_t *experts, T *weights, uint32_t n, uint32_t num_experts,    \
-                                  uint32_t k) {                                                                        \
-    route<T>(logits, experts, weights, n, num_experts, k);                                                             \
+#define ROUTE(name, T, EACH)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(128)                                                                    \
+      name(const T *logits, uint32_t *experts, T *weights, uint32_t n, uint32_t num_experts, uint32_t k) {             \
+    route<T, EACH>(logits, experts, weights, n, num_experts, k);                                                       \
   }
-FOR_FLOATS(ROUTE, moe_route)
+#define ROUTE_256(name, T) ROUTE(name, T, 8)
+#define ROUTE_1024(name, T) ROUTE(name, T, 32)
+FOR_FLOATS(ROUTE_256, moe_route_256)
+FOR_FLOATS(ROUTE_1024, moe_route_1024)
 
-// One block. starts [num_experts + 1]: where the pairs of an expert start in `order` [pairs]. Their order within an
-// expert is any: no result depends on it. Ids beyond the experts are left out.
+constexpr uint32_t TILE = 64; // pairs of a tile of the product of many
+constexpr uint32_t NONE = UINT32_MAX;
+
+// One block. starts [num_experts + 1]: where the pairs of an expert start in `order` [pairs], in which their order
+// within an expert is any: no result depends on it. Ids beyond the experts are left out. tiles [pairs / TILE +
+// num_experts]: the expert of each tile of pairs, the first at starts / TILE + the expert's number.
 extern "C" __global__ void __launch_bounds__(1024)
-    moe_group(const uint32_t *ids, uint32_t *starts, uint32_t *order, uint32_t pairs, uint32_t num_experts) {
+    moe_group(const uint32_t *ids, uint32_t *starts, uint32_t *order, uint32_t *tiles, uint32_t pairs,
+              uint32_t num_experts) {
+  constexpr int AHEAD = 8;
   extern __shared__ uint32_t counts[];
+  const auto each = [&](auto take) {
+    for (uint32_t first = threadIdx.x; first < pairs; first += AHEAD * blockDim.x) {
+      uint32_t id[AHEAD];
+#pragma unroll
+      for (int a = 0; a < AHEAD; a++)
+        id[a] = first + a * blockDim.x < pairs ? ids[first + a * blockDim.x] : NONE;
+#pragma unroll
+      for (int a = 0; a < AHEAD; a++)
+        if (id[a] < num_experts)
+          take(id[a], first + a * blockDim.x);
+    }
+  };
   for (uint32_t e = threadIdx.x; e < num_experts; e += blockDim.x)
     counts[e] = 0;
   __syncthreads();
-  for (uint32_t pair = threadIdx.x; pair < pairs; pair += blockDim.x)
-    if (ids[pair] < num_experts)
-      atomicAdd(&counts[ids[pair]], 1);
+  each([&](uint32_t id, uint32_t) { atomicAdd(&counts[id], 1); });
   __syncthreads();
   if (threadIdx.x < 32) {
     uint32_t before = 0;
@@ -87,17 +114,22 @@ extern "C" __global__ void __launch_bounds__(1024)
         const uint32_t other = __shfl_up_sync(0xffffffff, sum, offset);
         sum += threadIdx.x >= offset ? other : 0;
       }
-      if (e < num_experts)
-        starts[e] = counts[e] = before + sum - count;
+      if (e < num_experts) {
+        const uint32_t start = before + sum - count, end = start + count;
+        starts[e] = counts[e] = start;
+        for (uint32_t tile = start / TILE + e; tile <= end / TILE + e; tile++)
+          if (tile < pairs / TILE + num_experts)
+            tiles[tile] = (tile - start / TILE - e) * TILE < count ? e : NONE;
+      }
       before += __shfl_sync(0xffffffff, sum, 31);
     }
     if (threadIdx.x == 0)
       starts[num_experts] = before;
+    for (uint32_t tile = before / TILE + num_experts + threadIdx.x; tile < pairs / TILE + num_experts; tile += 32)
+      tiles[tile] = NONE;
   }
   __syncthreads();
-  for (uint32_t pair = threadIdx.x; pair < pairs; pair += blockDim.x)
-    if (ids[pair] < num_experts)
-      order[atomicAdd(&counts[ids[pair]], 1)] = pair;
+  each([&](uint32_t id, uint32_t pair) { order[atomicAdd(&counts[id], 1)] = pair; });
 }
 
 __device__ inline float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
@@ -108,40 +140,59 @@ template <typename T> __device__ inline float activate(float gate, float up) {
   return rounded<T>(silu(rounded<T>(gate)) * rounded<T>(up));
 }
 
-// sums [2][TILES][4] += weights [2 x 16 rows, columns] tokens [8 TILES, columns]^T over every `step`-th 32 columns from
-// `first` on. Each lane brings its rows: weights' lane / 4 and 8 more of both halves, tokens' lane / 4 of each tile, null
-// for those that are not there; all at column 8 (lane % 4).
-template <int TILES, int AHEAD, typename T>
-__device__ inline void stream(float (&sums)[2][TILES][4], const T *const (&rows)[2][2], const T *const (&tokens)[TILES],
-                              uint32_t columns, uint32_t first, uint32_t step) {
-  for (uint32_t c = first * 32; c < columns; c += AHEAD * step * 32) {
-    uint4 w[AHEAD][2][2];
+// sums [HALVES][COUNT][4] += weights [HALVES x 16 rows, columns] tokens [8 COUNT, columns]^T over every `step`-th 32
+// columns from `first` on. Each lane brings its rows: weights' lane / 4 and 8 more of each half, tokens' lane / 4 of
+// each tile, all at column 8 (lane % 4). What a lane needs passes through shared memory of its own, DEPTH steps ahead:
+// in registers the compiler would not keep as much in flight.
+template <int DEPTH, int HALVES, int COUNT, typename T>
+__device__ inline void stream(float (&sums)[HALVES][COUNT][4], const T *const (&rows)[HALVES][2],
+                              const T *const (&tokens)[COUNT], uint32_t columns, uint32_t first, uint32_t step) {
+  constexpr int ENTRIES = 2 * HALVES + COUNT;
+  extern __shared__ uint4 memory[];
+  uint4 *const ring = memory + threadIdx.x / 32 * (DEPTH * ENTRIES * 32) + threadIdx.x % 32;
+  const int steps = columns / 32 > first ? (columns / 32 - first + step - 1) / step : 0;
+  const auto fetch = [&](int i) {
+    if (i < steps) {
+      const uint32_t column = (first + i * step) * 32;
+      uint4 *const to = ring + i % DEPTH * (ENTRIES * 32);
 #pragma unroll
-    for (int a = 0; a < AHEAD; a++)
+      for (int half = 0; half < HALVES; half++)
 #pragma unroll
-      for (int half = 0; half < 2; half++)
+        for (int r = 0; r < 2; r++)
+          copy_async(to + (half * 2 + r) * 32, rows[half][r] + column);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const uint32_t column = c + a * step * 32;
-          w[a][half][r] = column < columns ? __ldcs(reinterpret_cast<const uint4 *>(rows[half][r] + column)) : uint4{};
-        }
+      for (int tile = 0; tile < COUNT; tile++)
+        copy_async(to + (2 * HALVES + tile) * 32, tokens[tile] + column);
+    }
+    commit_copies();
+  };
 #pragma unroll
-    for (int a = 0; a < AHEAD; a++)
+  for (int i = 0; i < DEPTH - 1; i++)
+    fetch(i);
+#pragma unroll 1
+  for (int i = 0; i < steps; i++) {
+    fetch(i + DEPTH - 1);
+    wait_copies<DEPTH - 1>();
+    const uint4 *const from = ring + i % DEPTH * (ENTRIES * 32);
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        const uint32_t column = c + a * step * 32;
-        const uint4 x = tokens[tile] && column < columns ? *reinterpret_cast<const uint4 *>(tokens[tile] + column)
-                                                         : uint4{};
+    for (int half = 0; half < HALVES; half++) {
+      const uint4 upper = from[half * 64], lower = from[half * 64 + 32];
+      const uint32_t left[4] = {upper.x, lower.x, upper.y, lower.y}, right[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const uint4 upper = w[a][half][0], lower = w[a][half][1];
-          const uint32_t left[4] = {upper.x, lower.x, upper.y, lower.y}, right[4] = {upper.z, lower.z, upper.w, lower.w};
-          multiply_add(sums[half][tile], left, x.x, x.y, T());
-          multiply_add(sums[half][tile], right, x.z, x.w, T());
-        }
+      for (int tile = 0; tile < COUNT; tile++) {
+        const uint4 x = from[(2 * HALVES + tile) * 32];
+        multiply_add(sums[half][tile], left, x.x, x.y, T());
+        multiply_add(sums[half][tile], right, x.z, x.w, T());
       }
+    }
   }
 }
+// Bytes of shared memory of a block that streams.
+template <int DEPTH, int HALVES, int COUNT>
+constexpr int RING = WARPS * DEPTH * (2 * HALVES + COUNT) * 32 * sizeof(uint4);
+
+// Of eight tokens, that share a block's stream of weights: an expert of more streams them again.
+constexpr int TILES = 1;
 
 // The pairs of a block: those of an expert, or one alone.
 struct Group {
@@ -158,7 +209,7 @@ struct Group {
 
 // activated [pairs, intermediate], in the order of groups. A block has 16 rows of the gate and of up; its warps share
 // the columns.
-template <typename T, int TILES>
+template <typename T>
 __device__ void gate_up(const T *x, const T *weights, const uint32_t *ids, const uint32_t *starts,
                         const uint32_t *order, T *activated, uint32_t num_experts, uint32_t hidden,
                         uint32_t intermediate, uint32_t k) {
@@ -176,11 +227,11 @@ __device__ void gate_up(const T *x, const T *weights, const uint32_t *ids, const
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       const uint32_t place = first + tile * 8 + lane / 4;
-      const uint32_t pair = place < group.count ? (starts ? order[group.first + place] : group.first) : 0;
-      tokens[tile] = place < group.count ? x + pair / k * size_t(hidden) + lane % 4 * 8 : nullptr;
+      const uint32_t present = group.first + (place < group.count ? place : 0);
+      tokens[tile] = x + (starts ? order[present] : present) / k * size_t(hidden) + lane % 4 * 8;
     }
     float sums[2][TILES][4] = {};
-    stream<TILES, 4>(sums, rows, tokens, hidden, warp, WARPS);
+    stream<4>(sums, rows, tokens, hidden, warp, WARPS);
     __syncthreads(); // the last shares have been read
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -208,7 +259,7 @@ __device__ void gate_up(const T *x, const T *weights, const uint32_t *ids, const
 }
 
 // Of each pair, [pairs, hidden] by token. A warp has 32 rows.
-template <typename T, int TILES>
+template <typename T>
 __device__ void down(const T *activated, const T *weights, const uint32_t *starts, const uint32_t *order, T *terms,
                      uint32_t hidden, uint32_t intermediate) {
   const uint32_t tiles = (hidden + 32 * WARPS - 1) / (32 * WARPS);
@@ -225,11 +276,11 @@ __device__ void down(const T *activated, const T *weights, const uint32_t *start
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       const uint32_t place = first + tile * 8 + lane / 4;
-      tokens[tile] =
-          place < group.count ? activated + (group.first + place) * size_t(intermediate) + lane % 4 * 8 : nullptr;
+      const uint32_t present = group.first + (place < group.count ? place : 0);
+      tokens[tile] = activated + present * size_t(intermediate) + lane % 4 * 8;
     }
     float sums[2][TILES][4] = {};
-    stream<TILES, 4>(sums, rows, tokens, intermediate, 0, 1);
+    stream<4>(sums, rows, tokens, intermediate, 0, 1);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -244,8 +295,20 @@ __device__ void down(const T *activated, const T *weights, const uint32_t *start
   }
 }
 
-// Calls `add` with each j in the order of ids[j].
+// Calls `add` with each j below k in the order of ids[j]. All lanes of the warp call it.
 template <typename Add> __device__ inline void in_order(const uint32_t *ids, uint32_t k, Add add) {
+  if (k <= 32) {
+    const uint32_t lane = threadIdx.x % 32, id = lane < k ? ids[lane] : NONE;
+    uint32_t rank = 0;
+    for (uint32_t j = 0; j < k; j++) {
+      const uint32_t other = __shfl_sync(0xffffffff, id, j);
+      rank += other < id || (other == id && j < lane);
+    }
+#pragma unroll 8
+    for (uint32_t i = 0; i < k; i++)
+      add(__ffs(__ballot_sync(0xffffffff, lane < k && rank == i)) - 1);
+    return;
+  }
   int64_t last = -1;
   for (uint32_t i = 0; i < k; i++) {
     int64_t next = INT64_MAX;
@@ -263,18 +326,19 @@ __device__ void combine(const T *terms, const uint32_t *ids, const T *weights, T
                         uint32_t hidden, uint32_t k) {
   const uint32_t groups = (hidden / N + THREADS - 1) / THREADS, token = blockIdx.x / groups;
   const uint32_t column = (blockIdx.x % groups * THREADS + threadIdx.x) * N;
-  if (column >= hidden)
-    return;
+  const bool inside = column < hidden; // the other lanes still take part in the order
   ids += token * size_t(k), weights += token * size_t(k), terms += token * size_t(k) * hidden + column;
   float sums[N] = {};
   in_order(ids, k, [&](uint32_t j) {
-    if (ids[j] >= num_experts)
+    if (!inside || ids[j] >= num_experts)
       return;
     const auto term = *reinterpret_cast<const Pack<T, N> *>(terms + j * size_t(hidden));
 #pragma unroll
     for (int i = 0; i < N; i++)
       sums[i] = fmaf(widen(weights[j]), widen(term.values[i]), sums[i]);
   });
+  if (!inside)
+    return;
   Pack<T, N> sum;
 #pragma unroll
   for (int i = 0; i < N; i++)
@@ -282,53 +346,186 @@ __device__ void combine(const T *terms, const uint32_t *ids, const T *weights, T
   *reinterpret_cast<Pack<T, N> *>(y + token * size_t(hidden) + column) = sum;
 }
 
-// Down and the sum in one, a block for 32 rows of one token, its pairs shared by warps.
+constexpr uint32_t MOST_EXPERTS = 32; // of a token, k
+
+// Down and the sum in one, a block for 16 rows of one token, its pairs shared by warps.
 template <typename T>
 __device__ void down_few(const T *activated, const T *weights, const uint32_t *ids, const T *factors, T *y,
                          uint32_t num_experts, uint32_t hidden, uint32_t intermediate, uint32_t k) {
-  extern __shared__ float terms[]; // [k, 32]
-  const uint32_t tiles = hidden / 32, row = blockIdx.x % tiles * 32, token = blockIdx.x / tiles;
+  __shared__ float terms[MOST_EXPERTS][16];
+  const uint32_t tiles = hidden / 16, row = blockIdx.x % tiles * 16, token = blockIdx.x / tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   ids += token * size_t(k), factors += token * size_t(k);
   for (uint32_t j = warp; j < k; j += WARPS) {
-    float sums[2][1][4] = {};
+    float sums[1][1][4] = {};
     if (ids[j] < num_experts) {
-      const T *const matrix = weights + ids[j] * size_t(hidden) * intermediate + lane % 4 * 8;
-      const auto of = [&](uint32_t r) { return matrix + (row + r + lane / 4) * size_t(intermediate); };
-      const T *const rows[2][2] = {{of(0), of(8)}, {of(16), of(24)}};
-      const T *const tokens[1] = {
-          lane / 4 == 0 ? activated + (token * size_t(k) + j) * intermediate + lane % 4 * 8 : nullptr};
-      stream<1, 8>(sums, rows, tokens, intermediate, 0, 1);
+      const T *const first =
+          weights + (ids[j] * size_t(hidden) + row + lane / 4) * intermediate + lane % 4 * 8;
+      const T *const rows[1][2] = {{first, first + 8 * size_t(intermediate)}};
+      const T *const tokens[1] = {activated + (token * size_t(k) + j) * intermediate + lane % 4 * 8};
+      stream<8>(sums, rows, tokens, intermediate, 0, 1);
     }
-    if (lane % 4 == 0)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        terms[j * 32 + i * 8 + lane / 4] = rounded<T>(sums[i / 2][0][i % 2 * 2]);
+    if (lane % 4 == 0) {
+      terms[j][lane / 4] = rounded<T>(sums[0][0][0]);
+      terms[j][lane / 4 + 8] = rounded<T>(sums[0][0][2]);
+    }
   }
   __syncthreads();
   if (threadIdx.x < 32) {
     float sum = 0;
-    in_order(ids, k, [&](uint32_t j) { sum = fmaf(widen(factors[j]), terms[j * 32 + threadIdx.x], sum); });
-    y[token * size_t(hidden) + row + threadIdx.x] = narrow<T>(sum);
+    in_order(ids, k, [&](uint32_t j) { sum = fmaf(widen(factors[j]), terms[j][lane % 16], sum); });
+    if (lane < 16)
+      y[token * size_t(hidden) + row + lane] = narrow<T>(sum);
   }
 }
 
+// Many tokens for an expert: tiles of TILE pairs by 128 rows of weights, a warp having 32 by 64 of it; 64 columns at a
+// time of both are fetched into shared memory, STAGES ahead.
+constexpr int TILE_THREADS = 128;
+constexpr int TILE_ROWS = 128;
+constexpr int STAGES = 3;
+template <typename T> struct TileShared {
+  T tokens[STAGES][TILE * 64], weights[STAGES][TILE_ROWS * 64];
+};
+
+// `token` gives the start of a pair's row by its place, `matrix` that of row 16 n + i of the weights from (n, i). Calls
+// `store` with a place, the lane's sums of 16 places, and which of their two rows is the place's.
+template <typename T, typename Token, typename Matrix, typename Store>
+__device__ inline void tile_product(Token token, Matrix matrix, uint32_t columns, Store store) {
+  extern __shared__ uint4 memory[];
+  auto &shared = *reinterpret_cast<TileShared<T> *>(memory);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, loader = threadIdx.x / 8, piece = threadIdx.x % 8;
+  const T *tokens[TILE / 16], *rows[TILE_ROWS / 16];
+#pragma unroll
+  for (int n = 0; n < TILE / 16; n++)
+    tokens[n] = token(n * 16 + loader) + piece * 8;
+#pragma unroll
+  for (int n = 0; n < TILE_ROWS / 16; n++)
+    rows[n] = matrix(n, loader) + piece * 8;
+  const int steps = columns / 64;
+  const auto fetch = [&](int step) {
+    if (step < steps) {
+      const Tile<T, 8> token_tile{shared.tokens[step % STAGES]}, row_tile{shared.weights[step % STAGES]};
+#pragma unroll
+      for (int n = 0; n < TILE / 16; n++)
+        copy_async(token_tile.at(n * 16 + loader, piece), tokens[n] + step * 64);
+#pragma unroll
+      for (int n = 0; n < TILE_ROWS / 16; n++)
+        copy_async(row_tile.at(n * 16 + loader, piece), rows[n] + step * 64);
+    }
+    commit_copies();
+  };
+  const int first_token = warp % 2 * 32, first_row = warp / 2 * 64;
+  float sums[2][8][4] = {};
+  for (int step = 0; step < STAGES - 1; step++)
+    fetch(step);
+  for (int step = 0; step < steps; step++) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();
+    fetch(step + STAGES - 1);
+    const Tile<T, 8> token_tile{shared.tokens[step % STAGES]}, row_tile{shared.weights[step % STAGES]};
+#pragma unroll
+    for (int part = 0; part < 4; part++) {
+      uint32_t left[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+        load_matrices(left[m], token_tile.at(first_token + m * 16 + lane % 16, part * 2 + lane / 16));
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        uint32_t right[4];
+        load_matrices(right, row_tile.at(first_row + n * 16 + lane / 16 * 8 + lane % 8, part * 2 + lane / 8 % 2));
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          multiply_add(sums[m][2 * n], left[m], right[0], right[1], T());
+          multiply_add(sums[m][2 * n + 1], left[m], right[2], right[3], T());
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      store(first_token + m * 16 + half * 8 + lane / 4, sums[m], half);
+}
+
+struct TileGroup {
+  uint32_t expert, first, count;
+
+  __device__ TileGroup(const uint32_t *starts, const uint32_t *tiles) {
+    expert = tiles[blockIdx.x];
+    if (expert != NONE) {
+      const uint32_t start = starts[expert];
+      first = start + (blockIdx.x - start / TILE - expert) * TILE;
+      count = min(starts[expert + 1] - first, TILE);
+    }
+  }
+};
+
+// A block's rows are 64 of the gate and the same of up, 32 of each for a warp.
+template <typename T>
+__device__ void gate_up_many(const T *x, const T *weights, const uint32_t *starts, const uint32_t *order,
+                             const uint32_t *tiles, T *activated, uint32_t hidden, uint32_t intermediate, uint32_t k) {
+  const TileGroup group(starts, tiles);
+  if (group.expert == NONE)
+    return;
+  const uint32_t row = blockIdx.y * (TILE_ROWS / 2);
+  const T *const matrix = weights + group.expert * size_t(2 * intermediate) * hidden;
+  const auto token = [&](uint32_t place) {
+    return x + order[group.first + (place < group.count ? place : 0)] / k * size_t(hidden);
+  };
+  const auto of = [&](int n, int loader) {
+    return matrix + (n / 2 % 2 * intermediate + row + n / 4 * 32 + n % 2 * 16 + loader) * size_t(hidden);
+  };
+  tile_product<T>(token, of, hidden, [&](uint32_t place, const float(&sums)[8][4], int half) {
+    if (place >= group.count)
+      return;
+    T *const to = activated + (group.first + place) * size_t(intermediate) + row + threadIdx.x / 64 * 32 +
+                  threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const float *const gate = &sums[n][half * 2], *const up = &sums[n + 4][half * 2];
+      *reinterpret_cast<uint32_t *>(to + n * 8) = pair(activate<T>(gate[0], up[0]), activate<T>(gate[1], up[1]), T());
+    }
+  });
+}
+
+template <typename T>
+__device__ void down_many(const T *activated, const T *weights, const uint32_t *starts, const uint32_t *order,
+                          const uint32_t *tiles, T *terms, uint32_t hidden, uint32_t intermediate) {
+  const TileGroup group(starts, tiles);
+  if (group.expert == NONE)
+    return;
+  const uint32_t row = blockIdx.y * TILE_ROWS;
+  const T *const matrix = weights + (group.expert * size_t(hidden) + row) * intermediate;
+  const auto token = [&](uint32_t place) {
+    return activated + (group.first + (place < group.count ? place : 0)) * size_t(intermediate);
+  };
+  const auto of = [&](int n, int loader) { return matrix + (n * 16 + loader) * size_t(intermediate); };
+  tile_product<T>(token, of, intermediate, [&](uint32_t place, const float(&sums)[8][4], int half) {
+    if (place >= group.count)
+      return;
+    T *const to = terms + order[group.first + place] * size_t(hidden) + row + threadIdx.x / 64 * 64 +
+                  threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+      *reinterpret_cast<uint32_t *>(to + n * 8) = pair(sums[n][half * 2], sums[n][half * 2 + 1], T());
+  });
+}
+
 #define FOR_HALVES(DEFINE, name) DEFINE(name##_f16, __half) DEFINE(name##_bf16, __nv_bfloat16)
-#define GATE_UP(name, T, TILES)                                                                                        \
+#define GATE_UP(name, T)                                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       name(const T *x, const T *weights, const uint32_t *ids, const uint32_t *starts, const uint32_t *order,           \
            T *activated, uint32_t num_experts, uint32_t hidden, uint32_t intermediate, uint32_t k) {                   \
-    gate_up<T, TILES>(x, weights, ids, starts, order, activated, num_experts, hidden, intermediate, k);                \
+    gate_up<T>(x, weights, ids, starts, order, activated, num_experts, hidden, intermediate, k);                       \
   }
-#define GATE_UP_FEW(name, T) GATE_UP(name, T, 1)
-#define GATE_UP_SOME(name, T) GATE_UP(name, T, 4)
-FOR_HALVES(GATE_UP_FEW, moe_gate_up_few)
-FOR_HALVES(GATE_UP_SOME, moe_gate_up)
+FOR_HALVES(GATE_UP, moe_gate_up)
 #define DOWN(name, T)                                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       name(const T *activated, const T *weights, const uint32_t *starts, const uint32_t *order, T *terms,              \
            uint32_t hidden, uint32_t intermediate) {                                                                   \
-    down<T, 4>(activated, weights, starts, order, terms, hidden, intermediate);                                        \
+    down<T>(activated, weights, starts, order, terms, hidden, intermediate);                                           \
   }
 FOR_HALVES(DOWN, moe_down)
 #define DOWN_FEW(name, T)                                                                                              \
@@ -338,6 +535,23 @@ FOR_HALVES(DOWN, moe_down)
     down_few<T>(activated, weights, ids, factors, y, num_experts, hidden, intermediate, k);                            \
   }
 FOR_HALVES(DOWN_FEW, moe_down_few)
+#define GATE_UP_MANY(name, T)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(TILE_THREADS, 3)                                                        \
+      name(const T *x, const T *weights, const uint32_t *starts, const uint32_t *order, const uint32_t *tiles,         \
+           T *activated, uint32_t hidden, uint32_t intermediate, uint32_t k) {                                         \
+    gate_up_many<T>(x, weights, starts, order, tiles, activated, hidden, intermediate, k);                             \
+  }
+FOR_HALVES(GATE_UP_MANY, moe_gate_up_many)
+#define DOWN_MANY(name, T)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(TILE_THREADS, 3)                                                        \
+      name(const T *activated, const T *weights, const uint32_t *starts, const uint32_t *order, const uint32_t *tiles, \
+           T *terms, uint32_t hidden, uint32_t intermediate) {                                                         \
+    down_many<T>(activated, weights, starts, order, tiles, terms, hidden, intermediate);                               \
+  }
+FOR_HALVES(DOWN_MANY, moe_down_many)
+// As the host allocates them.
+static_assert(RING<4, 2, TILES> == 81920 && RING<8, 1, 1> == 98304);
+static_assert(sizeof(TileShared<__half>) == 73728);
 #define COMBINE(name, T)                                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       name(const T *terms, const uint32_t *ids, const T *weights, T *y, uint32_t num_experts, uint32_t hidden,         \

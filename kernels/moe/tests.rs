@@ -7,7 +7,7 @@ use super::*;
 use crate::activation::{Activation, gated_activation};
 use crate::quantized::{self, Quantization};
 use crate::simd::tests::portable;
-use crate::testing::{Random, assert_close, op_limit, poisoned, values};
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -38,7 +38,9 @@ fn routing_is_the_reference() -> Result<()> {
         for (n, e, k) in [(1, 1, 1), (1, 256, 8), (3, 7, 7), (65, 8, 3), (130, 100, 1), (63, 65, 64)] {
             let logits = random.tensor(&[n, e], 2.0, dtype, &Device::Cpu)?;
             let (want_ids, want_weights) = reference::route(&values(&logits)?, e, k);
-            for logits in [logits.clone(), framed(&logits)?] {
+            let on_devices = devices().into_iter().map(|device| logits.to_device(&device));
+            for logits in on_devices.chain([framed(&logits)]) {
+                let logits = logits?;
                 let got = route(&logits, k)?;
                 assert_eq!((got.weights.dims(), got.weights.dtype()), (&[n, k][..], dtype));
                 // In f16 and bf16 many logits are equal.
@@ -100,7 +102,7 @@ enum Pick {
     Same,
 }
 
-const CASES: [Case; 9] = {
+const CASES: [Case; 15] = {
     const fn case(n: usize, sizes: (usize, usize), (k, num_experts): (usize, usize), pick: Pick) -> Case {
         Case { n, hidden: sizes.0, intermediate: sizes.1, num_experts, k, pick }
     }
@@ -114,6 +116,13 @@ const CASES: [Case; 9] = {
         case(40, (24, 100), (1, 6), Pick::Same),
         case(7, (128, 20), (3, 6), Pick::Same),
         case(300, (16, 12), (2, 4), Pick::Random),
+        // Of sizes for tensor cores: few tokens, some, and many for an expert.
+        case(1, (64, 32), (8, 12), Pick::Random),
+        case(4, (288, 64), (3, 5), Pick::Random),
+        case(9, (96, 32), (3, 40), Pick::Random),
+        case(21, (544, 96), (2, 6), Pick::Same),
+        case(40, (128, 64), (2, 9), Pick::Random),
+        case(150, (256, 128), (3, 5), Pick::Random),
     ]
 };
 
@@ -200,11 +209,16 @@ fn experts_are_the_reference() -> Result<()> {
                 let mut inputs = Inputs::new(case, dtype, stored, &mut random)?;
                 let want = inputs.reference(case)?;
                 inputs.poison_unused()?;
-                let experts = dense(&framed(&inputs.gate_up)?, &framed(&inputs.down)?)?;
-                let got = sparse_mlp(&framed(&inputs.x)?, &inputs.routing, &experts)?;
-                assert_eq!((got.dims(), got.dtype()), (inputs.x.dims(), dtype));
-                let name = format!("sparse_mlp {case:?} {dtype:?} by {stored:?}");
-                assert_close(&name, &values(&got)?, &want, op_limit(dtype));
+                for device in devices() {
+                    let on = |tensor: &Tensor| framed(tensor)?.to_device(&device);
+                    let Routing { experts: ids, weights } = &inputs.routing;
+                    let routing = Routing { experts: ids.to_device(&device)?, weights: weights.to_device(&device)? };
+                    let experts = dense(&on(&inputs.gate_up)?, &on(&inputs.down)?)?;
+                    let got = sparse_mlp(&on(&inputs.x)?, &routing, &experts)?;
+                    assert_eq!((got.dims(), got.dtype()), (inputs.x.dims(), dtype));
+                    let name = format!("sparse_mlp {case:?} {dtype:?} by {stored:?} {device:?}");
+                    assert_close(&name, &values(&got)?, &want, op_limit(dtype));
+                }
             }
         }
     }

@@ -1,5 +1,5 @@
-// RMS normalisation, plain and gated. blockDim.x threads (a power of two) share a row, blockDim.y rows share a block; a row of more
-// than a warp has the block to itself.
+// RMS normalisation, plain and gated. blockDim.x threads (a power of two) share a row, blockDim.y rows share a block; a
+// row of more than a warp has the block to itself.
 #include "cuda.cuh"
 
 constexpr int KEPT = 2;
