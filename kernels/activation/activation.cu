@@ -9,6 +9,7 @@ __device__ float gelu(float x) { return 0.5f * x * erfcf(-0.7071067812f * x); }
 // y [n, d] of a and b, rows of two strides each; a thread has N values of a row.
 template <typename T, int N, typename F>
 __device__ void each(const T *a, Rows a_rows, const T *b, Rows b_rows, T *y, uint32_t n, uint32_t d, F f) {
+  let_next_start();
   wait_for_inputs();
   const size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x;
   const uint32_t packs = d / N, row = i / packs, column = i % packs * N;

@@ -18,6 +18,7 @@ __device__ uint64_t largest_of_lanes(uint64_t x) {
 
 // x [rows, stride], of which `count` take part; keys [rows, blocks of a row].
 template <typename T> __device__ void argmax(const T *x, uint32_t stride, uint32_t count, uint64_t *keys) {
+  let_next_start();
   wait_for_inputs();
   const T *from = x + blockIdx.y * size_t(stride);
   uint64_t best = 0;
@@ -36,6 +37,7 @@ template <typename T> __device__ void argmax(const T *x, uint32_t stride, uint32
 }
 
 extern "C" __global__ void argmax_of_blocks(const uint64_t *keys, uint32_t blocks, uint32_t *indices) {
+  let_next_start();
   wait_for_inputs();
   uint64_t best = 0;
   for (uint32_t i = threadIdx.x; i < blocks; i += 32)

@@ -128,6 +128,8 @@ template <typename T, int COLUMNS> __device__ void attention_any(const Step &ste
 template <typename T, int VALUES> __device__ void merge(const Step &step) {
   __shared__ float factors[MAX_SPLITS];
   __shared__ Pack<float, VALUES> parts[WARPS][32];
+  let_next_start();
+  wait_for_inputs();
   const uint32_t token = step.cu_seqlens[blockIdx.y], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (step.cu_seqlens[blockIdx.y + 1] - token != 1)
     return;

@@ -48,6 +48,8 @@ __device__ void causal_conv1d(const T *x, uint32_t x_stride, const float *weight
     return;
   const uint32_t first = blockIdx.x / groups * tile, last = min(first + tile, steps.tokens);
   const auto weights = *reinterpret_cast<const Taps<N, WIDTH> *>(weight + size_t(channel) * WIDTH);
+  let_next_start();
+  wait_for_inputs();
   const auto input = [&](uint32_t token) {
     return *reinterpret_cast<const Values *>(x + token * size_t(x_stride) + channel);
   };

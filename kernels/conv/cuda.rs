@@ -1,12 +1,10 @@
 //! The causal convolution on CUDA: chooses the kernel by width and alignment, and the tokens of a tile.
 
-use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{CudaStorage, DType, Layout, Result, Storage, bail};
+use candle_core::{CudaStorage, DType, Layout, Result, bail};
 
 use super::CausalConv1d;
 use crate::cpu::Operand;
-use crate::cuda::{self, Floats, floats};
+use crate::cuda::{self, EarlyLaunch, Floats, floats};
 
 /// By width, from 2.
 static SCALAR: [Floats; 3] = [
@@ -33,7 +31,6 @@ impl CausalConv1d<'_> {
         let (batch, (n, channels), dtype) = (self.batch, self.x.dims2()?, self.x.dtype());
         let device = state.device.clone();
         let stream = device.cuda_stream();
-        let mut out = cuda::uninit(&device, self.x.shape(), dtype)?;
         let weight = self.weight.to_dtype(DType::F32)?;
         let x = Operand::new(self.x);
         let x = x.cuda_rows(&stream)?;
@@ -41,7 +38,6 @@ impl CausalConv1d<'_> {
         let [weight, starts, lens, slots] = arrays.each_ref().map(|operand| operand.cuda(&stream));
         let (weight, starts, lens, slots) = (weight?, starts?, lens?, slots?);
         let state = cuda::write(state, layout, &stream)?;
-        let y = cuda::write(&mut out, &Layout::contiguous(self.x.shape()), &stream)?;
 
         let wide = 16 / dtype.size_in_bytes();
         let are_aligned = x.are_aligned(16, dtype) && weight.is_aligned(16) && state.is_aligned(16);
@@ -58,17 +54,19 @@ impl CausalConv1d<'_> {
         };
         let blocks = n.div_ceil(tile) * groups;
         let [tokens, sequences, channels, tile] = [n, batch.num_sequences(), channels, tile].map(|size| size as u32);
-        let mut launch = stream.launch_builder(kernel.of(dtype)?.on(&device)?);
-        launch.arg(&x.address.value).arg(&x.strides[0]);
-        for address in [&weight, &state, &y, &starts, &lens, &slots] {
-            launch.arg(&address.value);
-        }
-        launch.arg(&tokens).arg(&sequences).arg(&channels).arg(&tile);
-        // SAFETY: the arguments are the kernel's, in its order; `causal_conv1d` has compared their shapes with each
-        // other and the batch's slots with the state.
-        unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w()?;
-        drop(y);
-        self.out.set(Storage::Cuda(out)).expect("run once");
+        let out = cuda::output(&device, self.x.shape(), dtype, |y| {
+            let y = cuda::write(y, &Layout::contiguous(self.x.shape()), &stream)?;
+            let mut launch = EarlyLaunch::new(&device, kernel.of(dtype)?)?;
+            launch.arg(&x.address.value).arg(&x.strides[0]);
+            for address in [&weight, &state, &y, &starts, &lens, &slots] {
+                launch.arg(&address.value);
+            }
+            launch.arg(&tokens).arg(&sequences).arg(&channels).arg(&tile);
+            // SAFETY: the arguments are the kernel's, in its order; `causal_conv1d` has compared their shapes with each
+            // other and the batch's slots with the state.
+            unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }
+        })?;
+        self.out.set(out).expect("run once");
         Ok(())
     }
 }

@@ -66,14 +66,14 @@ pub fn causal_conv1d(x: &Tensor, weight: &Tensor, state: &Tensor, batch: &Batch)
     batch.check_slots("causal_conv1d", slots)?;
     let op = CausalConv1d { x: &as_rows(x)?, weight: &weight.contiguous()?, batch, out: OnceCell::new() };
     state.inplace_op1(&op)?;
-    Ok(tensor(op.out.into_inner().expect("every backend sets the output"), (n, channels)))
+    Ok(op.out.into_inner().expect("every backend sets the output"))
 }
 
 struct CausalConv1d<'a> {
     x: &'a Tensor,
     weight: &'a Tensor,
     batch: &'a Batch,
-    out: OnceCell<Storage>,
+    out: OnceCell<Tensor>,
 }
 
 impl InplaceOp1 for CausalConv1d<'_> {
@@ -85,7 +85,7 @@ impl InplaceOp1 for CausalConv1d<'_> {
         #[cfg(test)]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             let out = self.run_metal(&emulator, state, layout)?;
-            self.out.set(Storage::Cpu(out)).expect("run once");
+            self.out.set(tensor(Storage::Cpu(out), self.x.shape())).expect("run once");
             return Ok(());
         }
         let out = match self.x.dtype() {
@@ -93,7 +93,7 @@ impl InplaceOp1 for CausalConv1d<'_> {
             DType::BF16 => CpuStorage::BF16(self.run_cpu::<bf16>(state, layout)?),
             _ => CpuStorage::F32(self.run_cpu::<f32>(state, layout)?),
         };
-        self.out.set(Storage::Cpu(out)).expect("run once");
+        self.out.set(tensor(Storage::Cpu(out), self.x.shape())).expect("run once");
         Ok(())
     }
 
@@ -105,7 +105,7 @@ impl InplaceOp1 for CausalConv1d<'_> {
     #[cfg(feature = "metal")]
     fn metal_fwd(&self, state: &mut MetalStorage, layout: &Layout) -> Result<()> {
         let out = self.run_metal(&state.device().clone(), state, layout)?;
-        self.out.set(Storage::Metal(out)).expect("run once");
+        self.out.set(tensor(Storage::Metal(out), self.x.shape())).expect("run once");
         Ok(())
     }
 }

@@ -4,11 +4,11 @@
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
-use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, bail};
+use candle_core::{CudaStorage, DType, Layout, Result, Shape, bail};
 
 use super::GatedDeltaRule;
 use crate::cpu::Operand;
-use crate::cuda::{self, Address, Floats, Kernel, Rows, floats, modules};
+use crate::cuda::{self, Address, EarlyLaunch, Floats, Kernel, Rows, floats, modules};
 
 static K32: Floats = floats!(GATED_DELTA, "gated_delta_rule_k32");
 static K64: Floats = floats!(GATED_DELTA, "gated_delta_rule_k64");
@@ -78,45 +78,34 @@ impl GatedDeltaRule<'_> {
         }
         let (hk, dtype, device) = (self.q.dim(1)?, self.v.dtype(), state.device.clone());
         let stream = device.cuda_stream();
-        let mut out = cuda::uninit(&device, self.v.shape(), dtype)?;
         let batch = self.batch;
         let rows = [self.q, self.k, self.v].map(Operand::new);
         let arrays = [self.g, self.beta, &batch.cu_seqlens, &batch.context_lens, &batch.state_slots].map(Operand::new);
         let [q, k, v] = rows.each_ref().map(|operand| operand.cuda_rows(&stream));
         let [g, beta, starts, lens, slots] = arrays.each_ref().map(|operand| operand.cuda(&stream));
-        let arguments = Arguments {
-            q: q?,
-            k: k?,
-            v: v?,
-            g: g?,
-            beta: beta?,
-            starts: starts?,
-            lens: lens?,
-            slots: slots?,
-            state: cuda::write(state, layout, &stream)?,
-            y: cuda::write(&mut out, &Layout::contiguous(self.v.shape()), &stream)?,
-            tokens: batch.num_tokens(),
-            sequences: batch.num_sequences(),
-            hk: hk as u32,
-            hv: hv as u32,
-            kd: kd as u32,
-            vd: vd as u32,
-            dtype,
-        };
-
-        let lens = || batch.host.iter().map(|sequence| sequence.tokens.len());
-        if arguments.sequences == arguments.tokens && arguments.fit_step() {
-            arguments.step(&device, &stream)?;
-        } else if lens().any(|len| len >= SHORTEST_CHUNKED) && arguments.fit_chunks(&device)? {
+        let (q, k, v, g, beta, starts, context_lens, slots) = (q?, k?, v?, g?, beta?, starts?, lens?, slots?);
+        let state = cuda::write(state, layout, &stream)?;
+        let [hk, hv, kd, vd] = [hk, hv, kd, vd].map(|size| size as u32);
+        let (tokens, sequences) = (batch.num_tokens(), batch.num_sequences());
+        let out = cuda::output(&device, self.v.shape(), dtype, |y| {
+            let y = cuda::write(y, &Layout::contiguous(self.v.shape()), &stream)?;
+            let lens = context_lens;
+            let arguments =
+                Arguments { q, k, v, g, beta, starts, lens, slots, state, y, tokens, sequences, hk, hv, kd, vd, dtype };
+            let lens = || batch.host.iter().map(|sequence| sequence.tokens.len());
+            if arguments.sequences == arguments.tokens && arguments.fit_step() {
+                return arguments.step(&device);
+            }
+            if !lens().any(|len| len >= SHORTEST_CHUNKED) || !arguments.fit_chunks(&device)? {
+                return arguments.recurrent(&device, &stream, u32::MAX as usize);
+            }
             arguments.chunked(&device, &stream)?;
             if lens().any(|len| len < SHORTEST_CHUNKED) {
                 arguments.recurrent(&device, &stream, SHORTEST_CHUNKED - 1)?;
             }
-        } else {
-            arguments.recurrent(&device, &stream, u32::MAX as usize)?;
-        }
-        drop(arguments);
-        self.out.set(Storage::Cuda(out)).expect("run once");
+            Ok(())
+        })?;
+        self.out.set(out).expect("run once");
         Ok(())
     }
 }
@@ -132,9 +121,9 @@ impl Arguments<'_> {
             && [&self.q, &self.k].into_iter().all(is_aligned)
     }
 
-    fn step(&self, device: &CudaDevice, stream: &CudaStream) -> Result<()> {
+    fn step(&self, device: &CudaDevice) -> Result<()> {
         let blocks = self.sequences * self.hv as usize * (self.vd as usize / STEP_ROWS);
-        let mut launch = stream.launch_builder(STEP.of(self.dtype)?.on(device)?);
+        let mut launch = EarlyLaunch::new(device, STEP.of(self.dtype)?)?;
         for rows in [&self.q, &self.k, &self.v] {
             launch.arg(&rows.address.value).arg(&rows.strides[0]).arg(&rows.strides[1]);
         }
@@ -143,7 +132,7 @@ impl Arguments<'_> {
         }
         launch.arg(&self.hk).arg(&self.hv).arg(&self.vd);
         // SAFETY: see above.
-        unsafe { launch.launch(cuda::grid(blocks, (STEP_THREADS, 1))?) }.w().map(drop)
+        unsafe { launch.launch(cuda::grid(blocks, (STEP_THREADS, 1))?) }
     }
 
     /// Sequences of more than `longest` tokens are left to another kernel.

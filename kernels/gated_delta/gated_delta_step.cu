@@ -32,11 +32,14 @@ __device__ void step(const T *q, const T *k, const T *v, const float *g, const f
   auto *const slot = reinterpret_cast<float4 *>(
       state + ((state_slots[sequence] * size_t(hv) + head) * vd + row) * K + lane * 4);
 
+  // The state is that of the step before, which has long ended: only what the kernels of this one make is waited for.
+  let_next_start();
   float4 s[ROWS] = {};
   if (context > 1)
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
       s[r] = STREAM ? __ldcs(slot + r * (K / 4)) : slot[r * (K / 4)];
+  wait_for_inputs();
   const auto q_pack = *reinterpret_cast<const Pack<T, 4> *>(q + q_rows.start(token, shared_head) + lane * 4);
   const auto k_pack = *reinterpret_cast<const Pack<T, 4> *>(k + k_rows.start(token, shared_head) + lane * 4);
   const float value = widen(v[v_rows.start(token, head) + own_row]);

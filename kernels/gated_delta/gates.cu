@@ -8,6 +8,8 @@ __device__ void gates(const T *a, uint32_t a_stride, const T *b, uint32_t b_stri
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, token = i / hv, head = i % hv;
   if (token >= n)
     return;
+  let_next_start();
+  wait_for_inputs();
   const float x = widen(a[token * size_t(a_stride) + head]) + dt_bias[head];
   // Above 20, ln(1 + e^x) rounds to x, and e^x would overflow in the end.
   gates[i] = -expf(a_log[head]) * (x > 20 ? x : log1pf(expf(x)));

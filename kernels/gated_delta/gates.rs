@@ -36,10 +36,9 @@ pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result
     match a.device() {
         Device::Cpu => cpu(a, b, a_log, dt_bias),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => {
-            let op = cuda::Gates { a_log: &a_log.contiguous()?, dt_bias: &dt_bias.contiguous()? };
-            let gates = as_rows(a)?.apply_op2_no_bwd(&as_rows(b)?, &op)?;
-            Ok((gates.get(0)?, gates.get(1)?))
+        Device::Cuda(device) => {
+            let both = cuda::gates(device, &as_rows(a)?, &as_rows(b)?, &a_log.contiguous()?, &dt_bias.contiguous()?)?;
+            Ok((both.get(0)?, both.get(1)?))
         }
         _ => composed(a, b, a_log, dt_bias),
     }
@@ -82,56 +81,37 @@ pub(super) fn composed(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor)
 
 #[cfg(feature = "cuda")]
 mod cuda {
-    use candle_core::backend::BackendStorage;
-    use candle_core::cuda_backend::WrapErr;
-    use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-    use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+    use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 
     use crate::cpu::Operand;
-    use crate::cuda::{self, Floats, floats};
+    use crate::cuda::{self, EarlyLaunch, Floats, floats};
 
     static GATES: Floats = floats!(GATES, "gated_delta_gates");
 
     const THREADS: usize = 128;
 
-    /// `g` and `beta` as `[2, N, Hv]`.
-    pub struct Gates<'a> {
-        pub a_log: &'a Tensor,
-        pub dt_bias: &'a Tensor,
-    }
-
-    impl CustomOp2 for Gates<'_> {
-        fn name(&self) -> &'static str {
-            "gates"
+    /// `g` and `beta` as `[2, N, Hv]`, of rows `a` and `b`.
+    pub fn gates(device: &CudaDevice, a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+        let ((n, hv), dtype) = (a.dims2()?, a.dtype());
+        if b.dtype() != dtype {
+            bail!("gates: b is {:?}, the cuda kernel takes {dtype:?} like a", b.dtype())
         }
-
-        fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-            bail!("gates: b is not on the device of a")
-        }
-
-        fn cuda_fwd(&self, a: &CudaStorage, al: &Layout, b: &CudaStorage, bl: &Layout) -> Result<(CudaStorage, Shape)> {
-            let (device, dtype, (n, hv)) = (&a.device, a.dtype(), al.shape().dims2()?);
-            if b.dtype() != dtype {
-                bail!("gates: b is {:?}, the cuda kernel takes {dtype:?} like a", b.dtype())
-            }
-            let stream = device.cuda_stream();
-            let shape = Shape::from((2, n, hv));
-            let mut out = cuda::uninit(device, &shape, DType::F32)?;
-            let constants = [self.a_log, self.dt_bias].map(Operand::new);
-            let (a, b) = (cuda::read_rows(a, al, &stream)?, cuda::read_rows(b, bl, &stream)?);
-            let (a_log, dt_bias) = (constants[0].cuda(&stream)?, constants[1].cuda(&stream)?);
-            let gates = cuda::write(&mut out, &Layout::contiguous(&shape), &stream)?;
-            let blocks = (n * hv).div_ceil(THREADS);
+        let stream = device.cuda_stream();
+        let shape = Shape::from((2, n, hv));
+        let [a, b, a_log, dt_bias] = [a, b, a_log, dt_bias].map(Operand::new);
+        let (a, b) = (a.cuda_rows(&stream)?, b.cuda_rows(&stream)?);
+        let (a_log, dt_bias) = (a_log.cuda(&stream)?, dt_bias.cuda(&stream)?);
+        cuda::output(device, shape.clone(), DType::F32, |gates| {
+            let gates = cuda::write(gates, &Layout::contiguous(&shape), &stream)?;
+            let config = cuda::grid((n * hv).div_ceil(THREADS), (THREADS, 1))?;
             let (n, hv) = (n as u32, hv as u32);
-            let mut launch = stream.launch_builder(GATES.of(dtype)?.on(device)?);
+            let mut launch = EarlyLaunch::new(device, GATES.of(dtype)?)?;
             for rows in [&a, &b] {
                 launch.arg(&rows.address.value).arg(&rows.strides[0]);
             }
             launch.arg(&a_log.value).arg(&dt_bias.value).arg(&gates.value).arg(&n).arg(&hv);
-            // SAFETY: the arguments are the kernel's, in its order, and `gates` has compared their shapes.
-            unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w()?;
-            drop(gates);
-            Ok((out, shape))
-        }
+            // SAFETY: the arguments are the kernel's, in its order, and the public function has compared their shapes.
+            unsafe { launch.launch(config) }
+        })
     }
 }

@@ -103,7 +103,7 @@ pub fn gated_delta_rule(
         out: OnceCell::new(),
     };
     state.inplace_op1(&op)?;
-    Ok(tensor(op.out.into_inner().expect("every backend sets the output"), (n, hv, vd)))
+    Ok(op.out.into_inner().expect("every backend sets the output"))
 }
 
 struct GatedDeltaRule<'a> {
@@ -113,7 +113,7 @@ struct GatedDeltaRule<'a> {
     g: &'a Tensor,
     beta: &'a Tensor,
     batch: &'a Batch,
-    out: OnceCell<Storage>,
+    out: OnceCell<Tensor>,
 }
 
 impl InplaceOp1 for GatedDeltaRule<'_> {
@@ -125,7 +125,7 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
         #[cfg(test)]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             let out = self.run_metal(&emulator, state, layout)?;
-            self.out.set(Storage::Cpu(out)).expect("run once");
+            self.out.set(tensor(Storage::Cpu(out), self.v.shape())).expect("run once");
             return Ok(());
         }
         let out = match self.v.dtype() {
@@ -133,7 +133,7 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
             DType::BF16 => CpuStorage::BF16(self.run_cpu::<bf16>(state, layout)?),
             _ => CpuStorage::F32(self.run_cpu::<f32>(state, layout)?),
         };
-        self.out.set(Storage::Cpu(out)).expect("run once");
+        self.out.set(tensor(Storage::Cpu(out), self.v.shape())).expect("run once");
         Ok(())
     }
 
@@ -145,7 +145,7 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
     #[cfg(feature = "metal")]
     fn metal_fwd(&self, state: &mut MetalStorage, layout: &Layout) -> Result<()> {
         let out = self.run_metal(&state.device().clone(), state, layout)?;
-        self.out.set(Storage::Metal(out)).expect("run once");
+        self.out.set(tensor(Storage::Metal(out), self.v.shape())).expect("run once");
         Ok(())
     }
 }

@@ -44,6 +44,7 @@ __device__ void stream(const T *x, const float *norm, const T *weight, const T *
   const uint32_t first = warp * DISTINCT, packs = o.inner / N;
   if (first >= o.outer)
     return;
+  let_next_start();
   const Pack<T, N> *from[OUTPUTS];
 #pragma unroll
   for (int i = 0; i < OUTPUTS; i++) {
@@ -90,7 +91,6 @@ __device__ void stream(const T *x, const float *norm, const T *weight, const T *
       }
     }
   }
-  let_next_start();
   wait_for_inputs(); // of a lane without a pack
 #pragma unroll
   for (int row = 0; row < ROWS; row++) {
@@ -113,6 +113,7 @@ __device__ void stream_tiles(const T *x, const T *weight, const T *bias, const T
   constexpr int KINDS = GATED ? 2 : 1, UNROLL = GATED ? 2 : 4;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t group = lane / 4, part = lane % 4, first = blockIdx.x * 16;
+  let_next_start();
   const T *from[KINDS][2];
 #pragma unroll
   for (int kind = 0; kind < KINDS; kind++)
@@ -157,7 +158,6 @@ __device__ void stream_tiles(const T *x, const T *weight, const T *bias, const T
       }
     }
   }
-  let_next_start();
   wait_for_inputs(); // of a warp without a share
 
   __shared__ float parts[WARPS][KINDS][TILES * 8][17];

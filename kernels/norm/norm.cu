@@ -34,6 +34,7 @@ __device__ void rms_norm(const T *x, Rows x_rows, const T *gate, Rows gate_rows,
   const auto *factor = reinterpret_cast<const Pack<float, N> *>(weight);
   auto *to = reinterpret_cast<Pack<T, N> *>(y + row * size_t(d));
 
+  let_next_start();
   wait_for_inputs();
   float squares = 0;
   const auto add = [&](const Pack<T, N> &pack) {
