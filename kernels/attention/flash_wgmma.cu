@@ -140,6 +140,7 @@ template <typename T, int D> __device__ void attend(const Step &step, const Memo
   const uint32_t group = threadIdx.x / 128 - 1, first = M::PARTS == 1 ? group * 64 : 0, lane = threadIdx.x % 32;
   const uint32_t column = M::PARTS == 1 ? 0 : group * COLUMNS, row = first + threadIdx.x % 128 / 32 * 16 + lane / 4;
   const auto release = [&](uint32_t empty) {
+    __syncwarp(); // one lane speaks for what all have read
     if (lane == 0)
       arrive(empty);
   };
@@ -171,7 +172,7 @@ template <typename T, int D> __device__ void attend(const Step &step, const Memo
       const uint32_t v = memory.v + turn.stage() * M::STAGE;
       wait_for_phase(memory.v_full + turn.stage() * 8, turn.parity());
       if (tile.is_edge(i)) {
-        // A weight of zero times what nobody wrote might not be zero.
+        // A weight of zero times what nobody wrote might not be zero. Both warpgroups write these zeros, neither waits.
         for (int at = threadIdx.x % 128; at < KEYS * D / 8; at += 128)
           if (const int row = at % KEYS; !tile.has_key(i * KEYS + row))
             clear(v + at / KEYS / 8 * M::COLUMN + row * M::ROW + at / KEYS % 8 * 16);
