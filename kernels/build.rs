@@ -71,19 +71,22 @@ fn compile() -> Result<(), String> {
     fs::write(out.join("modules.rs"), table).map_err(|error| format!("cuda: {error}"))
 }
 
-/// `<op>/*.cu`, sorted. Their folders are watched, and `cuda.cuh`.
+/// What several ops include.
+const HEADERS: [&str; 2] = ["cuda.cuh", "mma.cuh"];
+
+/// `<op>/*.cu`, sorted. Their folders are watched, and the headers.
 fn sources() -> io::Result<Vec<PathBuf>> {
-    println!("cargo::rerun-if-changed=cuda.cuh");
+    HEADERS.iter().for_each(|header| println!("cargo::rerun-if-changed={header}"));
     files("cu")
 }
 
-/// The text of `cuda.cuh` and of every `<op>/*.cuh`.
+/// The text of all headers, those of ops too.
 fn headers() -> io::Result<String> {
-    let mut headers = fs::read_to_string("cuda.cuh")?;
-    for header in files("cuh")? {
-        headers += &fs::read_to_string(header)?;
+    let mut text = String::new();
+    for header in HEADERS.iter().map(PathBuf::from).chain(files("cuh")?) {
+        text += &fs::read_to_string(header)?;
     }
-    Ok(headers)
+    Ok(text)
 }
 
 /// The files with this extension in the folders of ops, sorted.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -39,39 +38,6 @@ __device__ inline float sum_lanes(float x, int width) {
   for (int offset = width / 2; offset > 0; offset /= 2)
     x += __shfl_xor_sync(0xffffffff, x, offset);
   return x;
-}
-
-// A load of what nothing reads again: it leaves the caches to the rest.
-template <typename T> __device__ inline T load_once(const T *from) {
-  static_assert(sizeof(T) == 16, "16 bytes");
-  uint4 bits;
-  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-               : "l"(from));
-  T value;
-  memcpy(&value, &bits, 16);
-  return value;
-}
-
-// sums [16, 8] += a [16, 16] b [16, 8] on the matrix units, in the registers of `mma.sync.m16n8k16`.
-template <typename T>
-__device__ inline void multiply_add(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1);
-template <>
-__device__ inline void multiply_add<__half>(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                            uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-template <>
-__device__ inline void multiply_add<__nv_bfloat16>(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                   uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Waits, in a kernel that may start while the one before it in its stream still runs, until that one has ended and what

@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendDevice;
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, CUfunction_attribute_enum};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop, sys,
 };
@@ -169,6 +169,32 @@ impl<'a> EarlyLaunch<'a> {
         unsafe { sys::cuLaunchKernelEx(&config, function, self.arguments.as_mut_ptr(), std::ptr::null_mut()) }
             .result()
             .w()
+    }
+}
+
+/// What kernels are cut to fit.
+pub(crate) struct Gpu {
+    pub multiprocessors: usize,
+    /// Bytes of shared memory that a block can have, and a multiprocessor has.
+    pub shared: [usize; 2],
+    pub is_hopper: bool,
+}
+
+impl Gpu {
+    pub fn of(device: &CudaDevice) -> Result<&'static Self> {
+        static GPUS: PerGpu<Gpu> = PerGpu::new();
+        GPUS.get(device, || {
+            let context = device.cuda_stream().context().clone();
+            let get = |attribute| Ok::<_, candle_core::Error>(context.attribute(attribute).w()? as usize);
+            Ok(Self {
+                multiprocessors: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+                shared: [
+                    get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+                    get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
+                ],
+                is_hopper: get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? == 9,
+            })
+        })
     }
 }
 

@@ -5,7 +5,7 @@
 //! `inference/embedder/encoder_only/m3.py`. Checked against both on random checkpoints of both layouts of names, from
 //! safetensors and from torch zips.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::gelu;
 use kernels::attention::{AttentionParams, Mask, attention};
@@ -127,15 +127,13 @@ impl BgeM3 {
         let layers = (0..config.num_hidden_layers)
             .map(|layer| EncoderLayer::load(config, &model.pp("encoder.layer").pp(layer)))
             .collect::<Result<_>>()?;
-        let head = |name: &str, output: usize, dtype: DType| {
-            let weights = weights.pp(name).quantized(None)?.for_dtype(dtype);
+        let head = |name: &str, output: usize| {
+            let weights = weights.pp(name).quantized(None)?;
             let is_there = weights.contains("weight");
             is_there.then(|| Linear::load(&weights, config.hidden_size, output, Bias::Present)).transpose()
         };
         let [sparse, colbert] = HEADS;
-        // Lexical weights are small differences of large terms, and few: f32 costs nothing.
-        let sparse_linear = head(sparse, 1, DType::F32)?;
-        let colbert_linear = head(colbert, config.hidden_size, weights.dtype())?;
+        let (sparse_linear, colbert_linear) = (head(sparse, 1)?, head(colbert, config.hidden_size)?);
         weights.finish(if is_prefixed { &IGNORED_WITH_PREFIX } else { &IGNORED })?;
         let mut special_ids = vec![config.bos_token_id, config.pad_token_id, UNKNOWN_ID];
         special_ids.extend(&config.eos_token_id);
@@ -176,12 +174,11 @@ impl Encoder for BgeM3 {
         for layer in &self.layers {
             x = layer.forward(&x, batch)?;
         }
-        let sparse = self.sparse_linear.as_ref().filter(|_| heads.sparse);
-        let colbert = self.colbert_linear.as_ref().filter(|_| heads.colbert);
+        let of = |linear: &Option<Linear>, wanted: bool| linear.as_ref().filter(|_| wanted).map(|l| l.forward(&x));
         Ok(Encoded {
             dense: heads.dense.then(|| x.index_select(&batch.first()?, 0)).transpose()?,
-            sparse: sparse.map(|linear| linear.forward(&x.to_dtype(DType::F32)?)?.flatten_all()?.relu()).transpose()?,
-            colbert: colbert.map(|linear| linear.forward(&x)).transpose()?,
+            sparse: of(&self.sparse_linear, heads.sparse).transpose()?.map(|w| w.flatten_all()?.relu()).transpose()?,
+            colbert: of(&self.colbert_linear, heads.colbert).transpose()?,
         })
     }
 }

@@ -4,8 +4,7 @@
 //! hold the experts of a layer in two stacks or, as exports do, one by one.
 
 use candle_core::{Result, Tensor, bail};
-use candle_nn::ops::sigmoid;
-use kernels::activation::Activation;
+use kernels::activation::{Activation, sigmoid_gated};
 use kernels::moe::{Experts, Stack, route, sparse_mlp};
 use serde::Deserialize;
 use serde_json::Value;
@@ -74,7 +73,8 @@ impl SparseMlp {
         observe(Observed::Router { logits: &logits, chosen: self.num_experts_per_tok })?;
         let y = sparse_mlp(x, &route(&logits, self.num_experts_per_tok)?, &self.experts)?;
         let shared = self.shared_expert.forward(x)?;
-        y + sigmoid(&self.shared_expert_gate.forward(x)?)?.broadcast_mul(&shared)?
+        let gate = self.shared_expert_gate.forward(x)?.broadcast_as(shared.shape())?;
+        y + sigmoid_gated(&shared, &gate)?
     }
 }
 

@@ -112,11 +112,6 @@ impl Weights {
         Self { prefix: self.name(name), ..self.clone() }
     }
 
-    /// The same weights for activations of another dtype.
-    pub fn for_dtype(self, dtype: DType) -> Self {
-        Self { dtype, ..self }
-    }
-
     /// The dtype of the activations.
     pub fn dtype(&self) -> DType {
         self.dtype

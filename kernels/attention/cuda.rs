@@ -6,14 +6,14 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute};
+use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 use super::{AttentionParams, Mask};
 use crate::Batch;
 use crate::cpu::Operand;
-use crate::cuda::{self, EarlyLaunch, Floats, Kernel, Rows, floats, modules};
+use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, Rows, floats, modules};
 
 /// Of a block of `write_kv`.
 const THREADS: usize = 256;
@@ -288,28 +288,6 @@ impl TensorMap {
     }
 }
 
-struct Gpu {
-    multiprocessors: usize,
-    /// Bytes of shared memory that a block can have, and a multiprocessor has.
-    shared: [usize; 2],
-    is_hopper: bool,
-}
-
-impl Gpu {
-    fn of(device: &CudaDevice) -> Result<Self> {
-        let context = device.cuda_stream().context().clone();
-        let get = |attribute| Ok::<_, candle_core::Error>(context.attribute(attribute).w()? as usize);
-        Ok(Self {
-            multiprocessors: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            shared: [
-                get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-                get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
-            ],
-            is_hopper: get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? == 9,
-        })
-    }
-}
-
 /// How a prompt kernel is launched.
 struct Prompts<'a> {
     function: &'a CudaFunction,
@@ -323,7 +301,7 @@ struct Prompts<'a> {
 struct Call<'a> {
     device: &'a CudaDevice,
     dtype: DType,
-    gpu: Gpu,
+    gpu: &'a Gpu,
     step: Step,
     key_rows: usize,
     has_prompts: bool,
@@ -452,6 +430,9 @@ impl Call<'_> {
         const OVERHEAD: f64 = 1.0 / 32.0;
         let max_context = (self.step.max_blocks * self.step.block_size).min(self.step.window) as usize;
         let time = |splits: usize| (blocks * splits).div_ceil(slots) as f64 * (1.0 / splits as f64 + OVERHEAD);
+        if max_context <= SHORT_CONTEXT {
+            return 1;
+        }
         let splits = 1..=(max_context / KEYS_OF_SPLIT).clamp(1, MAX_SPLITS);
         splits.min_by(|&a, &b| time(a).total_cmp(&time(b))).unwrap_or(1)
     }
@@ -526,6 +507,8 @@ fn config(grid: [usize; 3], threads: usize, shared: usize) -> Result<LaunchConfi
 
 /// Rows that a block of `paged_decode` takes.
 const DECODE_ROWS: usize = 8;
+/// A merge would take as long as such a context.
+const SHORT_CONTEXT: usize = 512;
 /// Of a split, at least.
 const KEYS_OF_SPLIT: usize = 64;
 /// As in `attention_any.cu`.

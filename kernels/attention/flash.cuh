@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention/attention.cuh"
-#include "attention/mma.cuh"
+#include "mma.cuh"
 
 // A block's rows, all of one sequence and one key head, and the tiles of KEYS keys that any of them sees.
 template <int ROWS, int KEYS> struct FlashTile {

@@ -5,7 +5,7 @@
 // rows of a matrix and the heads of a group its 8 columns:
 //   scores [16 keys, 8 rows] = K Q^T        sums [D columns, 8 rows] += V^T weights
 #include "attention/attention.cuh"
-#include "attention/mma.cuh"
+#include "mma.cuh"
 
 constexpr int ROWS = 8, KEYS = 16, STAGES = 3;
 // Rows of the sums of a warp are as far apart as this many more values than they are long, to lie in different banks.
@@ -17,7 +17,6 @@ template <typename T, int D> __device__ void decode(const Step &step) {
   constexpr int CHUNKS = D / 8, TILE = KEYS * D * sizeof(T);
   extern __shared__ __align__(1024) uint8_t shared[];
   let_next_start();
-  wait_for_inputs();
   const Sequence sequence(step, blockIdx.z);
   if (sequence.tokens != 1)
     return;
@@ -32,15 +31,7 @@ template <typename T, int D> __device__ void decode(const Step &step) {
   const int tiles = (sequence.context + KEYS - 1) / KEYS - first_tile;
   const int begin = first_tile + int(int64_t(tiles) * blockIdx.x / step.splits);
   const int end = first_tile + int(int64_t(tiles) * (blockIdx.x + 1) / step.splits);
-  if (begin >= end && step.splits > 1) {
-    if (threadIdx.x < rows) {
-      float *empty = statistics + ((first_place + threadIdx.x) * step.splits + blockIdx.x) * 2;
-      empty[0] = -INFINITY;
-      empty[1] = 0;
-    }
-    return;
-  }
-
+  // What the step says of its sequences was there before its first kernel.
   const T *keys = static_cast<const T *>(step.k) + head * step.k_head;
   const T *values = static_cast<const T *>(step.v) + head * step.v_head;
   const uint32_t pipeline = shared_address(shared) + warp * STAGES * 2 * TILE;
@@ -50,6 +41,18 @@ template <typename T, int D> __device__ void decode(const Step &step) {
     const bool is_seen = tile < end && position >= first_seen && position < sequence.context;
     return is_seen ? int(sequence.slot(step, position)) : -1;
   };
+  const int first = begin + int(warp), stride = warps;
+  int place = place_of(first);
+  wait_for_inputs();
+  if (begin >= end && step.splits > 1) {
+    if (threadIdx.x < rows) {
+      float *empty = statistics + ((first_place + threadIdx.x) * step.splits + blockIdx.x) * 2;
+      empty[0] = -INFINITY;
+      empty[1] = 0;
+    }
+    return;
+  }
+
   const auto copy = [&](int stage, int place) {
     constexpr int ROWS_OF_COPY = CHUNKS < 32 ? 32 / CHUNKS : 1;
     const uint32_t to = pipeline + stage * 2 * TILE;
@@ -83,8 +86,6 @@ template <typename T, int D> __device__ void decode(const Step &step) {
   // Of rows lane % 4 * 2 and the next; weights are those of the lane's keys until the end.
   float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {}, sums[D / 16][4] = {};
   // Tiles are copied STAGES - 1 turns before they are used.
-  const int first = begin + int(warp), stride = warps;
-  int place = place_of(first);
   for (int i = 0, ahead = first; ahead < end + (STAGES - 1) * stride; i++, ahead += stride) {
     if (ahead < end)
       copy(i % STAGES, place);

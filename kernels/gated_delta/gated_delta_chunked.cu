@@ -12,7 +12,7 @@
 // LOADERS more threads fetch operands ahead.
 //
 // Norms and decays enter as factors of f32 results: products see q, k and v as they are stored.
-#include "gated_delta/mma.cuh"
+#include "mma.cuh"
 
 constexpr int CHUNK = 64;
 constexpr int D = 128;
@@ -175,7 +175,7 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
       shared.beta[half * 32 + lane] = has ? beta[token * size_t(steps.hv) + head] : 0;
     }
   }
-  wait_copies<0>();
+  wait_for_copies<0>();
   __syncthreads();
 
   // Rows 16 * warp to 16 * warp + 15, up to the diagonal; of q q^T, the squares on it.
@@ -242,7 +242,7 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
         *reinterpret_cast<float2 *>(&shared.a[row][column]) = {column < row ? k_factor * x * a[0] : 0,
                                                                column + 1 < row ? k_factor * y * a[1] : 0};
         *reinterpret_cast<uint32_t *>(&prepared.p[row][column]) =
-            pair(column <= row ? q_factor * x * p[0] : 0, column + 1 <= row ? q_factor * y * p[1] : 0, T());
+            narrow_pair(column <= row ? q_factor * x * p[0] : 0, column + 1 <= row ? q_factor * y * p[1] : 0, T());
       }
     }
   __syncthreads();
@@ -345,9 +345,9 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       float sk[CHUNK / 8][4] = {}; // S k^T
 #pragma unroll
       for (int step = 0; step < D / 16; step++) {
-        const uint32_t rows[4] = {pair(s[2 * step][0], s[2 * step][1], T()), pair(s[2 * step][2], s[2 * step][3], T()),
-                                  pair(s[2 * step + 1][0], s[2 * step + 1][1], T()),
-                                  pair(s[2 * step + 1][2], s[2 * step + 1][3], T())};
+        const uint32_t rows[4] = {narrow_pair(s[2 * step][0], s[2 * step][1], T()), narrow_pair(s[2 * step][2], s[2 * step][3], T()),
+                                  narrow_pair(s[2 * step + 1][0], s[2 * step + 1][1], T()),
+                                  narrow_pair(s[2 * step + 1][2], s[2 * step + 1][3], T())};
         handed.s[step][lane] = {rows[0], rows[1], rows[2], rows[3]};
 #pragma unroll
         for (int n = 0; n < CHUNK / 16; n++) {
@@ -370,7 +370,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
             const float2 value = unpair(rest[n][half * 2 + r], T());
             const float *const product = sk[2 * n + half] + r * 2;
             rest[n][half * 2 + r] =
-                pair(fmaf(-factor.x, product[0], value.x), fmaf(-factor.y, product[1], value.y), T());
+                narrow_pair(fmaf(-factor.x, product[0], value.x), fmaf(-factor.y, product[1], value.y), T());
           }
         }
       }
@@ -400,8 +400,8 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
           const float *const value = x[2 * step + half];
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            rows[half * 2 + r] = pair(value[r * 2], value[r * 2 + 1], T());
-            scaled[half * 2 + r] = pair(value[r * 2] * factor.x, value[r * 2 + 1] * factor.y, T());
+            rows[half * 2 + r] = narrow_pair(value[r * 2], value[r * 2 + 1], T());
+            scaled[half * 2 + r] = narrow_pair(value[r * 2] * factor.x, value[r * 2 + 1] * factor.y, T());
           }
         }
         handed.x[step][lane] = {rows[0], rows[1], rows[2], rows[3]};
@@ -466,8 +466,8 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       T *const to = out + (token * size_t(steps.hv) + head) * D + row + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < CHUNK / 8; n++) {
-        const uint32_t upper = transpose(pair(y[n][0], y[n][1], T()));
-        const uint32_t lower = transpose(pair(y[n][2], y[n][3], T()));
+        const uint32_t upper = transpose(narrow_pair(y[n][0], y[n][1], T()));
+        const uint32_t lower = transpose(narrow_pair(y[n][2], y[n][3], T()));
         if (token + n * 8 < end) {
           *reinterpret_cast<uint32_t *>(to + size_t(n) * 8 * steps.hv * D) = upper;
           *reinterpret_cast<uint32_t *>(to + size_t(n) * 8 * steps.hv * D + 8) = lower;
@@ -512,12 +512,12 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
 #pragma unroll 1
   for (int chunk = 0; chunk < STAGES - 1; chunk++)
     fetch(chunk);
-  wait_copies<STAGES - 2>();
+  wait_for_copies<STAGES - 2>();
   __syncthreads();
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; chunk++) {
     fetch(chunk + STAGES - 1);
-    wait_copies<STAGES - 2>();
+    wait_for_copies<STAGES - 2>();
     __syncthreads();
   }
 }

@@ -27,6 +27,7 @@ __device__ void norm_rope_write(const T *q, Rows q_rows, Norm q_norm, const T *k
   if (token >= sizes.tokens)
     return;
   let_next_start();
+  const uint32_t slot = slot_mapping[token]; // there before the step's first kernel
   wait_for_inputs();
   uint32_t head = index % per_token;
   const T *from;
@@ -38,7 +39,6 @@ __device__ void norm_rope_write(const T *q, Rows q_rows, Norm q_norm, const T *k
     to = out + (token * size_t(hq) + head) * d;
     norm = q_norm;
   } else {
-    const uint32_t slot = slot_mapping[token];
     if (slot == NO_SLOT)
       return;
     head -= is_key ? hq : hq + hk;

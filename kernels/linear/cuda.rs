@@ -1,77 +1,32 @@
 //! Products of few rows on CUDA: chooses the kernel by rows, dtype and what surrounds the product.
 
+use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::Around;
 use crate::activation::Activation;
 use crate::cpu::{Operand, as_rows};
-use crate::cuda::{self, EarlyLaunch, Floats, Kernel, floats, modules};
+use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, floats, modules};
 
-/// A product of some number of rows: with one or two outputs a warp, or a gate and what it multiplies.
-struct Kinds {
-    one: Floats,
-    two: Floats,
-    gated: Floats,
-}
-
-/// By rows, from one.
-static STREAM: [Kinds; 4] = [
-    Kinds {
-        one: floats!(LINEAR, "linear_1", "_one"),
-        two: floats!(LINEAR, "linear_1", "_two"),
-        gated: floats!(LINEAR, "linear_1", "_gated"),
-    },
-    Kinds {
-        one: floats!(LINEAR, "linear_2", "_one"),
-        two: floats!(LINEAR, "linear_2", "_two"),
-        gated: floats!(LINEAR, "linear_2", "_gated"),
-    },
-    Kinds {
-        one: floats!(LINEAR, "linear_3", "_one"),
-        two: floats!(LINEAR, "linear_3", "_two"),
-        gated: floats!(LINEAR, "linear_3", "_gated"),
-    },
-    Kinds {
-        one: floats!(LINEAR, "linear_4", "_one"),
-        two: floats!(LINEAR, "linear_4", "_two"),
-        gated: floats!(LINEAR, "linear_4", "_gated"),
-    },
+/// Of one row, plain and gated.
+static ROW: [Floats; 2] = [floats!(LINEAR, "linear"), floats!(LINEAR, "linear_gated")];
+/// Of several, on the matrix units, in f16 and in bf16, plain and gated.
+static TILES: [[Kernel; 2]; 2] = [
+    [Kernel::new(&modules::LINEAR, "linear_tiles_f16"), Kernel::new(&modules::LINEAR, "linear_tiles_gated_f16")],
+    [Kernel::new(&modules::LINEAR, "linear_tiles_bf16"), Kernel::new(&modules::LINEAR, "linear_tiles_gated_bf16")],
 ];
 
-/// With a norm of `x`, by rows.
-static NORMED: [Kinds; 2] = [
-    Kinds {
-        one: floats!(LINEAR, "linear_1", "_one_normed"),
-        two: floats!(LINEAR, "linear_1", "_two_normed"),
-        gated: floats!(LINEAR, "linear_1", "_gated_normed"),
-    },
-    Kinds {
-        one: floats!(LINEAR, "linear_2", "_one_normed"),
-        two: floats!(LINEAR, "linear_2", "_two_normed"),
-        gated: floats!(LINEAR, "linear_2", "_gated_normed"),
-    },
-];
-
-/// On the matrix units: up to 8 and 16 rows, plain and gated.
-static TILES_F16: [[Kernel; 2]; 2] = [
-    [Kernel::new(&modules::LINEAR, "linear_tiles_f16_8"), Kernel::new(&modules::LINEAR, "linear_tiles_f16_8_gated")],
-    [Kernel::new(&modules::LINEAR, "linear_tiles_f16_16"), Kernel::new(&modules::LINEAR, "linear_tiles_f16_16_gated")],
-];
-static TILES_BF16: [[Kernel; 2]; 2] = [
-    [Kernel::new(&modules::LINEAR, "linear_tiles_bf16_8"), Kernel::new(&modules::LINEAR, "linear_tiles_bf16_8_gated")],
-    [
-        Kernel::new(&modules::LINEAR, "linear_tiles_bf16_16"),
-        Kernel::new(&modules::LINEAR, "linear_tiles_bf16_16_gated"),
-    ],
-];
-
-/// Of a block, as in the kernels.
+/// Of a block, as in the kernels, and bytes of weights that each has under way.
 const WARPS: usize = 8;
-/// Outputs of a block on the matrix units.
+const RING_BYTES: usize = 6 << 10;
+/// Of x in shared memory.
+const MAX_ROW_BYTES: usize = 48 << 10;
+/// Outputs of a block on the matrix units, and rows.
 const TILE: usize = 16;
-const MAX_ROWS: usize = 16;
-/// From this many outputs on there are enough warps with two each.
-const MANY_OUTPUTS: usize = 8192;
+const MAX_ROWS: usize = 8;
+/// What a block has beside its dynamic shared memory, of one row and on the matrix units: its static one, and what the GPU
+/// takes.
+const OTHER_SHARED: [usize; 2] = [2 << 10, 10 << 10];
 
 /// The product with what surrounds it; `None` where these kernels do not take it.
 pub fn linear(
@@ -83,7 +38,7 @@ pub fn linear(
 ) -> Result<Option<Tensor>> {
     let ((rows, inner), (weight_rows, _), dtype) = (x.dims2()?, weight.dims2()?, x.dtype());
     let is_gated = around.gate.is_some();
-    let on_tiles = rows > STREAM.len();
+    let on_tiles = rows > 1;
     let takes = weight.dtype() == dtype
         && (1..=MAX_ROWS).contains(&rows)
         && weight.is_contiguous()
@@ -92,7 +47,8 @@ pub fn linear(
             DType::F16 | DType::BF16 => inner.is_multiple_of(if on_tiles { 32 } else { 8 }),
             DType::F32 => !on_tiles && inner.is_multiple_of(4),
             _ => false,
-        };
+        }
+        && inner * dtype.size_in_bytes() <= MAX_ROW_BYTES;
     if !takes || inner == 0 || weight_rows == 0 {
         return Ok(None);
     }
@@ -103,7 +59,7 @@ pub fn linear(
     {
         bail!("linear: onto is {:?} {:?}, expected {dtype:?} {:?}", onto.dims(), onto.dtype(), shape.dims())
     }
-    let fused_norm = around.norm.filter(|_| rows <= NORMED.len());
+    let fused_norm = around.norm.filter(|_| !on_tiles);
     let x = match (around.norm, fused_norm) {
         (Some(norm), None) => norm.apply(x)?,
         _ => as_rows(x)?,
@@ -125,30 +81,31 @@ pub fn linear(
     if !is_aligned {
         return Ok(None);
     }
-    let (kernel, outputs_per_block) = if on_tiles {
-        let tiles = if dtype == DType::F16 { &TILES_F16 } else { &TILES_BF16 };
-        (&tiles[usize::from(rows > 8)][usize::from(is_gated)], TILE)
+    let (kernel, outputs_per_block, shared) = if on_tiles {
+        (&TILES[usize::from(dtype == DType::BF16)][usize::from(is_gated)], TILE, WARPS * RING_BYTES)
     } else {
-        let kinds = if fused_norm.is_some() { &NORMED[rows - 1] } else { &STREAM[rows - 1] };
-        match is_gated {
-            true => (kinds.gated.of(dtype)?, WARPS),
-            false if outer >= MANY_OUTPUTS => (kinds.two.of(dtype)?, 2 * WARPS),
-            false => (kinds.one.of(dtype)?, WARPS),
-        }
+        let shared = WARPS * RING_BYTES + inner * dtype.size_in_bytes();
+        (ROW[usize::from(is_gated)].of(dtype)?, WARPS, shared)
+    };
+    // As many blocks as run at once, each with several outputs in turn: their rings never run dry.
+    let gpu = Gpu::of(device)?;
+    let resident = gpu.multiprocessors * (gpu.shared[1] / (shared + OTHER_SHARED[usize::from(on_tiles)])).max(1);
+    let config = LaunchConfig {
+        shared_mem_bytes: shared as u32,
+        ..cuda::grid(outer.div_ceil(outputs_per_block).min(resident), (WARPS * 32, 1))?
     };
     let activation = match around.gate {
         None => 0u32,
         Some(Activation::Silu) => 1,
         Some(Activation::GeluTanh) => 2,
     };
-    let config = cuda::grid(outer.div_ceil(outputs_per_block), (WARPS * 32, 1))?;
     let eps = fused_norm.map_or(0.0, |norm| norm.eps as f32);
     let [rows, inner, outer] = [rows, inner, outer].map(|size| size as u32);
     let [norm_weight, bias] = [&norm_weight, &bias].map(|address| address.as_ref().map_or(0, |address| address.value));
     let (onto, onto_stride) = onto.as_ref().map_or((0, 0), |onto| (onto.address.value, onto.strides[0]));
     let y = cuda::output(device, shape.clone(), dtype, |y| {
         let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
-        let mut launch = EarlyLaunch::new(device, kernel)?;
+        let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, WARPS * RING_BYTES + MAX_ROW_BYTES)?);
         launch.arg(&x.address.value).arg(&x.strides[0]).arg(&norm_weight).arg(&eps).arg(&weight.value).arg(&bias);
         launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&outer).arg(&activation);
         // SAFETY: the arguments are the kernel's, in its order; shapes, dtypes and alignment were compared above.

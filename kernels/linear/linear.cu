@@ -1,6 +1,6 @@
 // Products of few rows with a weight matrix, at the speed of reading the matrix once: what comes before the product (a
-// norm of x) and behind it (a bias, the gate of an MLP, the residual stream) is done on the way.
-#include "cuda.cuh"
+// norm of x, if it is one row) and behind it (a bias, the gate of an MLP, the residual stream) is done on the way.
+#include "mma.cuh"
 
 constexpr int WARPS = 8;
 
@@ -15,7 +15,6 @@ struct Operands {
   uint32_t rows, inner, outer; // x [rows, inner], y [rows, outer]
   uint32_t x_stride, residual_stride;
   uint32_t activation; // not NONE: weight is [2 outer, inner], gates before what they multiply
-  float eps;
 };
 
 // What an output becomes behind its sums.
@@ -33,191 +32,207 @@ __device__ void finish(T *y, const T *bias, const T *residual, const Operands &o
   y[row * size_t(o.outer) + output] = narrow<T>(sum);
 }
 
-// A warp has OUTPUTS outputs of each of ROWS rows; those of a gate and what it multiplies are two. Its lanes take
-// packs of N values, 32 N apart, UNROLL of them in flight for each output before the first is used: they do not depend on
-// x, so they are under way while the kernel before this one ends.
-template <typename T, int ROWS, int OUTPUTS, int UNROLL, int N, bool GATED, bool NORMED>
-__device__ void stream(const T *x, const float *norm, const T *weight, const T *bias, const T *residual, T *y,
-                       Operands o) {
-  constexpr int DISTINCT = GATED ? OUTPUTS / 2 : OUTPUTS;
-  const uint32_t lane = threadIdx.x % 32, warp = blockIdx.x * WARPS + threadIdx.x / 32;
-  const uint32_t first = warp * DISTINCT, packs = o.inner / N;
-  if (first >= o.outer)
-    return;
-  let_next_start();
-  const Pack<T, N> *from[OUTPUTS];
-#pragma unroll
-  for (int i = 0; i < OUTPUTS; i++) {
-    const uint32_t output = min(first + i % DISTINCT, o.outer - 1) + (i / DISTINCT) * o.outer;
-    from[i] = reinterpret_cast<const Pack<T, N> *>(weight + output * size_t(o.inner));
-  }
+// Bytes of weights that a warp has under way: a ring in shared memory of what its lanes will read, each what it fetched.
+// They do not depend on x, so the first are fetched while the kernel before this one ends.
+constexpr int RING_BYTES = 6 << 10;
 
-  float sums[ROWS][OUTPUTS] = {}, squares[ROWS] = {};
-  bool waited = false;
-  for (uint32_t base = lane; base < packs; base += 32 * UNROLL) {
-    Pack<T, N> w[OUTPUTS][UNROLL];
+// x [inner] to shared memory, normalised if norm is not null, rounded as a norm by itself would round. All threads of the
+// block call it.
+template <typename T, int N>
+__device__ void take_row(Pack<T, N> *to, const T *x, const float *norm, float eps, uint32_t inner) {
+  __shared__ float warps[WARPS];
+  const uint32_t packs = inner / N;
+  float squares = 0;
+#pragma unroll 4
+  for (uint32_t pack = threadIdx.x; pack < packs; pack += WARPS * 32) {
+    const auto values = reinterpret_cast<const Pack<T, N> *>(x)[pack];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++)
+    for (int j = 0; j < N; j++)
+      squares = fmaf(widen(values.values[j]), widen(values.values[j]), squares);
+    to[pack] = values;
+  }
+  squares = sum_lanes(squares, 32);
+  if (threadIdx.x % 32 == 0)
+    warps[threadIdx.x / 32] = squares;
+  __syncthreads();
+  if (!norm)
+    return;
+  squares = 0;
+  for (int warp = 0; warp < WARPS; warp++)
+    squares += warps[warp];
+  const float scale = 1 / sqrtf(squares / inner + eps);
+  for (uint32_t pack = threadIdx.x; pack < packs; pack += WARPS * 32) {
+    auto values = to[pack];
+    const auto factors = reinterpret_cast<const Pack<float, N> *>(norm)[pack];
 #pragma unroll
-      for (int i = 0; i < OUTPUTS; i++)
-        if (base + 32 * u < packs)
-          w[i][u] = load_once(from[i] + base + 32 * u);
-    if (!waited) {
-      wait_for_inputs();
-      waited = true;
-    }
+    for (int j = 0; j < N; j++)
+      values.values[j] = narrow<T>(widen(values.values[j]) * scale * factors.values[j]);
+    to[pack] = values;
+  }
+  __syncthreads();
+}
+
+// One row. A warp takes one output after the other, or a gate and what it multiplies. Its lanes take packs of N values,
+// 32 N apart, turn by turn.
+template <typename T, int N, bool GATED>
+__device__ void stream(const T *x, const float *norm, float eps, const T *weight, const T *bias, const T *residual, T *y,
+                       Operands o) {
+  constexpr int PIECES = GATED ? 2 : 1, STAGES = RING_BYTES / 512 / PIECES;
+  extern __shared__ uint4 shared[];
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint4 *const ring = shared + warp * (RING_BYTES / 16) + lane;
+  const uint32_t packs = o.inner / N, turns = (packs + 31) / 32, stride = gridDim.x * WARPS;
+  let_next_start();
+
+  uint32_t fetched_output = blockIdx.x * WARPS + warp, fetched_turn = 0;
+  const auto fetch = [&](int stage) {
+    if (fetched_output < o.outer) {
+      const uint32_t pack = fetched_turn * 32 + lane;
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      const uint32_t pack = base + 32 * u;
-      if (pack >= packs)
-        break;
-      Pack<float, N> factors;
-      if (NORMED)
-        factors = reinterpret_cast<const Pack<float, N> *>(norm)[pack];
-#pragma unroll
-      for (int row = 0; row < ROWS; row++) {
-        const auto values = *reinterpret_cast<const Pack<T, N> *>(x + row * size_t(o.x_stride) + pack * N);
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-          float value = widen(values.values[j]);
-          if (NORMED) {
-            squares[row] = fmaf(value, value, squares[row]);
-            value *= factors.values[j];
-          }
-#pragma unroll
-          for (int i = 0; i < OUTPUTS; i++)
-            sums[row][i] = fmaf(value, widen(w[i][u].values[j]), sums[row][i]);
-        }
+      for (int i = 0; i < PIECES; i++)
+        copy_async(ring + (stage * PIECES + i) * 32,
+                   weight + (fetched_output + i * size_t(o.outer)) * o.inner + min(pack, packs - 1) * N, pack < packs);
+      if (++fetched_turn == turns) {
+        fetched_turn = 0;
+        fetched_output += stride;
       }
     }
-  }
-  wait_for_inputs(); // of a lane without a pack
+    commit_copies();
+  };
 #pragma unroll
-  for (int row = 0; row < ROWS; row++) {
-    const float scale = NORMED ? 1 / sqrtf(sum_lanes(squares[row], 32) / o.inner + o.eps) : 1;
+  for (int stage = 0; stage < STAGES; stage++)
+    fetch(stage);
+  wait_for_inputs();
+  auto *const row = reinterpret_cast<Pack<T, N> *>(shared + WARPS * (RING_BYTES / 16));
+  take_row<T, N>(row, x, norm, eps, o.inner);
+
+  int stage = 0;
+  for (uint32_t output = blockIdx.x * WARPS + warp; output < o.outer; output += stride) {
+    float sums[PIECES] = {};
+    for (uint32_t turn = 0; turn < turns; turn++) {
+      wait_for_copies<STAGES - 1>();
+      Pack<T, N> w[PIECES];
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; i++)
-      sums[row][i] = sum_lanes(sums[row][i], 32) * scale;
+      for (int i = 0; i < PIECES; i++)
+        w[i] = *reinterpret_cast<const Pack<T, N> *>(ring + (stage * PIECES + i) * 32);
+      fetch(stage);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      // Weights beyond the end are zero, whatever they are multiplied by.
+      const auto values = row[min(turn * 32 + lane, packs - 1)];
 #pragma unroll
-    for (int i = 0; i < DISTINCT; i++)
-      if (lane == i && first + i < o.outer)
-        finish(y, bias, residual, o, row, first + i, sums[row][i], GATED ? sums[row][i + DISTINCT] : 0);
+      for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+          sums[i] = fmaf(widen(values.values[j]), widen(w[i].values[j]), sums[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+      sums[i] = sum_lanes(sums[i], 32);
+    if (lane == 0)
+      finish(y, bias, residual, o, 0, output, sums[0], sums[PIECES - 1]);
   }
 }
 
-// As `stream`, for more rows, on the matrix units: sums of 16 outputs and 8 TILES rows of x in a block, whose warps share
-// the inner dimension. A lane's 16 bytes of a row, 8 values, are what two steps of 16 take from it; which values meet in
-// a step does not matter as long as both operands agree.
-template <typename T, int TILES, bool GATED>
+// As `stream`, for up to 8 rows, on the matrix units: a block takes groups of 16 outputs in turn, and its warps share
+// the inner dimension. A lane's 16 bytes of a row, 8 values, are what two steps of 16 take from it;
+// which values meet in a step does not matter as long as both operands agree.
+template <typename T, bool GATED>
 __device__ void stream_tiles(const T *x, const T *weight, const T *bias, const T *residual, T *y, Operands o) {
-  constexpr int KINDS = GATED ? 2 : 1, UNROLL = GATED ? 2 : 4;
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t group = lane / 4, part = lane % 4, first = blockIdx.x * 16;
+  constexpr int KINDS = GATED ? 2 : 1, PIECES = 2 * KINDS, STAGES = RING_BYTES / 512 / PIECES;
+  extern __shared__ uint4 shared[];
+  __shared__ float parts[WARPS][KINDS][8][17];
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_of_lane = lane / 4, part = lane % 4;
+  uint4 *const ring = shared + warp * (RING_BYTES / 16) + lane;
+  const uint32_t turns = (o.inner / 32 + WARPS - 1) / WARPS, groups = (o.outer + 15) / 16;
   let_next_start();
-  const T *from[KINDS][2];
+
+  uint32_t fetched_group = blockIdx.x, fetched_turn = 0;
+  const auto fetch = [&](int stage) {
+    if (fetched_group < groups) {
+      const uint32_t first = (fetched_turn * WARPS + warp) * 32;
 #pragma unroll
-  for (int kind = 0; kind < KINDS; kind++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t output = min(first + half * 8 + group, o.outer - 1) + kind * o.outer;
-      from[kind][half] = weight + output * size_t(o.inner) + part * 8;
-    }
-  float sums[KINDS][TILES][4] = {};
-  bool waited = false;
-  for (uint32_t base = warp * 32 * UNROLL; base < o.inner; base += WARPS * 32 * UNROLL) {
-    uint4 w[KINDS][UNROLL][2];
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-      for (int kind = 0; kind < KINDS; kind++)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-          w[kind][u][half] = base + u * 32 < o.inner
-                                 ? load_once(reinterpret_cast<const uint4 *>(from[kind][half] + base + u * 32))
-                                 : uint4{};
-    if (!waited) {
-      wait_for_inputs();
-      waited = true;
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      if (base + u * 32 >= o.inner)
-        break;
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        const uint32_t row = tile * 8 + group;
-        const uint4 values =
-            row < o.rows ? *reinterpret_cast<const uint4 *>(x + row * size_t(o.x_stride) + base + u * 32 + part * 8)
-                         : uint4{};
-#pragma unroll
-        for (int kind = 0; kind < KINDS; kind++) {
-          const uint4 a = w[kind][u][0], b = w[kind][u][1];
-          multiply_add<T>(sums[kind][tile], a.x, b.x, a.y, b.y, values.x, values.y);
-          multiply_add<T>(sums[kind][tile], a.z, b.z, a.w, b.w, values.z, values.w);
-        }
+      for (int i = 0; i < PIECES; i++) {
+        const uint32_t output = min(fetched_group * 16 + i % 2 * 8 + row_of_lane, o.outer - 1) + i / 2 * o.outer;
+        copy_async(ring + (stage * PIECES + i) * 32,
+                   weight + output * size_t(o.inner) + min(first, o.inner - 32) + part * 8, first < o.inner);
+      }
+      if (++fetched_turn == turns) {
+        fetched_turn = 0;
+        fetched_group += gridDim.x;
       }
     }
-  }
-  wait_for_inputs(); // of a warp without a share
+    commit_copies();
+  };
+#pragma unroll
+  for (int stage = 0; stage < STAGES; stage++)
+    fetch(stage);
+  wait_for_inputs();
 
-  __shared__ float parts[WARPS][KINDS][TILES * 8][17];
+  // Those of a turn are asked for a turn ahead.
+  const T *const own_row = x + min(row_of_lane, o.rows - 1) * size_t(o.x_stride) + part * 8;
+  const auto values_of = [&](uint32_t turn) {
+    return *reinterpret_cast<const uint4 *>(own_row + min((turn * WARPS + warp) * 32, o.inner - 32));
+  };
+  uint4 ahead = values_of(0);
+  int stage = 0;
+  for (uint32_t group = blockIdx.x; group < groups; group += gridDim.x) {
+    float sums[KINDS][4] = {};
+    for (uint32_t turn = 0; turn < turns; turn++) {
+      wait_for_copies<STAGES - 1>();
+      uint4 w[PIECES];
 #pragma unroll
-  for (int kind = 0; kind < KINDS; kind++)
+      for (int i = 0; i < PIECES; i++)
+        w[i] = ring[(stage * PIECES + i) * 32];
+      fetch(stage);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      // Weights beyond the end are zero.
+      const uint4 values = ahead;
+      ahead = values_of(turn + 1 < turns ? turn + 1 : 0);
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        parts[warp][kind][tile * 8 + part * 2 + i % 2][group + i / 2 * 8] = sums[kind][tile][i];
-  __syncthreads();
-  for (uint32_t i = threadIdx.x; i < TILES * 8 * 16; i += WARPS * 32) {
-    const uint32_t row = i / 16, output = i % 16;
-    if (row >= o.rows || first + output >= o.outer)
-      continue;
-    float total[2] = {};
+      for (int kind = 0; kind < KINDS; kind++) {
+        const uint4 a = w[kind * 2], b = w[kind * 2 + 1];
+        multiply_add(sums[kind], {a.x, b.x, a.y, b.y}, values.x, values.y, T());
+        multiply_add(sums[kind], {a.z, b.z, a.w, b.w}, values.z, values.w, T());
+      }
+    }
 #pragma unroll
     for (int kind = 0; kind < KINDS; kind++)
-      for (int w = 0; w < WARPS; w++)
-        total[kind] += parts[w][kind][row][output];
-    finish(y, bias, residual, o, row, first + output, total[0], total[1]);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        parts[warp][kind][part * 2 + i % 2][row_of_lane + i / 2 * 8] = sums[kind][i];
+    __syncthreads();
+    const uint32_t row = threadIdx.x / 16, output = group * 16 + threadIdx.x % 16;
+    if (row < o.rows && output < o.outer) {
+      float total[2] = {};
+#pragma unroll
+      for (int kind = 0; kind < KINDS; kind++)
+        for (int w = 0; w < WARPS; w++)
+          total[kind] += parts[w][kind][row][threadIdx.x % 16];
+      finish(y, bias, residual, o, row, output, total[0], total[1]);
+    }
+    __syncthreads(); // the parts have been read
   }
 }
 
 #define ARGUMENTS(T)                                                                                                   \
   const T *x, uint32_t x_stride, const float *norm, float eps, const T *weight, const T *bias, const T *residual,      \
       uint32_t residual_stride, T *y, uint32_t rows, uint32_t inner, uint32_t outer, uint32_t activation
-#define OPERANDS {rows, inner, outer, x_stride, residual_stride, activation, eps}
+#define OPERANDS {rows, inner, outer, x_stride, residual_stride, activation}
 
-#define STREAM(name, T, ROWS, OUTPUTS, UNROLL, N, GATED, NORMED)                                                       \
+#define STREAM(name, T, GATED)                                                                                         \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) name(ARGUMENTS(T)) {                                        \
-    stream<T, ROWS, OUTPUTS, UNROLL, N, GATED, NORMED>(x, norm, weight, bias, residual, y, OPERANDS);                  \
+    stream<T, 16 / sizeof(T), GATED>(x, norm, eps, weight, bias, residual, y, OPERANDS);                               \
   }
-// Kinds of a kernel: plain or gated, with the norm of x or without; plain with one output a warp or two.
-#define KINDS(name, T, ROWS, N)                                                                                        \
-  STREAM(name##_one, T, ROWS, 1, 8, N, false, false)                                                                   \
-  STREAM(name##_two, T, ROWS, 2, 4, N, false, false)                                                                   \
-  STREAM(name##_gated, T, ROWS, 2, 4, N, true, false)
-#define NORMED(name, T, ROWS, N)                                                                                       \
-  STREAM(name##_one_normed, T, ROWS, 1, 8, N, false, true)                                                             \
-  STREAM(name##_two_normed, T, ROWS, 2, 4, N, false, true)                                                             \
-  STREAM(name##_gated_normed, T, ROWS, 2, 4, N, true, true)
-#define WIDE(T) (16 / sizeof(T))
-#define ROWS_1(name, T) KINDS(name, T, 1, WIDE(T)) NORMED(name, T, 1, WIDE(T))
-#define ROWS_2(name, T) KINDS(name, T, 2, WIDE(T)) NORMED(name, T, 2, WIDE(T))
-#define ROWS_3(name, T) KINDS(name, T, 3, WIDE(T))
-#define ROWS_4(name, T) KINDS(name, T, 4, WIDE(T))
-FOR_FLOATS(ROWS_1, linear_1)
-FOR_FLOATS(ROWS_2, linear_2)
-FOR_FLOATS(ROWS_3, linear_3)
-FOR_FLOATS(ROWS_4, linear_4)
+#define PLAIN(name, T) STREAM(name, T, false)
+#define GATED(name, T) STREAM(name, T, true)
+FOR_FLOATS(PLAIN, linear)
+FOR_FLOATS(GATED, linear_gated)
 
-#define TILED(name, T, TILES, GATED)                                                                                   \
+#define TILES(name, T, GATED)                                                                                          \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) name(ARGUMENTS(T)) {                                        \
-    stream_tiles<T, TILES, GATED>(x, weight, bias, residual, y, OPERANDS);                                             \
+    stream_tiles<T, GATED>(x, weight, bias, residual, y, OPERANDS);                                                    \
   }
-#define TILES(name, T)                                                                                                 \
-  TILED(name##_8, T, 1, false)                                                                                         \
-  TILED(name##_8_gated, T, 1, true)                                                                                    \
-  TILED(name##_16, T, 2, false)                                                                                        \
-  TILED(name##_16_gated, T, 2, true)
-TILES(linear_tiles_f16, __half)
-TILES(linear_tiles_bf16, __nv_bfloat16)
+TILES(linear_tiles_f16, __half, false)
+TILES(linear_tiles_gated_f16, __half, true)
+TILES(linear_tiles_bf16, __nv_bfloat16, false)
+TILES(linear_tiles_gated_bf16, __nv_bfloat16, true)

@@ -31,7 +31,7 @@ use crate::simd::Stored;
 ///
 /// The inner dimensions differ, or the dtypes do on a device other than the CPU.
 ///
-/// Devices: CPU; CUDA, of more than 16 rows through candle's matmul; Metal through candle's matmul.
+/// Devices: CPU; CUDA, of more than 8 rows through candle's matmul; Metal through candle's matmul.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     linear_around(x, weight, None, Around::default())
 }
@@ -78,8 +78,9 @@ impl Around<'_> {
     }
 }
 
-/// As [`linear`], or [`linear_with_bias`], with what surrounds it. On CUDA, of up to 16 rows in f16 and bf16 and 4 in
-/// f32, one kernel does it all and rounds once; the norm has one of its own from the third row on.
+/// As [`linear`], or [`linear_with_bias`], with what surrounds it. On CUDA one kernel does it all, of up to 8 rows in f16
+/// and bf16 and one in f32; the norm has a kernel of its own from the second row on. It rounds after the norm and at the
+/// end.
 ///
 /// # Errors
 ///

@@ -3,7 +3,7 @@ use candle_core::{DType, Device};
 use super::*;
 use crate::simd::Instructions;
 use crate::simd::tests::{available, on};
-use crate::testing::{Random, assert_close, op_limit, values};
+use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -70,6 +70,58 @@ fn a_bias_is_added_before_the_rounding() -> Result<()> {
             let want = sums.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?;
             assert_eq!(bits(&linear_with_bias(&x, &weight, &bias)?), bits(&want));
         }
+    }
+    Ok(())
+}
+
+/// What surrounds a product, in every combination that models have, beside its parts in f32 on the CPU.
+#[test]
+fn around_few_rows_is_its_parts_on_every_device() -> Result<()> {
+    let shapes = [(64, 32), (1024, 40), (96, 5000), (1000, 17), (7, 3), (3072, 1024), (12288, 24)];
+    for device in devices() {
+        for dtype in FLOATS {
+            for rows in [1, 2, 3, 5, 8, 9] {
+                for (inner, outer) in shapes {
+                    around_is_its_parts((rows, inner, outer), dtype, &device)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn around_is_its_parts((rows, inner, outer): (usize, usize, usize), dtype: DType, device: &Device) -> Result<()> {
+    let mut random = Random::new((rows * inner + outer) as u64);
+    let mut tensor = |shape: &[usize], deviation, dtype| random.tensor(shape, deviation, dtype, device);
+    // Rows of a merged projection.
+    let frame = poisoned(&[rows, 16], dtype, device)?;
+    let x = Tensor::cat(&[&frame, &tensor(&[rows, inner], 1.0, dtype)?, &frame], 1)?.narrow(1, 16, inner)?;
+    let weight = tensor(&[2 * outer, inner], (inner as f32).powf(-0.5), dtype)?;
+    let (factors, bias) = (tensor(&[inner], 1.0, DType::F32)?, tensor(&[outer], 1.0, dtype)?);
+    let residual = tensor(&[rows, outer], 1.0, dtype)?;
+    let exact = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+    let (x_exact, weight_exact) = (exact(&x)?, exact(&weight)?);
+    let (factors_exact, bias_exact, residual_exact) = (exact(&factors)?, exact(&bias)?, exact(&residual)?);
+    for (is_normed, gate, has_bias, is_onto) in [
+        (false, None, false, false),
+        (true, None, false, false),
+        (false, None, true, false),
+        (true, Some(Activation::Silu), false, false),
+        (false, Some(Activation::GeluTanh), false, false),
+        (false, None, false, true),
+        (true, None, true, true),
+    ] {
+        let norm = |weight| is_normed.then_some(Norm { weight, eps: 1e-6 });
+        let around = Around { norm: norm(&factors), gate, onto: is_onto.then_some(&residual) };
+        let rows_of = |weight: &Tensor| weight.narrow(0, 0, if gate.is_some() { 2 * outer } else { outer });
+        let got = linear_around(&x, &rows_of(&weight)?, has_bias.then_some(&bias), around)?;
+        let exactly = Around { norm: norm(&factors_exact), gate, onto: is_onto.then_some(&residual_exact) };
+        let weight = rows_of(&weight_exact)?;
+        let want = linear_around(&x_exact, &weight, has_bias.then_some(&bias_exact), exactly)?;
+        assert_eq!((got.dims(), got.dtype()), (&[rows, outer][..], dtype));
+        let name =
+            format!("[{rows}, {inner}] by {outer} {dtype:?} {is_normed} {gate:?} {has_bias} {is_onto} {device:?}");
+        assert_close(&name, &values(&got)?, &values(&want)?, 1.5 * op_limit(dtype));
     }
     Ok(())
 }

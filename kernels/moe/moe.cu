@@ -4,7 +4,7 @@
 // Few tokens for an expert: what counts is to stream its weights once, at the speed of memory. Rows of weights are the
 // operand of 16 rows, tokens that of 8 columns, and weights go from memory to registers 16 bytes at a time: which four
 // values a lane has does not matter to a sum as long as it has the same four of weights and tokens.
-#include "gated_delta/mma.cuh"
+#include "mma.cuh"
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * 32;
@@ -172,7 +172,7 @@ __device__ inline void stream(float (&sums)[HALVES][COUNT][4], const T *const (&
 #pragma unroll 1
   for (int i = 0; i < steps; i++) {
     fetch(i + DEPTH - 1);
-    wait_copies<DEPTH - 1>();
+    wait_for_copies<DEPTH - 1>();
     const uint4 *const from = ring + i % DEPTH * (ENTRIES * 32);
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
@@ -420,7 +420,7 @@ __device__ inline void tile_product(Token token, Matrix matrix, uint32_t columns
   for (int step = 0; step < STAGES - 1; step++)
     fetch(step);
   for (int step = 0; step < steps; step++) {
-    wait_copies<STAGES - 2>();
+    wait_for_copies<STAGES - 2>();
     __syncthreads();
     fetch(step + STAGES - 1);
     const Tile<T, 8> token_tile{shared.tokens[step % STAGES]}, row_tile{shared.weights[step % STAGES]};
@@ -485,7 +485,7 @@ __device__ void gate_up_many(const T *x, const T *weights, const uint32_t *start
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       const float *const gate = &sums[n][half * 2], *const up = &sums[n + 4][half * 2];
-      *reinterpret_cast<uint32_t *>(to + n * 8) = pair(activate<T>(gate[0], up[0]), activate<T>(gate[1], up[1]), T());
+      *reinterpret_cast<uint32_t *>(to + n * 8) = narrow_pair(activate<T>(gate[0], up[0]), activate<T>(gate[1], up[1]), T());
     }
   });
 }
@@ -509,7 +509,7 @@ __device__ void down_many(const T *activated, const T *weights, const uint32_t *
                   threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < 8; n++)
-      *reinterpret_cast<uint32_t *>(to + n * 8) = pair(sums[n][half * 2], sums[n][half * 2 + 1], T());
+      *reinterpret_cast<uint32_t *>(to + n * 8) = narrow_pair(sums[n][half * 2], sums[n][half * 2 + 1], T());
   });
 }
 
