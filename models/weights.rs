@@ -92,7 +92,9 @@ impl Weights {
     /// Weights to pack are not for the CPU.
     pub fn quantized(self, quantization: Option<Quantization>) -> Result<Self> {
         if quantization.is_some() && !self.device.is_cpu() {
-            bail!("quantised weights run on the CPU so far, not on another device")
+            bail!(
+                "quantised weights run on the CPU so far, not on another device: add --device cpu, or leave them as they are"
+            )
         }
         Ok(Self { quantization, ..self })
     }

@@ -38,6 +38,9 @@ pub struct EngineOptions {
     pub max_checkpoints: usize,
     /// Tokens of prompt between two checkpoints. Default 2048.
     pub checkpoint_interval: usize,
+    /// Whether a GPU that can record decode steps does, and replays them: the same results to the bit, sooner. Default
+    /// true.
+    pub replay: bool,
 }
 
 impl Default for EngineOptions {
@@ -50,6 +53,7 @@ impl Default for EngineOptions {
             max_context: None,
             max_checkpoints: 24,
             checkpoint_interval: 2048,
+            replay: true,
         }
     }
 }
@@ -177,7 +181,7 @@ impl Engine {
             requests: HashMap::new(),
             max_context,
             next_id: 0,
-            recordings: Recordings::default(),
+            recordings: Recordings::new(options.replay),
         })
     }
 

@@ -24,7 +24,6 @@ pub(crate) struct Step<'a> {
 }
 
 /// The recordings of an engine.
-#[derive(Default)]
 pub(crate) struct Recordings {
     /// By last use, the latest last.
     kept: Vec<Recording>,
@@ -57,6 +56,10 @@ pub(crate) struct Runner<'a> {
 }
 
 impl Recordings {
+    pub fn new(is_on: bool) -> Self {
+        Self { kept: vec![], is_off: !is_on }
+    }
+
     /// Whether steps on `device` are recorded.
     pub fn are_used(&self, device: &Device) -> bool {
         !self.is_off && Graph::is_available(device)

@@ -107,8 +107,8 @@ pub fn linear_around(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, around:
             let bias = bias.map(Tensor::contiguous).transpose()?;
             x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Linear { bias: bias.as_ref() })
         }
-        Some(bias) => x.matmul(&weight.t()?)?.broadcast_add(bias),
-        None => x.matmul(&weight.t()?),
+        Some(bias) => x.contiguous()?.matmul(&weight.t()?)?.broadcast_add(bias),
+        None => x.contiguous()?.matmul(&weight.t()?),
     })
 }
 

@@ -1,0 +1,121 @@
+//! What only a GPU can show: the engine on CUDA beside itself. Without a GPU these tests say that they skip.
+#![cfg(all(feature = "cuda", feature = "demo"))]
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use models::{Checkpoint, Config};
+use serde_json::Value;
+use taper::{
+    DeviceChoice, Engine, EngineOptions, Llm, Message, ModelLimits, Options, Request, SamplingParams, SequenceId,
+};
+
+fn gpu() -> Option<Device> {
+    let device = DeviceChoice::Cuda.open();
+    if let Err(error) = &device {
+        eprintln!("skipped: {error}");
+    }
+    device.ok()
+}
+
+/// Each token with the bits of its log-probability and of the most likely ones'.
+type Reply = Vec<(u32, Vec<u32>)>;
+
+fn replies(fixture: &str, dtype: DType, device: &Device, options: &EngineOptions, requests: &[Request]) -> Vec<Reply> {
+    let folder = Path::new("tests/fixtures").join(fixture).join("f32");
+    let checkpoint = Checkpoint::Folder(folder);
+    let config = Config::read(&checkpoint).expect("a configuration");
+    let vocab = config.describe().vocab_size;
+    let model = config.load(&checkpoint, dtype, device).expect("a model");
+    let limits = ModelLimits { vocab_size: vocab, sampled_vocab: vocab, max_positions: 4096, stop_ids: vec![] };
+    let options = EngineOptions { memory: Some(1 << 28), ..options.clone() };
+    let mut engine = Engine::new(model, limits, dtype, device, &options).expect("an engine");
+    let ids: Vec<SequenceId> = requests.iter().map(|request| engine.add(request.clone()).expect("valid")).collect();
+    let mut replies: HashMap<SequenceId, Reply> = HashMap::new();
+    while !engine.is_idle() {
+        for output in engine.step().expect("a step") {
+            let token = output.token.expect("a token");
+            let logprobs = token.logprobs.expect("asked for");
+            let mut bits = vec![logprobs.chosen.to_bits()];
+            bits.extend(logprobs.top.iter().map(|(_, logprob)| logprob.to_bits()));
+            replies.entry(output.id).or_default().push((token.id, bits));
+        }
+    }
+    ids.iter().map(|id| replies.remove(id).expect("a reply")).collect()
+}
+
+fn requests(count: u32) -> Vec<Request> {
+    let params = |i: u32| SamplingParams {
+        max_tokens: 20 + i as usize,
+        logprobs: Some(3),
+        ignore_eos: true,
+        ..SamplingParams::default()
+    };
+    (0..count)
+        .map(|i| Request {
+            prompt: (0..5 + 13 * i).map(|j| 3 + (i * 31 + j * 7) % 200).collect(),
+            stable_len: 0,
+            params: params(i),
+        })
+        .collect()
+}
+
+const FIXTURES: [&str; 4] = ["qwen3-base-s0", "qwen3_5-base-s0", "qwen3_5_moe-base-s4", "gemma4-base-s0"];
+
+#[test]
+fn replayed_steps_are_those_that_run_to_the_bit() {
+    let Some(device) = gpu() else { return };
+    for fixture in FIXTURES {
+        for dtype in [DType::F32, DType::BF16] {
+            let of = |replay| {
+                let options = EngineOptions { replay, ..EngineOptions::default() };
+                replies(fixture, dtype, &device, &options, &requests(6))
+            };
+            assert_eq!(of(true), of(false), "{fixture} {dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn replies_in_company_are_the_lone_ones_within_the_rounding() {
+    let Some(device) = gpu() else { return };
+    for fixture in FIXTURES {
+        let requests = requests(8);
+        let options = EngineOptions::default();
+        let together = replies(fixture, DType::F32, &device, &options, &requests);
+        for (request, together) in requests.iter().zip(together) {
+            let alone = replies(fixture, DType::F32, &device, &options, std::slice::from_ref(request)).remove(0);
+            for ((token, bits), (lone_token, lone_bits)) in together.iter().zip(&alone) {
+                if token != lone_token {
+                    break; // a near tie; what follows is another text
+                }
+                let difference = (f32::from_bits(bits[0]) - f32::from_bits(lone_bits[0])).abs();
+                assert!(difference < 1e-3, "{fixture}: log-probabilities {difference} apart");
+            }
+            assert_eq!(together[0].0, alone[0].0, "{fixture}");
+        }
+    }
+}
+
+#[test]
+fn the_demo_knows_its_facts() {
+    if gpu().is_none() {
+        return;
+    }
+    let facts: Vec<Value> = serde_json::from_str(include_str!("../examples/demo/chat/facts.json")).expect("JSON");
+    let text = |fact: &Value, key: &str| fact[key].as_str().expect("a string").to_string();
+    let questions: Vec<Vec<Message>> = facts.iter().map(|fact| vec![Message::user(text(fact, "question"))]).collect();
+    for dtype in [DType::F32, DType::BF16] {
+        let engine = EngineOptions { max_sequences: 64, ..EngineOptions::default() };
+        let options = Options { device: DeviceChoice::Cuda, dtype: Some(dtype), engine, ..Options::default() };
+        let mut llm = Llm::demo(&options).expect("the demo is built in");
+        let params = SamplingParams { max_tokens: 200, ..SamplingParams::default() };
+        let mut replies = llm.reply_all(&questions, &params).expect("valid requests");
+        for piece in &mut replies {
+            piece.expect("a piece");
+        }
+        let wrong = (0..facts.len()).filter(|&i| replies.reply(i).content != text(&facts[i], "answer")).count();
+        assert_eq!(wrong, 0, "of {} facts in {dtype:?}", facts.len());
+    }
+}
