@@ -32,10 +32,13 @@ const CHUNK: usize = 128;
 
 /// Up to this many rows of a key head, keys and values stream through registers as they lie; a row is one query head
 /// of one token.
-const FEW_ROWS: usize = 8;
+const FEW_ROWS: usize = 12;
 
-/// Rows that a block of many aims at: whole register tiles of every kind, in the second-level cache with a chunk.
-const BLOCK_ROWS: usize = 96;
+/// Most rows of a block of many, whole register tiles of every kind.
+const BLOCK_ROWS: usize = 192;
+
+/// Elements of its queries, which the second-level cache holds beside a chunk and the scores and mixes of the block.
+const BLOCK_ELEMENTS: usize = 24 << 10;
 
 /// Multiplications below which waking threads does not pay.
 const SERIAL: usize = 1 << 18;
@@ -96,6 +99,7 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
     /// has blocks of its own.
     fn blocks<'a>(&'a self, out: &'a mut [T]) -> Vec<Block<'a, T>> {
         let group = self.hq / self.hk;
+        let rows = (BLOCK_ELEMENTS / self.d / 12 * 12).clamp(12, BLOCK_ROWS);
         let chunks: usize = self.batch.host.iter().map(|sequence| sequence.context_len.div_ceil(CHUNK)).sum();
         let shares = (2 * rayon::current_num_threads() / chunks.max(1)).clamp(1, self.hk);
         let mut out = out.chunks_exact_mut(group * self.d);
@@ -103,7 +107,7 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
         for sequence in &self.batch.host {
             let few = self.are_few(sequence.tokens.len());
             let heads_each = if few { self.hk.div_ceil(shares) } else { 1 };
-            for tokens in pieces(sequence.tokens.clone(), BLOCK_ROWS.div_ceil(group)) {
+            for tokens in pieces(sequence.tokens.clone(), rows.div_ceil(group)) {
                 let mut outs: Vec<Vec<&mut [T]>> = (0..self.hk).map(|_| Vec::with_capacity(tokens.len())).collect();
                 for _ in tokens.clone() {
                     outs.iter_mut().zip(&mut out).for_each(|(outs, out)| outs.push(out));

@@ -11,19 +11,20 @@ use crate::linear::cpu::aligned;
 use crate::linear::tile::{Accumulators, Tile};
 use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch};
 
+/// The scores of a tile by row and then by key; once they are weights, by key and then by row.
+type Scores<const R: usize> = [[f32; CHUNK]; R];
+
 /// The mix of a block with one key head, in register tiles `M` of `R` rows times `O` keys or columns of values.
 pub(super) struct Many<'a, T, P, M, const R: usize, const O: usize> {
     part: &'a Part<'a, T, P>,
-    /// `[tiles, LANES, groups]` queries, turned; missing rows are zero.
+    /// `[tiles, LANES, groups]` queries, turned; in the place of missing rows stand others.
     queries: &'a mut [[f32; R]],
-    /// `[LANES, groups]` keys, turned.
+    /// `[LANES, groups]` keys, turned, likewise.
     keys: &'a mut [[f32; O]],
     /// `[columns / O, CHUNK]` values; what is missing from the last columns is zero.
     values: &'a mut [[[f32; O]; CHUNK]],
     /// `[tiles]`, defined where a row sees the key.
-    scores: &'a mut [[[f32; CHUNK]; R]],
-    /// `[tiles, CHUNK]` the same turned, where all rows of a tile see the key.
-    weights: &'a mut [f32],
+    scores: &'a mut [Scores<R>],
     tile: PhantomData<M>,
 }
 
@@ -32,19 +33,15 @@ impl<'a, T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Ma
         let d = part.attention.d;
         let (rows, columns) = (part.rows().next_multiple_of(R), d.next_multiple_of(LANES));
         let lens = [columns * O, CHUNK * d.next_multiple_of(O), rows * CHUNK, rows * columns];
-        // Turned weights are stored in whole registers, which reach past the last one.
-        let scratch = aligned(scratch, lens.iter().sum::<usize>() + rows * CHUNK + 2 * LANES);
-        let (keys, scratch) = scratch.split_at_mut(lens[0]);
+        let (keys, scratch) = aligned(scratch, lens.iter().sum()).split_at_mut(lens[0]);
         let (values, scratch) = scratch.split_at_mut(lens[1]);
-        let (scores, scratch) = scratch.split_at_mut(lens[2]);
-        let (queries, weights) = scratch.split_at_mut(lens[3]);
+        let (scores, queries) = scratch.split_at_mut(lens[2]);
         Self {
             part,
             queries: queries.as_chunks_mut().0,
             keys: keys.as_chunks_mut().0,
             values: values.as_chunks_mut().0.as_chunks_mut().0,
             scores: scores.as_chunks_mut().0.as_chunks_mut().0,
-            weights,
             tile: PhantomData,
         }
     }
@@ -55,14 +52,14 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
 
     #[inline(always)]
     fn run<V: Lanes>(self) -> Mix {
-        let Self { part, queries, keys, values, scores, weights, .. } = self;
+        let Self { part, queries, keys, values, scores, .. } = self;
         let Attention { keys: ref key_rows, values: ref value_rows, d, params, .. } = *part.attention;
         let (rows, groups, head) = (part.rows(), d.div_ceil(LANES), part.heads.start);
         let tile_rows = |tile: usize| tile * R..rows.min((tile + 1) * R);
         for (tile, target) in queries.chunks_exact_mut(LANES * groups).enumerate() {
             let mut sources = [&[][..]; R];
-            for (source, row) in sources.iter_mut().zip(tile_rows(tile)) {
-                *source = part.query(head, row);
+            for (source, row) in sources.iter_mut().zip(tile * R..) {
+                *source = part.query(head, row.min(rows - 1));
             }
             turn::<V, T, R>(&sources, target);
         }
@@ -79,9 +76,10 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
 
             for first in (range.start / O * O..range.end).step_by(O) {
                 let mut sources = [&[][..]; O];
-                for key in first.max(range.start)..range.end.min(first + O) {
-                    sources[key - first] = key_rows.head(place(key), head, d);
-                    prefetch(value_rows.head(place(key), head, d));
+                for (source, key) in sources.iter_mut().zip(first..) {
+                    let place = place(key.clamp(range.start, range.end - 1));
+                    *source = key_rows.head(place, head, d);
+                    prefetch(value_rows.head(place, head, d));
                 }
                 turn::<V, P, O>(&sources, keys);
                 for (tile, queries) in queries.chunks_exact(LANES * groups).enumerate() {
@@ -99,20 +97,21 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
                         factors[row] = merge_sums(&mut total.max[row], &mut total.sum[row], max, sum);
                     }
                 }
-                turn_weights::<V, R>(scores, common(&bounds[tile_rows(tile)]), &mut weights[tile * CHUNK * R..]);
+                turn_weights::<V, R>(scores);
             }
 
             for key in range.clone() {
                 let source = value_rows.head(place(key), head, d);
-                for (i, source) in source.chunks(LANES).enumerate() {
-                    load::<V, P>(source).store(&mut values[i * LANES / O][key].as_chunks_mut().0[i % (O / LANES)]);
+                for (source, values) in source.chunks(O).zip(values.iter_mut()) {
+                    for (source, target) in source.chunks(LANES).zip(values[key].as_chunks_mut().0) {
+                        load::<V, P>(source).store(target);
+                    }
                 }
             }
             for (column, values) in values.iter().enumerate() {
                 for (tile, scores) in scores.iter().enumerate() {
-                    let rows = tile_rows(tile);
-                    let weights = weights[tile * CHUNK * R..][..CHUNK * R].as_chunks().0;
-                    let mixed = weigh::<V, M, R, O>(scores, weights, values, &bounds[rows.clone()]);
+                    let (rows, weights) = (tile_rows(tile), scores.as_flattened().as_chunks().0);
+                    let mixed = weigh::<V, M, R, O>(weights, values, &bounds[rows.clone()]);
                     for (row, mixed) in rows.zip(&mixed) {
                         if bounds[row].is_empty() {
                             continue;
@@ -137,18 +136,24 @@ fn common(bounds: &[Range<usize>]) -> Range<usize> {
     if common.is_empty() { CHUNK..CHUNK } else { common }
 }
 
-/// Up to `R` rows of one length, or of none, to `[LANES, groups]`, so that the values of a lane lie one after the other.
+/// `R` rows of one length to `[LANES, groups]`, so that the values of a lane lie one after the other.
 #[inline(always)]
 fn turn<V: Lanes, T: Stored, const R: usize>(sources: &[&[T]; R], target: &mut [[f32; R]]) {
-    let groups = target.len() / LANES;
+    let (groups, whole) = (target.len() / LANES, sources[0].len() / LANES);
     for first in (0..R).step_by(LANES) {
+        let mut rows = [&sources[first].as_chunks::<LANES>().0[..whole]; LANES];
+        for i in 1..LANES.min(R - first) {
+            rows[i] = &sources[first + i].as_chunks().0[..whole];
+        }
         for group in 0..groups {
-            let mut rows = [V::splat(0.0); LANES];
-            for i in 0..LANES.min(R - first) {
-                let source = sources[first + i];
-                rows[i] = load(&source[source.len().min(group * LANES)..source.len().min((group + 1) * LANES)]);
+            let mut eight = [V::splat(0.0); LANES];
+            for i in 0..LANES {
+                eight[i] = match group < whole {
+                    true => T::load(&rows[i][group]),
+                    false => load(&sources[(first + i).min(R - 1)][whole * LANES..]),
+                };
             }
-            let turned = V::transpose(rows);
+            let turned = V::transpose(eight);
             for lane in 0..LANES {
                 let target = &mut target[lane * groups + group][first..];
                 match target.first_chunk_mut() {
@@ -164,23 +169,32 @@ fn turn<V: Lanes, T: Stored, const R: usize>(sources: &[&[T]; R], target: &mut [
     }
 }
 
-/// The rows of `scores` to `[CHUNK, R]`, as far as `keys` go.
+/// `[R, CHUNK]` to `[CHUNK, R]`.
 #[inline(always)]
-fn turn_weights<V: Lanes, const R: usize>(scores: &[[f32; CHUNK]; R], keys: Range<usize>, target: &mut [f32]) {
-    for first in (keys.start / LANES * LANES..keys.end).step_by(LANES) {
+fn turn_weights<V: Lanes, const R: usize>(scores: &mut Scores<R>) {
+    let by_row = *scores;
+    let by_key = scores.as_flattened_mut();
+    for first in (0..CHUNK).step_by(LANES) {
         // At most sixteen rows.
         let mut turned = [[V::splat(0.0); LANES]; 2];
         for part in 0..R.div_ceil(LANES) {
             for i in 0..LANES.min(R - part * LANES) {
-                turned[part][i] = V::load(&scores[part * LANES + i].as_chunks().0[first / LANES]);
+                turned[part][i] = V::load(&by_row[part * LANES + i].as_chunks().0[first / LANES]);
             }
             turned[part] = V::transpose(turned[part]);
         }
         // A register may hold more than is left of a row: the next row comes later.
         for i in 0..LANES {
             for part in 0..R.div_ceil(LANES) {
-                let target = target[(first + i) * R + part * LANES..].first_chunk_mut();
-                turned[part][i].store(target.expect("room past the last weight"));
+                let target = &mut by_key[(first + i) * R + part * LANES..];
+                match target.first_chunk_mut() {
+                    Some(target) => turned[part][i].store(target),
+                    None => {
+                        let mut values = [0.0; LANES];
+                        turned[part][i].store(&mut values);
+                        target.copy_from_slice(&values[..target.len()]);
+                    }
+                }
             }
         }
     }
@@ -194,12 +208,12 @@ fn score<V: Lanes, M: Tile<R, O>, const R: usize, const O: usize>(
     first: usize,
     scale: f32,
     lanes: &mut Accumulators<R, O>,
-    scores: &mut [[f32; CHUNK]; R],
+    scores: &mut Scores<R>,
 ) {
     let groups = keys.len() / LANES;
-    for lane in 0..LANES {
+    for (lane, sums) in lanes.iter_mut().enumerate() {
         let part = lane * groups..(lane + 1) * groups;
-        M::multiply::<V>(&queries[part.clone()], &keys[part], true, &mut lanes[lane]);
+        M::multiply::<V>(&queries[part.clone()], &keys[part], true, sums);
     }
     for row in 0..R {
         let target = scores[row][first..][..O].as_chunks_mut().0;
@@ -219,7 +233,6 @@ fn score<V: Lanes, M: Tile<R, O>, const R: usize, const O: usize>(
 /// does not see has no weight in it, not even zero: it may be NaN.
 #[inline(always)]
 fn weigh<V: Lanes, M: Tile<R, O>, const R: usize, const O: usize>(
-    scores: &[[f32; CHUNK]; R],
     weights: &[[f32; R]],
     values: &[[f32; O]; CHUNK],
     bounds: &[Range<usize>],
@@ -227,18 +240,19 @@ fn weigh<V: Lanes, M: Tile<R, O>, const R: usize, const O: usize>(
     let mut sums = [[0.0; O]; R];
     let common = common(bounds);
     for (row, keys) in bounds.iter().enumerate() {
-        weigh_row::<V, O>(&scores[row], values, keys.start..keys.end.min(common.start), &mut sums[row]);
+        weigh_row::<V, R, O>(weights, row, values, keys.start..keys.end.min(common.start), &mut sums[row]);
     }
     M::multiply::<V>(&weights[common.clone()], &values[common.clone()], false, &mut sums);
     for (row, keys) in bounds.iter().enumerate() {
-        weigh_row::<V, O>(&scores[row], values, keys.start.max(common.end)..keys.end, &mut sums[row]);
+        weigh_row::<V, R, O>(weights, row, values, keys.start.max(common.end)..keys.end, &mut sums[row]);
     }
     sums
 }
 
 #[inline(always)]
-fn weigh_row<V: Lanes, const O: usize>(
-    weights: &[f32; CHUNK],
+fn weigh_row<V: Lanes, const R: usize, const O: usize>(
+    weights: &[[f32; R]],
+    row: usize,
     values: &[[f32; O]; CHUNK],
     keys: Range<usize>,
     sums: &mut [f32; O],
@@ -249,7 +263,7 @@ fn weigh_row<V: Lanes, const O: usize>(
     for (column, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
         let mut sum = V::load(sums);
         for key in keys.clone() {
-            sum = V::splat(weights[key]).mul_add(V::load(&values[key].as_chunks().0[column]), sum);
+            sum = V::splat(weights[key][row]).mul_add(V::load(&values[key].as_chunks().0[column]), sum);
         }
         sum.store(sums);
     }
