@@ -6,6 +6,7 @@
 //! operations take at least, at the read bandwidth and multiply-add rate measured between the rounds, over the
 //! median.
 
+use std::cell::Cell;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use candle_core::{DType, Device, Result};
 use candle_nn::ops::softmax_last_dim;
 use candle_nn::{LayerNorm, Module};
 use kernels::activation::gelu;
+use kernels::attention::{AttentionParams, Mask, attention, paged_attention};
 use kernels::linear::linear;
 use kernels::moe::{Experts, Stack, route, sparse_mlp};
 use kernels::norm::add_layer_norm;
@@ -20,6 +22,7 @@ use kernels::probe::{self, Memory};
 use kernels::quantized::{self, Quantization, QuantizedMatrix};
 use kernels::softcap::softcap;
 use kernels::testing::Random;
+use kernels::{Batch, Segment};
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
@@ -82,6 +85,10 @@ fn cases() -> Vec<Case> {
     for (k, num_experts) in [(8, 32), (8, 128), (4, 128), (2, 128)] {
         cases.push(sparse_mlp_case(k, num_experts));
     }
+    for (new, past) in [(512, 0), (512, 2048), (1, 2048)] {
+        cases.extend([DType::F16, DType::F32].map(|pages| paged_attention_case(new, past, pages)));
+    }
+    cases.push(attention_case());
     cases.extend([1, 512].map(gelu_case));
     cases.extend([1, 512].map(add_layer_norm_case));
     cases
@@ -138,6 +145,60 @@ fn softcap_case(vocab: usize, dtype: DType) -> Case {
                 ours: Box::new(move || softcap(&x, 30.0).map(drop_result)),
                 candle: Some(Box::new(move || ((&candle_x / 30.0)?.tanh()? * 30.0).map(drop_result))),
             })
+        }),
+    }
+}
+
+/// A prompt or a token of Qwen3-0.6B. Layers beyond the caches' size take turns where keys come from memory.
+fn paged_attention_case(new: usize, past: usize, pages: DType) -> Case {
+    const BLOCK_SIZE: usize = 16;
+    const HQ: usize = 16;
+    const HK: usize = 8;
+    const D: usize = 128;
+    let context = past + new;
+    let bytes = 2 * context * HK * D * pages.size_in_bytes();
+    Case {
+        name: format!("paged_attention {new} after {past} {HQ}:{HK}x{D} {}", pages.as_str()),
+        bytes,
+        flops: 4 * HQ * D * (new * past + new * (new + 1) / 2),
+        build: Box::new(move || {
+            let mut random = Random::new(0);
+            let blocks: Vec<u32> = (0..context.div_ceil(BLOCK_SIZE) as u32).collect();
+            let q = random.tensor(&[new, HQ, D], 1.0, DType::F32, &Device::Cpu)?;
+            let kv = random.tensor(&[2, blocks.len(), BLOCK_SIZE, HK, D], 1.0, pages, &Device::Cpu)?;
+            let layers = (0..(96usize << 20).div_ceil(bytes)).map(|_| kv.copy()).collect::<Result<Vec<_>>>()?;
+            let segment = Segment { tokens: &vec![0; new], past, blocks: &blocks, slot: 0 };
+            let batch = Batch::new(&[segment], BLOCK_SIZE, &Device::Cpu)?;
+            let params = AttentionParams::causal((D as f32).powf(-0.5));
+            let layer = Cell::new(0);
+            let ours = move || {
+                layer.set((layer.get() + 1) % layers.len());
+                paged_attention(&q, &layers[layer.get()], &batch, params).map(drop_result)
+            };
+            Ok(Contenders { ours: Box::new(ours), candle: None })
+        }),
+    }
+}
+
+/// Eight texts of bge-m3.
+fn attention_case() -> Case {
+    const TEXTS: usize = 8;
+    const TOKENS: usize = 512;
+    const HEADS: usize = 16;
+    const D: usize = 64;
+    Case {
+        name: format!("attention {TEXTS}x{TOKENS} {HEADS}x{D} f32"),
+        bytes: 4 * 4 * TEXTS * TOKENS * HEADS * D,
+        flops: 4 * TEXTS * TOKENS * TOKENS * HEADS * D,
+        build: Box::new(|| {
+            let mut random = Random::new(0);
+            let mut rows = || random.tensor(&[TEXTS * TOKENS, HEADS, D], 1.0, DType::F32, &Device::Cpu);
+            let (q, k, v) = (rows()?, rows()?, rows()?);
+            let batch = Batch::uncached(&[&[0; TOKENS][..]; TEXTS], &Device::Cpu)?;
+            let params =
+                AttentionParams { mask: Mask::Bidirectional, ..AttentionParams::causal((D as f32).powf(-0.5)) };
+            let ours = move || attention(&q, &k, &v, &batch, params).map(drop_result);
+            Ok(Contenders { ours: Box::new(ours), candle: None })
         }),
     }
 }

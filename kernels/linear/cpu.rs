@@ -188,7 +188,7 @@ fn tiles_of<const R: usize>(floats: &mut [f32]) -> &mut [[Group<f32>; R]] {
 }
 
 /// The first `len` floats of `scratch` on a cache line, so that no load of a group straddles two.
-fn aligned(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(crate) fn aligned(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
     const LINE: usize = 16;
     if scratch.len() < len + LINE {
         scratch.resize(len + LINE, 0.0);
