@@ -32,7 +32,7 @@ const CHUNK: usize = 128;
 
 /// Up to this many rows of a key head, keys and values stream through registers as they lie; a row is one query head
 /// of one token.
-const FEW_ROWS: usize = 12;
+const FEW_ROWS: usize = 16;
 
 /// Most rows of a block of many, whole register tiles of every kind.
 const BLOCK_ROWS: usize = 192;
