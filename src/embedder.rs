@@ -3,6 +3,8 @@
 //! Texts are sorted by length and packed, without padding, to batches of a bounded number of tokens; results come back
 //! in the order of the texts. On the CPU a text's result is the same to the bit whatever shares its batch.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 use kernels::Batch;
 use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads, PackCache, Packing, Quantization};
@@ -324,14 +326,21 @@ impl Embedder {
         let sparse = host(encoded.sparse)?;
         let colbert_size = encoded.colbert.as_ref().map_or(0, |colbert| colbert.elem_count() / batch.num_tokens());
         let colbert = host(encoded.colbert)?;
-        let dense_rows = dense.chunks_exact(self.traits.dense_size);
-        let mut dense_rows = dense_rows.map(|row| self.dense(row));
-        let mut start = 0;
-        let embedding = |ids: &&[u32]| {
-            let tokens = start..start + ids.len();
-            start = tokens.end;
+        let mut end = 0;
+        let places: Vec<Range<usize>> = sequences
+            .iter()
+            .map(|ids| {
+                end += ids.len();
+                end - ids.len()..end
+            })
+            .collect();
+        let embedding = |(index, ids): (usize, &&[u32])| {
+            let tokens = places[index].clone();
             Embedding {
-                dense: dense_rows.next().unwrap_or_default(),
+                dense: match dense.get(index * self.traits.dense_size..(index + 1) * self.traits.dense_size) {
+                    Some(row) => self.dense(row),
+                    None => vec![],
+                },
                 sparse: match sparse.get(tokens.clone()) {
                     Some(weights) => token_weights(ids, weights, &self.traits.special_ids),
                     None => vec![],
@@ -344,7 +353,7 @@ impl Embedder {
                 truncated: 0,
             }
         };
-        Ok(sequences.iter().map(embedding).collect())
+        Ok(sequences.par_iter().enumerate().map(embedding).collect())
     }
 
     fn dense(&self, row: &[f32]) -> Vec<f32> {

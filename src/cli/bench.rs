@@ -24,7 +24,7 @@ use super::{Error, Result};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Hub id or folder, of a language model or an encoder [default: the built-in demo]
+    /// Hub id or folder, of a language model or an encoder, whose dense head is measured [default: the built-in demo]
     model: Option<String>,
     /// Tokens of a prompt, or of a text for an encoder; 0 for no such test [default: 512, or half the context]
     #[arg(short, long, value_name = "TOKENS", value_delimiter = ',')]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use models::{Packing, Quantization};
+use models::{Heads, Packing, Quantization};
 use taper::{
     Embedder, EmbedderOptions, Engine, EngineOptions, ModelLimits, Request, SamplingParams, SequenceId, Token,
 };
@@ -47,6 +47,7 @@ impl Subject {
                 dtype: Some(setup.dtype),
                 quantization,
                 pack_cache: args.pack_cache.cache(),
+                heads: Some(Heads::DENSE),
                 ..EmbedderOptions::default()
             };
             let embedder = Embedder::open(&setup.checkpoint, &options)?;
