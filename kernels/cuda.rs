@@ -7,7 +7,6 @@
 //! long as the process lives: candle's devices on one GPU share its primary context, which the module keeps.
 
 use std::ffi::c_void;
-use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendDevice;
@@ -115,7 +114,6 @@ pub(crate) struct EarlyLaunch<'a> {
     device: &'a CudaDevice,
     function: &'a CudaFunction,
     arguments: Vec<*mut c_void>,
-    borrowed: PhantomData<&'a ()>,
 }
 
 impl<'a> EarlyLaunch<'a> {
@@ -124,7 +122,7 @@ impl<'a> EarlyLaunch<'a> {
     }
 
     pub fn of(device: &'a CudaDevice, function: &'a CudaFunction) -> Self {
-        Self { device, function, arguments: Vec::with_capacity(24), borrowed: PhantomData }
+        Self { device, function, arguments: Vec::with_capacity(24) }
     }
 
     /// The kernel's next argument.
@@ -142,11 +140,8 @@ impl<'a> EarlyLaunch<'a> {
     ///
     /// The arguments are the kernel's, in its order, and what they point to is as large as the kernel takes it to be.
     pub unsafe fn launch(&mut self, config: LaunchConfig) -> Result<()> {
-        static CAN_START_EARLY: PerGpu<bool> = PerGpu::new();
         let stream = self.device.cuda_stream();
-        let context = stream.context();
-        let early = *CAN_START_EARLY.get(self.device, || Ok(context.compute_capability().w()?.0 >= 9))?;
-        context.bind_to_thread().w()?;
+        stream.context().bind_to_thread().w()?;
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -162,7 +157,7 @@ impl<'a> EarlyLaunch<'a> {
             sharedMemBytes: config.shared_mem_bytes,
             hStream: stream.cu_stream(),
             attrs: &raw mut attribute,
-            numAttrs: u32::from(early),
+            numAttrs: u32::from(Gpu::of(self.device)?.starts_early),
         };
         let function = self.function.cu_function();
         // SAFETY: the caller's promise; the arguments are borrowed until here.
@@ -178,6 +173,8 @@ pub(crate) struct Gpu {
     /// Bytes of shared memory that a block can have, and a multiprocessor has.
     pub shared: [usize; 2],
     pub is_hopper: bool,
+    /// Whether a kernel may begin before the one ahead of it in the stream has ended.
+    pub starts_early: bool,
 }
 
 impl Gpu {
@@ -186,13 +183,15 @@ impl Gpu {
         GPUS.get(device, || {
             let context = device.cuda_stream().context().clone();
             let get = |attribute| Ok::<_, candle_core::Error>(context.attribute(attribute).w()? as usize);
+            let generation = get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             Ok(Self {
                 multiprocessors: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
                 shared: [
                     get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
                     get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
                 ],
-                is_hopper: get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? == 9,
+                is_hopper: generation == 9,
+                starts_early: generation >= 9,
             })
         })
     }
