@@ -280,7 +280,7 @@ impl Batch {
 }
 
 /// Writes over a whole tensor of u32.
-struct Overwrite(Vec<u32>);
+pub(crate) struct Overwrite(pub Vec<u32>);
 
 impl InplaceOp1 for Overwrite {
     fn name(&self) -> &'static str {

@@ -173,6 +173,16 @@ pub(crate) fn as_rows(x: &Tensor) -> Result<Tensor> {
     if takes_strides && x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() }
 }
 
+/// The layout of an operand `[N, H D]` in rows as that of `[N, H, D]`, where that is `shape`; otherwise as it is.
+pub(crate) fn with_heads(layout: &Layout, shape: &Shape) -> Layout {
+    match (layout.dims(), layout.stride(), shape.dims()) {
+        (&[n, width], &[stride, 1], &[rows, heads, d]) if n == rows && width == heads * d => {
+            Layout::new(shape.clone(), vec![stride, d, 1], layout.start_offset())
+        }
+        _ => layout.clone(),
+    }
+}
+
 /// Fills `out`, `[rows, d]`, by `fill(first row, rows)`, on many threads when it is large enough to pay.
 pub(crate) fn fill_rows<T: Send>(out: &mut [T], d: usize, fill: impl Fn(usize, &mut [T]) + Sync) {
     // About ten microseconds of work, as much as waking a thread costs.

@@ -20,8 +20,10 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape,
 
 use crate::cpu::Operand;
 
+mod download;
 mod recording;
 mod upload;
+pub(crate) use download::Download;
 pub(crate) use recording::{Recorded, measure};
 pub(crate) use upload::upload;
 
@@ -198,18 +200,18 @@ impl Gpu {
 }
 
 /// A value made on first use on each GPU.
-struct PerGpu<T>([OnceLock<T>; PerGpu::<()>::LIMIT]);
+pub(crate) struct PerGpu<T>([OnceLock<T>; PerGpu::<()>::LIMIT]);
 
 impl PerGpu<()> {
     const LIMIT: usize = 16;
 }
 
 impl<T> PerGpu<T> {
-    const fn new() -> Self {
+    pub const fn new() -> Self {
         Self([const { OnceLock::new() }; PerGpu::<()>::LIMIT])
     }
 
-    fn get(&self, device: &CudaDevice, make: impl FnOnce() -> Result<T>) -> Result<&T> {
+    pub fn get(&self, device: &CudaDevice, make: impl FnOnce() -> Result<T>) -> Result<&T> {
         let gpu = device.cuda_stream().context().ordinal();
         let Some(cell) = self.0.get(gpu) else {
             bail!("cuda: kernels run on the first {} gpus, this is number {gpu}", self.0.len())

@@ -1,4 +1,4 @@
-//! Accelerators: how one is opened for these kernels, and what memory it has left.
+//! Accelerators: how one is opened for these kernels, what memory it has left, and what goes there and back.
 
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 
@@ -47,6 +47,46 @@ pub fn upload(
         _ => {
             let _ = (shape.into(), dtype, parts, done);
             bail!("upload: {:?} is no cuda gpu", device.location())
+        }
+    }
+}
+
+/// Numbers on their way from a device to the host, which does not wait for what the device has been given since.
+pub struct Download(Way);
+
+enum Way {
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::Download),
+    There(Vec<u32>),
+}
+
+impl Download {
+    /// `numbers` `[n]` in u32, as they are behind what was queued so far.
+    ///
+    /// # Errors
+    ///
+    /// Another dtype or rank, or the device refuses.
+    pub fn new(numbers: &Tensor) -> Result<Self> {
+        if numbers.dtype() != DType::U32 || numbers.rank() != 1 {
+            bail!("download: {:?} {:?}, expected u32 [n]", numbers.dtype(), numbers.dims())
+        }
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = numbers.device() {
+            return crate::cuda::Download::new(device, &numbers.contiguous()?).map(Way::Cuda).map(Self);
+        }
+        numbers.to_vec1().map(Way::There).map(Self)
+    }
+
+    /// The numbers, when they are there.
+    ///
+    /// # Errors
+    ///
+    /// What the device was given before has failed.
+    pub fn wait(self) -> Result<Vec<u32>> {
+        match self.0 {
+            #[cfg(feature = "cuda")]
+            Way::Cuda(download) => download.wait(),
+            Way::There(numbers) => Ok(numbers),
         }
     }
 }

@@ -35,11 +35,11 @@
 //! tokens or sequences share the step, how the prompt was cut into chunks, or the number of threads.
 
 pub mod activation;
-pub mod argmax;
 pub mod attention;
 pub mod conv;
 pub mod device;
 pub mod gated_delta;
+pub mod gather;
 pub mod graph;
 pub mod heads;
 pub mod linear;
@@ -48,6 +48,7 @@ pub mod moe;
 pub mod norm;
 pub mod quantized;
 pub mod rope;
+pub mod sampling;
 pub mod softcap;
 
 mod batch;

@@ -9,6 +9,7 @@ use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::gelu;
 use kernels::attention::{AttentionParams, Mask, attention};
+use kernels::gather::gather;
 use kernels::norm::add_layer_norm;
 use serde::Deserialize;
 
@@ -176,7 +177,7 @@ impl Encoder for BgeM3 {
         }
         let of = |linear: &Option<Linear>, wanted: bool| linear.as_ref().filter(|_| wanted).map(|l| l.forward(&x));
         Ok(Encoded {
-            dense: heads.dense.then(|| x.index_select(&batch.first()?, 0)).transpose()?,
+            dense: heads.dense.then(|| gather(&x, &batch.first()?)).transpose()?,
             sparse: of(&self.sparse_linear, heads.sparse).transpose()?.map(|w| w.flatten_all()?.relu()).transpose()?,
             colbert: of(&self.colbert_linear, heads.colbert).transpose()?,
         })
@@ -211,7 +212,7 @@ impl Embeddings {
 
     fn forward(&self, batch: &Batch) -> Result<Tensor> {
         let words = self.word_embeddings.forward(&batch.tokens)?;
-        self.layer_norm.forward(&words, &self.position_embeddings.index_select(&batch.positions, 0)?)
+        self.layer_norm.forward(&words, &gather(&self.position_embeddings, &batch.positions)?)
     }
 }
 

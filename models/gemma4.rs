@@ -14,6 +14,7 @@ use candle_core::{IndexOp, Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::{Activation, gated_activation};
 use kernels::attention::{AttentionParams, paged_attention};
+use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::{Around, linear};
 use kernels::softcap::softcap;
@@ -23,7 +24,7 @@ use serde_json::Value;
 use crate::cache::{Cache, CacheSpec};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, RopeParameters};
-use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
+use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations, heads};
 use crate::weights::{Ignored, Table, Weights};
 use crate::{CausalLm, Description, Observed, Observer};
 
@@ -409,7 +410,7 @@ impl CausalLm for Gemma4 {
             return Ok(None);
         }
         let rows = batch.last_rows(sequences)?;
-        let (embedded, x) = (embedded.index_select(&rows, 0)?, x.index_select(&rows, 0)?);
+        let (embedded, x) = (gather(&embedded, &rows)?, gather(&x, &rows)?);
         let last = batch.last_tokens(sequences)?;
         let x = self.run(self.first_shared..self.layers.len(), &embedded, x, &last, cache, unobserved)?;
         self.norm.forward(&x).map(Some)
@@ -611,20 +612,18 @@ impl Attention {
             None => (&rotations.full, batch),
         };
         let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
-        let heads = |start: usize, count: usize| {
-            qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))
-        };
+        let (hq, hk, d) = (self.num_heads, self.num_kv_heads, self.head_dim);
         let (k, v);
         let kv = match &self.kv_norms {
             Some([k_norm, v_norm]) => {
-                k = heads(self.num_heads, self.num_kv_heads)?;
-                v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
+                k = heads(&qkv, hq * d, hk, d)?;
+                v = heads(&qkv, (hq + hk) * d, hk, d)?;
                 Some(KeyValueHeads { k: &k, v: &v, k_norm: k_norm.parts(), v_norm: Some(v_norm.parts()) })
             }
             None => None,
         };
         let pages = cache.kv(self.kv_source)?;
-        let q = rotations.enter(&heads(0, self.num_heads)?, &self.q_norm, kv, pages, batch)?;
+        let q = rotations.enter(&heads(&qkv, 0, hq, d)?, &self.q_norm, kv, pages, batch)?;
         let params = AttentionParams { window: self.window, ..AttentionParams::causal(1.0) };
         self.o_proj.forward(&paged_attention(&q, pages, batch, params)?.flatten_from(1)?)
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::activation::Activation;
+use kernels::gather::gather;
 use kernels::heads::{KeyValueHeads, norm_rope_write};
 use kernels::linear::{Around, linear_around};
 use kernels::norm::{self, Norm};
@@ -142,7 +143,7 @@ impl Embedding {
     /// On the CPU, a token beyond the vocabulary.
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         let rows = match &self.weight {
-            Matrix::Dense(weight) => weight.index_select(tokens, 0)?,
+            Matrix::Dense(weight) => gather(weight, tokens)?,
             Matrix::Packed(weight) => weight.rows(tokens)?,
         };
         rows.to_dtype(self.dtype)
@@ -251,6 +252,20 @@ impl RotaryEmbedding {
     pub fn rotations(&self, batch: &Batch) -> Result<Rotations> {
         let (cos, sin) = rope::rotations(&batch.positions, &self.inv_freq)?;
         Ok(Rotations { cos, sin })
+    }
+}
+
+/// `count` heads of `size` values from column `start` of `x` `[N, W]` on: `[N, count, size]`, a view where `x` is whole
+/// heads.
+///
+/// # Errors
+///
+/// `x` is narrower.
+pub fn heads(x: &Tensor, start: usize, count: usize, size: usize) -> Result<Tensor> {
+    let (n, width) = x.dims2()?;
+    match x.is_contiguous() && width.is_multiple_of(size) && start.is_multiple_of(size) {
+        true => x.reshape((n, width / size, size))?.narrow(1, start / size, count),
+        false => x.narrow(1, start, count * size)?.reshape((n, count, size)),
     }
 }
 

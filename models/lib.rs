@@ -21,6 +21,7 @@ pub mod weights;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kernels::Batch;
+use kernels::gather::gather;
 pub use kernels::quantized::Quantization;
 use serde_json::Value;
 
@@ -61,7 +62,7 @@ pub trait CausalLm: Send {
         if sequences.is_empty() {
             return Ok(None);
         }
-        hidden.index_select(&batch.last_rows(sequences)?, 0).map(Some)
+        gather(&hidden, &batch.last_rows(sequences)?).map(Some)
     }
 
     /// `hidden` `[n, H]` to logits `[n, V]`.

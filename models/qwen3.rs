@@ -7,6 +7,7 @@ use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::Activation;
 use kernels::attention::{AttentionParams, attention, paged_attention};
+use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::Around;
 use serde::Deserialize;
@@ -14,7 +15,7 @@ use serde::Deserialize;
 use crate::cache::{Cache, CacheSpec};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, HiddenAct, RopeParameters};
-use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
+use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations, heads};
 use crate::pooling::Pooling;
 use crate::weights::{Ignored, Weights};
 use crate::{CausalLm, Description, Encoded, Encoder, EncoderTraits, Heads, Observed, Observer};
@@ -180,7 +181,7 @@ impl Encoder for Qwen3Embedding {
             bail!("qwen3: {heads:?} asked for, the model has a dense head alone")
         }
         let x = self.model.forward(batch, None, &mut |_| Ok(()))?;
-        let dense = heads.dense.then(|| x.index_select(&batch.last, 0)).transpose()?;
+        let dense = heads.dense.then(|| gather(&x, &batch.last)).transpose()?;
         Ok(Encoded { dense, ..Encoded::default() })
     }
 }
@@ -295,13 +296,11 @@ impl Attention {
         cache: Option<&Cache>,
     ) -> Result<Tensor> {
         let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
-        let heads = |start: usize, count: usize| {
-            qkv.narrow(1, start * self.head_dim, count * self.head_dim)?.reshape(((), count, self.head_dim))
-        };
-        let q = heads(0, self.num_heads)?;
-        let k = heads(self.num_heads, self.num_kv_heads)?;
-        let v = heads(self.num_heads + self.num_kv_heads, self.num_kv_heads)?;
-        let params = AttentionParams::causal((self.head_dim as f32).powf(-0.5));
+        let (hq, hk, d) = (self.num_heads, self.num_kv_heads, self.head_dim);
+        let q = heads(&qkv, 0, hq, d)?;
+        let k = heads(&qkv, hq * d, hk, d)?;
+        let v = heads(&qkv, (hq + hk) * d, hk, d)?;
+        let params = AttentionParams::causal((d as f32).powf(-0.5));
         let mixed = match cache {
             Some(cache) => {
                 let pages = cache.kv(self.layer)?;

@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::cache::{Cache, CacheSpec};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, HiddenAct, RopeParameters};
-use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations};
+use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations, heads};
 use crate::moe::{self, SparseMlp};
 use crate::weights::{Ignored, Weights};
 use crate::{CausalLm, Description, Observed, Observer};
@@ -364,12 +364,9 @@ impl Attention {
     ) -> Result<Tensor> {
         let d = self.head_dim;
         let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
-        let heads = |start: usize, count: usize, size: usize| {
-            qkv.narrow(1, start * d, count * size)?.reshape(((), count, size))
-        };
-        let query_and_gate = heads(0, self.num_heads, 2 * d)?;
-        let k = heads(2 * self.num_heads, self.num_kv_heads, d)?;
-        let v = heads(2 * self.num_heads + self.num_kv_heads, self.num_kv_heads, d)?;
+        let query_and_gate = heads(&qkv, 0, self.num_heads, 2 * d)?;
+        let k = heads(&qkv, 2 * self.num_heads * d, self.num_kv_heads, d)?;
+        let v = heads(&qkv, (2 * self.num_heads + self.num_kv_heads) * d, self.num_kv_heads, d)?;
         let (q, gate) = (query_and_gate.narrow(2, 0, d)?, query_and_gate.narrow(2, d, d)?);
         let pages = cache.kv(self.layer)?;
         let kv = KeyValueHeads { k: &k, v: &v, k_norm: self.k_norm.parts(), v_norm: None };
@@ -423,16 +420,16 @@ impl GatedDeltaNet {
         let (hk, hv, kd, vd) = (self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim);
         let conv_dim = 2 * hk * kd + hv * vd;
         let projected = self.in_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
-        let z = projected.narrow(1, conv_dim, hv * vd)?.reshape(((), hv, vd))?;
+        let z = projected.narrow(1, conv_dim, hv * vd)?;
         let b = projected.narrow(1, conv_dim + hv * vd, hv)?;
         let a = projected.narrow(1, conv_dim + hv * vd + hv, hv)?;
         let (g, beta) = gates(&a, &b, &self.a_log, &self.dt_bias)?;
 
         let qkv = projected.narrow(1, 0, conv_dim)?;
         let qkv = causal_conv1d(&qkv, &self.conv1d, cache.conv(self.layer)?, batch)?;
-        let q = qkv.narrow(1, 0, hk * kd)?.reshape(((), hk, kd))?;
-        let k = qkv.narrow(1, hk * kd, hk * kd)?.reshape(((), hk, kd))?;
-        let v = qkv.narrow(1, 2 * hk * kd, hv * vd)?.reshape(((), hv, vd))?;
+        let q = heads(&qkv, 0, hk, kd)?;
+        let k = heads(&qkv, hk * kd, hk, kd)?;
+        let v = heads(&qkv, 2 * hk * kd, hv, vd)?;
         let mixed = gated_delta_rule(&q, &k, &v, &g, &beta, cache.state(self.layer)?, batch)?;
         let gated = self.norm.forward_gated(&mixed, &z)?.flatten_from(1)?;
         self.out_proj.forward_around(&gated, Around { onto: Some(x), ..Around::default() })

@@ -14,6 +14,7 @@ use std::sync::{Arc, PoisonError};
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use half::{bf16, f16};
 use kernels::Batch;
+use kernels::gather::gather_columns;
 use kernels::quantized::{Quantization, QuantizedMatrix};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -334,9 +335,7 @@ impl Table {
     /// On the CPU a token beyond the table, columns beyond it, or no memory left on the device.
     pub fn rows(&self, batch: &Batch, columns: Range<usize>) -> Result<Tensor> {
         match self {
-            Self::OnDevice(table) => {
-                table.index_select(&batch.tokens, 0)?.narrow(1, columns.start, columns.len())?.contiguous()
-            }
+            Self::OnDevice(table) => gather_columns(table, columns, &batch.tokens),
             Self::InFile(rows) => rows.gather(batch.token_ids(), columns),
         }
     }

@@ -7,16 +7,17 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
-use kernels::argmax::{self, argmax};
+use kernels::device::Download;
+use kernels::sampling::{Draw, Draws, NOTHING, argmax, sample};
 use kernels::{Batch, NO_BLOCK, Segment};
 use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
 use serde::{Deserialize, Serialize};
 
 use crate::device::{available_memory, default_step};
 use crate::prefix_cache::Prefix;
-use crate::recorded::{Recordings, Runner};
+use crate::recorded::{Inputs, Recordings, Runner, Step};
 use crate::sampler::{self, Logprobs, Sampled, Sampler, SamplingParams};
-use crate::scheduler::{Copy, Limits, Plan, Scheduler, Window};
+use crate::scheduler::{Copy, Limits, Plan, Scheduler, Window, Work};
 use crate::sequence::{Reuse, Sequence, SequenceId};
 use crate::{Error, Result};
 
@@ -36,8 +37,9 @@ pub struct EngineOptions {
     /// Checkpoints of recurrent state, or windows of sliding layers, that are kept for later prompts, memory permitting.
     /// Default 24.
     pub max_checkpoints: usize,
-    /// Tokens of prompt between two checkpoints. Default 2048.
-    pub checkpoint_interval: usize,
+    /// Tokens of prompt between two checkpoints, where a step of a prompt ends too. Default: 2048 on the CPU, 4096
+    /// elsewhere.
+    pub checkpoint_interval: Option<usize>,
     /// Whether a GPU that can record decode steps does, and replays them: the same results to the bit, sooner. Default
     /// true.
     pub replay: bool,
@@ -52,7 +54,7 @@ impl Default for EngineOptions {
             memory: None,
             max_context: None,
             max_checkpoints: 24,
-            checkpoint_interval: 2048,
+            checkpoint_interval: None,
             replay: true,
         }
     }
@@ -139,6 +141,8 @@ pub struct Engine {
     max_context: usize,
     next_id: u64,
     recordings: Recordings,
+    /// The step that is under way while nobody waits for it.
+    flight: Option<Flight>,
 }
 
 struct Active {
@@ -182,6 +186,7 @@ impl Engine {
             max_context,
             next_id: 0,
             recordings: Recordings::new(options.replay),
+            flight: None,
         })
     }
 
@@ -330,16 +335,19 @@ impl Engine {
     ///
     /// The computation failed; every request it ran is cancelled.
     pub fn step(&mut self) -> Result<Vec<Output>> {
-        let plan = self.scheduler.plan();
-        match self.run(&plan) {
-            Ok(outputs) => Ok(outputs),
-            Err(error) => {
-                plan.work.iter().for_each(|work| {
-                    self.cancel(work.id);
-                });
-                Err(error)
+        let (ids, outputs) = match self.flight.take() {
+            Some(flight) => (flight.ids.clone(), self.land(flight)),
+            None => {
+                let plan = self.scheduler.plan();
+                (plan.work.iter().map(|work| work.id).collect(), self.run(&plan))
             }
+        };
+        if outputs.is_err() {
+            ids.into_iter().for_each(|id| {
+                self.cancel(id);
+            });
         }
+        outputs
     }
 
     fn run(&mut self, plan: &Plan) -> Result<Vec<Output>> {
@@ -347,72 +355,121 @@ impl Engine {
         if plan.work.is_empty() {
             return Ok(vec![]);
         }
-        let segments: Vec<Segment> = plan
-            .work
-            .iter()
-            .map(|work| {
-                let sequence = self.scheduler.running(work.id).expect("planned work is running");
-                Segment {
-                    tokens: &sequence.tokens[work.tokens.clone()],
-                    past: work.tokens.start,
-                    blocks: &sequence.blocks,
-                    slot: sequence.slot.expect("a running sequence has a slot"),
-                }
-            })
-            .collect();
-        let sequences = plan.work.iter().filter_map(|work| self.scheduler.running(work.id));
-        let tables: Vec<&[u32]> = match self.scheduler.has_window() {
-            true => sequences.map(|sequence| sequence.window_blocks.as_slice()).collect(),
-            false => vec![],
-        };
-        let (sampled, ids): (Vec<u32>, Vec<SequenceId>) =
-            (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(index, work)| (index, work.id)).unzip();
-        let needs_logits = ids.iter().any(|id| !self.requests[id].sampler.is_argmax());
-        let model = self.model.as_mut();
-        let device = self.cache.config().device.clone();
-        let cache = &mut self.cache;
-        let is_decode = sampled.len() == segments.len() && segments.iter().all(|segment| segment.tokens.len() == 1);
+        let ids: Vec<SequenceId> = plan.work.iter().filter(|work| work.sample).map(|work| work.id).collect();
+        let device = self.device().clone();
+        let is_decode = ids.len() == plan.work.len() && plan.work.iter().all(|work| work.tokens.len() == 1);
+        let draws = if device.is_cpu() { None } else { self.draws(&ids, 0) };
         let choices = if is_decode && self.recordings.are_used(&device) {
-            let runner = Runner { model, cache, sampled_vocab: self.limits.sampled_vocab };
-            let step = self.recordings.step(runner, &segments, &tables)?;
-            match needs_logits {
-                true => Choices::logits(step.logits)?,
-                false => Choices::MostLikely(step.most_likely.to_vec1()?),
+            if let Some(draws) = draws {
+                let flight = self.launch(plan, &draws, None)?;
+                return self.land(flight);
             }
+            Choices::logits(self.recorded(plan, None, None)?.logits)?
         } else {
-            let block_size = cache.config().block_size;
-            let mut batch = Batch::new(&segments, block_size, &device)?;
-            if !tables.is_empty() {
-                batch = batch.with_windows(&tables, block_size)?;
-            }
-            let limit = self.limits.sampled_vocab;
-            let mut forward = move || {
-                let Some(hidden) = model.forward_last(&batch, cache, &sampled)? else { return Ok(Choices::None) };
-                let logits = model.logits(&hidden)?;
-                match needs_logits || batch.tokens.device().is_cpu() {
-                    true => Choices::logits(&logits),
-                    false => Ok(Choices::MostLikely(argmax(&logits, limit)?.to_vec1()?)),
-                }
-            };
-            if device.is_cpu() { kernels::on_pool(forward) } else { forward() }?
+            self.forward(plan, draws)?
         };
         let checkpoints = self.scheduler.complete(&plan.work);
         self.copy(&checkpoints)?;
+        let ids = ids.into_iter();
         Ok(match choices {
             Choices::None => vec![],
             Choices::Logits(logits) => {
-                ids.into_iter().zip(&logits).map(|(id, row)| self.choose(id, |sampler| sampler.sample(row))).collect()
+                ids.zip(&logits).map(|(id, row)| self.choose(id, false, |sampler| sampler.sample(row))).collect()
             }
-            Choices::MostLikely(tokens) => ids
-                .into_iter()
-                .zip(tokens)
-                .map(|(id, token)| self.choose(id, |sampler| accept(sampler, token)))
-                .collect(),
+            Choices::Made(tokens) => {
+                ids.zip(tokens).map(|(id, token)| self.choose(id, false, |sampler| accept(sampler, token))).collect()
+            }
         })
     }
 
-    /// Gives a sequence the token that `choose` makes its sampler choose.
-    fn choose(&mut self, id: SequenceId, choose: impl FnOnce(&mut Sampler) -> Result<Sampled>) -> Output {
+    /// How the tokens of these sequences are drawn, `ahead` tokens behind their next ones, if the device may draw all.
+    fn draws(&self, ids: &[SequenceId], ahead: u64) -> Option<Vec<Draw>> {
+        ids.iter().map(|id| self.requests[id].sampler.draw(ahead)).collect()
+    }
+
+    /// Runs a step as it is.
+    fn forward(&mut self, plan: &Plan, draws: Option<Vec<Draw>>) -> Result<Choices> {
+        let (segments, tables) = inputs(&self.scheduler, plan);
+        let sampled: Vec<u32> = (0..).zip(&plan.work).filter(|(_, work)| work.sample).map(|(index, _)| index).collect();
+        let (model, cache, limit) = (self.model.as_mut(), &mut self.cache, self.limits.sampled_vocab);
+        let CacheConfig { block_size, ref device, .. } = *cache.config();
+        let device = device.clone();
+        let mut batch = Batch::new(&segments, block_size, &device)?;
+        if !tables.is_empty() {
+            batch = batch.with_windows(&tables, block_size)?;
+        }
+        let forward = move || {
+            let Some(hidden) = model.forward_last(&batch, cache, &sampled)? else { return Ok(Choices::None) };
+            let logits = model.logits(&hidden)?;
+            match draws {
+                None => Choices::logits(&logits),
+                Some(draws) if are_most_likely(&draws) => Ok(Choices::Made(argmax(&logits, limit)?.to_vec1()?)),
+                Some(draws) => {
+                    let draws = Draws::new(&draws, logits.device())?;
+                    Ok(Choices::Made(sample(&logits, limit, &draws)?.to_vec1()?))
+                }
+            }
+        };
+        Ok(if device.is_cpu() { kernels::on_pool(forward) } else { forward() }?)
+    }
+
+    /// Runs a step of one token for each sequence as it was recorded.
+    fn recorded(&mut self, plan: &Plan, draws: Option<&[Draw]>, tokens: Option<&Tensor>) -> Result<Step<'_>> {
+        let (segments, tables) = inputs(&self.scheduler, plan);
+        let (model, cache) = (self.model.as_mut(), &mut self.cache);
+        let runner = Runner { model, cache, sampled_vocab: self.limits.sampled_vocab };
+        Ok(self.recordings.step(runner, Inputs { segments: &segments, tables: &tables, tokens, draws })?)
+    }
+
+    /// Queues a recorded step and books it as run; `tokens` are what it begins with, if the host does not know it yet.
+    fn launch(&mut self, plan: &Plan, draws: &[Draw], tokens: Option<&Tensor>) -> Result<Flight> {
+        let step = self.recorded(plan, (!are_most_likely(draws)).then_some(draws), tokens)?;
+        let (chosen, tokens) = (step.chosen.clone(), Download::new(step.chosen)?);
+        let checkpoints = self.scheduler.complete(&plan.work);
+        self.copy(&checkpoints)?;
+        Ok(Flight { ids: plan.work.iter().map(|work| work.id).collect(), chosen, tokens })
+    }
+
+    /// Waits for a step's tokens, once the step behind it is queued, if there can be one.
+    fn land(&mut self, flight: Flight) -> Result<Vec<Output>> {
+        let next = self.launch_behind(&flight)?;
+        let tokens = flight.tokens.wait()?;
+        let mut outputs = vec![];
+        for (id, token) in flight.ids.into_iter().zip(tokens) {
+            // It may have ended with the token before.
+            if self.is_active(id) {
+                outputs.push(self.choose(id, next.is_some(), |sampler| accept(sampler, token)));
+            }
+        }
+        self.flight = next.filter(|next| next.ids.iter().any(|&id| self.is_active(id)));
+        Ok(outputs)
+    }
+
+    /// Queues the step behind one that is under way, with the same sequences, whose tokens are still on the device. What
+    /// it does for a sequence that turns out to have ended is lost, but right: it ran the token that ended it.
+    fn launch_behind(&mut self, flight: &Flight) -> Result<Option<Flight>> {
+        let goes_on = |id: &SequenceId| match (self.requests.get(id), self.scheduler.running(*id)) {
+            (Some(active), Some(sequence)) => {
+                sequence.generated() + 1 < active.max_tokens && sequence.tokens.len() + 1 < self.max_context
+            }
+            _ => false,
+        };
+        if !flight.ids.iter().all(goes_on) || !self.scheduler.can_go_on(&flight.ids) {
+            return Ok(None);
+        }
+        let Some(draws) = self.draws(&flight.ids, 1) else { return Ok(None) };
+        flight.ids.iter().for_each(|&id| self.scheduler.push(id, UNKNOWN));
+        let plan = self.scheduler.plan();
+        self.launch(&plan, &draws, Some(&flight.chosen)).map(Some)
+    }
+
+    /// Gives a sequence the token that `choose` makes its sampler choose, in place of one that stands for it if that is so.
+    fn choose(
+        &mut self,
+        id: SequenceId,
+        has_place: bool,
+        choose: impl FnOnce(&mut Sampler) -> Result<Sampled>,
+    ) -> Output {
         let active = self.requests.get_mut(&id).expect("a running sequence has a request");
         let sampled = match choose(&mut active.sampler) {
             Ok(sampled) => sampled,
@@ -422,7 +479,10 @@ impl Engine {
             }
         };
         let (max_tokens, ignore_eos) = (active.max_tokens, active.ignore_eos);
-        self.scheduler.push(id, sampled.token);
+        match has_place {
+            true => self.scheduler.replace_last(id, sampled.token),
+            false => self.scheduler.push(id, sampled.token),
+        }
         let sequence = self.scheduler.running(id).expect("it was just sampled from");
         let finish = if !ignore_eos && self.limits.stop_ids.contains(&sampled.token) {
             Some(FinishReason::Stop)
@@ -452,13 +512,44 @@ impl Engine {
     }
 }
 
+/// Stands for a token that the device has chosen and the host does not know yet. No prompt has it.
+const UNKNOWN: u32 = u32::MAX;
+
+/// A step of one token for each of some sequences, whose next tokens are under way.
+struct Flight {
+    ids: Vec<SequenceId>,
+    /// `[ids]`, on the device.
+    chosen: Tensor,
+    tokens: Download,
+}
+
+/// The segments of a plan, and the block tables of layers with a window if there are any.
+fn inputs<'a>(scheduler: &'a Scheduler, plan: &Plan) -> (Vec<Segment<'a>>, Vec<&'a [u32]>) {
+    let of = |work: &Work| {
+        let sequence = scheduler.running(work.id).expect("planned work is running");
+        let segment = Segment {
+            tokens: &sequence.tokens[work.tokens.clone()],
+            past: work.tokens.start,
+            blocks: &sequence.blocks,
+            slot: sequence.slot.expect("a running sequence has a slot"),
+        };
+        (segment, sequence.window_blocks.as_slice())
+    };
+    let (segments, tables): (Vec<_>, Vec<_>) = plan.work.iter().map(of).unzip();
+    (segments, if scheduler.has_window() { tables } else { vec![] })
+}
+
+fn are_most_likely(draws: &[Draw]) -> bool {
+    draws.iter().all(|draw| *draw == Draw::MOST_LIKELY)
+}
+
 /// What the sampled sequences of a step choose from.
 enum Choices {
     None,
     /// A row for each.
     Logits(Vec<Vec<f32>>),
-    /// The token of the largest logit of each.
-    MostLikely(Vec<u32>),
+    /// The device has chosen.
+    Made(Vec<u32>),
 }
 
 impl Choices {
@@ -469,7 +560,7 @@ impl Choices {
 
 /// Takes the most likely token, unless there was none.
 fn accept(sampler: &mut Sampler, token: u32) -> Result<Sampled> {
-    if token == argmax::NOTHING {
+    if token == NOTHING {
         return Err(sampler::nothing_to_choose_from());
     }
     sampler.accept(token);
@@ -558,8 +649,9 @@ impl Sizes {
         device: &Device,
         options: &EngineOptions,
     ) -> Result<Self> {
-        let EngineOptions { max_sequences, block_size, checkpoint_interval, .. } = *options;
+        let EngineOptions { max_sequences, block_size, .. } = *options;
         let max_tokens_per_step = options.max_tokens_per_step.unwrap_or(default_step(device));
+        let checkpoint_interval = options.checkpoint_interval.unwrap_or(default_step(device).max(2048));
         for (name, value) in [
             ("max_sequences", max_sequences),
             ("max_tokens_per_step", max_tokens_per_step),

@@ -1,11 +1,12 @@
 //! Decode steps that a GPU recorded and replays: one launch instead of hundreds.
 //!
-//! A recording is good for one number of sequences and for block tables up to some width, which grow by a factor, so
-//! that a long reply is recorded a few times. Its batch keeps its addresses; each step writes over what it holds.
+//! A recording is good for one number of sequences, for block tables up to some width, which grow by a factor, so that a
+//! long reply is recorded a few times, and for one way to choose tokens. Its batch keeps its addresses; each step writes
+//! over what it holds.
 
 use candle_core::{Device, Result, Tensor};
-use kernels::argmax::argmax;
 use kernels::graph::Graph;
+use kernels::sampling::{Draw, Draws, argmax, sample};
 use kernels::{Batch, Segment};
 use models::{Cache, CausalLm};
 
@@ -15,12 +16,24 @@ const KEPT: usize = 32;
 const LEAST_WIDTH: usize = 16;
 const GROWTH: usize = 4;
 
-/// What a step of one token for each sequence gives.
+/// A step of one token for each sequence.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    pub segments: &'a [Segment<'a>],
+    /// Those of layers with a window, if there are any.
+    pub tables: &'a [&'a [u32]],
+    /// In place of the segments' tokens `[B]`, where the device has chosen them and the host does not know them yet.
+    pub tokens: Option<&'a Tensor>,
+    /// How the next tokens are chosen, if they are not the most likely ones.
+    pub draws: Option<&'a [Draw]>,
+}
+
+/// What a step gives.
 pub(crate) struct Step<'a> {
     /// `[B, V]`
     pub logits: &'a Tensor,
-    /// `[B]`, as [`argmax`] of the tokens that may be sampled.
-    pub most_likely: &'a Tensor,
+    /// `[B]`, among the tokens that may be sampled.
+    pub chosen: &'a Tensor,
 }
 
 /// The recordings of an engine.
@@ -33,8 +46,9 @@ pub(crate) struct Recordings {
 struct Recording {
     shape: Shape,
     batch: Batch,
+    draws: Option<Draws>,
     logits: Tensor,
-    most_likely: Tensor,
+    chosen: Tensor,
     /// `None` in the last recording there will be: the step could not be recorded.
     graph: Option<Graph>,
 }
@@ -45,6 +59,7 @@ struct Shape {
     width: usize,
     /// Of the tables of layers with a window.
     window_width: usize,
+    is_drawn: bool,
 }
 
 /// What a step runs on.
@@ -65,30 +80,38 @@ impl Recordings {
         !self.is_off && Graph::is_available(device)
     }
 
-    /// Runs a step in which each segment has one token; `tables` are those of layers with a window, if there are any.
+    /// Runs a step.
     ///
     /// # Errors
     ///
     /// As the model's forward pass. A step that cannot be recorded is no error: it runs as it is, and so do those after
     /// it.
-    pub fn step(&mut self, runner: Runner, segments: &[Segment], tables: &[&[u32]]) -> Result<Step<'_>> {
+    pub fn step(&mut self, runner: Runner, inputs: Inputs) -> Result<Step<'_>> {
+        let Inputs { segments, tables, tokens, draws } = inputs;
         let shape = Shape {
             sequences: segments.len(),
             width: roomy(segments.iter().map(|segment| segment.blocks.len())),
             window_width: roomy(tables.iter().map(|table| table.len())),
+            is_drawn: draws.is_some(),
         };
         let block_size = runner.cache.config().block_size;
         match self.kept.iter().position(|recording| recording.shape == shape) {
             Some(index) => {
                 let mut recording = self.kept.remove(index);
                 recording.batch.refill(segments, tables, block_size)?;
+                if let Some(tokens) = tokens {
+                    recording.batch.tokens.slice_set(tokens, 0, 0)?;
+                }
+                if let (Some(draws), Some(host)) = (&mut recording.draws, draws) {
+                    draws.refill(host)?;
+                }
                 if let Some(graph) = &recording.graph {
                     graph.launch()?;
                 }
                 self.kept.push(recording);
             }
             None => {
-                let recording = Recording::new(runner, shape, segments, tables)?;
+                let recording = Recording::new(runner, shape, inputs)?;
                 self.is_off |= recording.graph.is_none();
                 if self.kept.len() == KEPT {
                     self.kept.remove(0);
@@ -96,33 +119,41 @@ impl Recordings {
                 self.kept.push(recording);
             }
         }
-        let Recording { logits, most_likely, .. } = self.kept.last().expect("it was just pushed");
-        Ok(Step { logits, most_likely })
+        let Recording { logits, chosen, .. } = self.kept.last().expect("it was just pushed");
+        Ok(Step { logits, chosen })
     }
 }
 
 impl Recording {
     /// Runs the step as it is, then records it.
-    fn new(runner: Runner, shape: Shape, segments: &[Segment], tables: &[&[u32]]) -> Result<Self> {
+    fn new(runner: Runner, shape: Shape, inputs: Inputs) -> Result<Self> {
+        let Inputs { segments, tables, tokens, draws } = inputs;
         let Runner { model, cache, sampled_vocab } = runner;
         let (block_size, device) = (cache.config().block_size, cache.config().device.clone());
         let mut batch = Batch::with_width(segments, block_size, shape.width, &device)?;
         if !tables.is_empty() {
             batch = batch.with_wide_windows(tables, block_size, shape.window_width)?;
         }
+        if let Some(tokens) = tokens {
+            batch.tokens.slice_set(tokens, 0, 0)?;
+        }
+        let draws = draws.map(|draws| Draws::new(draws, &device)).transpose()?;
         let mut forward = || {
             let hidden = model.forward(&batch, cache)?;
             let logits = model.logits(&hidden)?;
-            let most_likely = argmax(&logits, sampled_vocab)?;
-            Ok((logits, most_likely))
+            let chosen = match &draws {
+                Some(draws) => sample(&logits, sampled_vocab, draws)?,
+                None => argmax(&logits, sampled_vocab)?,
+            };
+            Ok((logits, chosen))
         };
-        let ((logits, most_likely), rehearsal) = Graph::rehearse(&device, &mut forward)?;
+        let ((logits, chosen), rehearsal) = Graph::rehearse(&device, &mut forward)?;
         let graph = Graph::record(&device, &rehearsal, || {
             let recorded = forward()?;
             logits.slice_set(&recorded.0, 0, 0)?;
-            most_likely.slice_set(&recorded.1, 0, 0)
+            chosen.slice_set(&recorded.1, 0, 0)
         });
-        Ok(Self { shape, batch, logits, most_likely, graph: graph.ok() })
+        Ok(Self { shape, batch, draws, logits, chosen, graph: graph.ok() })
     }
 }
 

@@ -15,6 +15,7 @@ use std::fmt::Display;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
 
+use kernels::sampling::{Draw, MAX_K};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -206,10 +207,21 @@ impl Sampler {
         self.seed
     }
 
-    /// Whether the next token is just that of the largest logit below `vocab_limit`, so that the row need not leave its
-    /// device. The choice is then to be reported to [`Sampler::accept`].
-    pub fn is_argmax(&self) -> bool {
-        self.params.temperature == 0.0 && !self.params.has_penalties() && self.params.logprobs.is_none()
+    /// How the token `ahead` tokens behind the next one is drawn, if its row need not leave the device for that: penalties,
+    /// log-probabilities and drawing from more than [`MAX_K`] tokens take the whole of it. The choice is then to be
+    /// reported to [`Sampler::accept`].
+    pub(crate) fn draw(&self, ahead: u64) -> Option<Draw> {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        if self.params.has_penalties() || self.params.logprobs.is_some() {
+            return None;
+        }
+        if temperature == 0.0 {
+            return Some(Draw::MOST_LIKELY);
+        }
+        // Rounding must not bring it to one.
+        let position = (uniform(self.seed, self.step + ahead) as f32).min(1.0 - f32::EPSILON / 2.0);
+        let top_k = top_k.filter(|&k| k <= MAX_K)?;
+        Some(Draw { temperature, top_k, top_p, min_p, position })
     }
 
     /// Records a token that was chosen for this sequence without [`Sampler::sample`].

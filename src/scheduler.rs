@@ -2,8 +2,8 @@
 //!
 //! Only numbers here, no tensors: [`Scheduler::plan`] says what the engine must copy and run, and the engine reports
 //! back with [`Scheduler::complete`], [`Scheduler::push`] and [`Scheduler::finish`]. A sequence that decodes runs one
-//! token; what is left of the step's budget goes to prompts in equal shares, so that a short prompt never waits for
-//! more than one chunk of a long one. When blocks run out, cached prefixes go first, the least recently used one
+//! token; what is left of the step's budget goes to prompts in equal shares, so that a short prompt does not wait for a
+//! long one, or to some of them where shares would be too small to be worth a step. When blocks run out, cached prefixes go first, the least recently used one
 //! before others; then the youngest sequence is preempted and computed again later, with the same tokens.
 //!
 //! # Layers with a window
@@ -179,13 +179,16 @@ impl Scheduler {
     pub fn plan(&mut self) -> Plan {
         let mut plan = Plan::default();
         self.admit(&mut plan.copies);
-        let share = self.prompt_share();
+        let shares = self.shares();
         let mut budget = self.limits.max_tokens_per_step;
         let mut index = 0;
         while index < self.running.len() && budget > 0 {
-            let sequence = &self.running[index];
-            let want = if sequence.remaining() == 1 { 1 } else { share.min(sequence.remaining()) };
-            let (end, checkpoint) = self.chunk_end(sequence, want.min(budget));
+            let want = shares[index].min(budget);
+            if want == 0 {
+                index += 1;
+                continue;
+            }
+            let (end, checkpoint) = self.chunk_end(&self.running[index], want);
             if !self.reserve(index, end) {
                 break;
             }
@@ -200,6 +203,17 @@ impl Scheduler {
             index += 1;
         }
         plan
+    }
+
+    /// Whether the next step would run just these sequences, one token each, as soon as they have one, and take nothing
+    /// from any of them.
+    pub fn can_go_on(&self, ids: &[SequenceId]) -> bool {
+        let Self { limits, pools, waiting, running, .. } = self;
+        let is_full = |sequence: &&Sequence| sequence.blocks.len() * limits.block_size <= sequence.tokens.len();
+        (waiting.is_empty() || running.len() == limits.max_sequences)
+            && running.iter().map(|sequence| sequence.id).eq(ids.iter().copied())
+            && running.iter().all(|sequence| sequence.remaining() == 0)
+            && running.iter().filter(is_full).count() <= pools.blocks.available()
     }
 
     /// Records that the planned work has run. Returns the checkpoints to take: copies of slots, to make before
@@ -235,6 +249,15 @@ impl Scheduler {
     pub fn push(&mut self, id: SequenceId, token: u32) {
         if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
             sequence.tokens.push(token);
+        }
+    }
+
+    /// Puts a token in the place of the last one, which was not known yet.
+    pub fn replace_last(&mut self, id: SequenceId, token: u32) {
+        if let Some(last) =
+            self.running.iter_mut().find(|sequence| sequence.id == id).and_then(|it| it.tokens.last_mut())
+        {
+            *last = token;
         }
     }
 
@@ -347,27 +370,38 @@ impl Scheduler {
         }
     }
 
-    /// Tokens that each prompt may run in this step: the budget that decoding leaves, shared equally, what short
-    /// prompts do not need going to the others.
-    fn prompt_share(&self) -> usize {
-        let mut needs: Vec<usize> = self.running.iter().map(Sequence::remaining).filter(|&need| need > 1).collect();
-        needs.sort_unstable();
-        let mut budget = self.limits.max_tokens_per_step.saturating_sub(self.running.len() - needs.len());
-        let mut share = budget;
-        for (done, &need) in needs.iter().enumerate() {
-            share = (budget / (needs.len() - done)).max(1);
-            if need > share {
-                break;
-            }
-            budget -= need;
+    /// Tokens that each running sequence may run in this step. Prompts share equally what decoding leaves, what short
+    /// ones do not need going to the others; but a share is worth the step's overhead: if there are too many, the oldest
+    /// and the shortest go first.
+    fn shares(&self) -> Vec<usize> {
+        const LEAST: usize = 256;
+        let needs: Vec<usize> = self.running.iter().map(Sequence::remaining).collect();
+        let mut shares: Vec<usize> = needs.iter().map(|&need| usize::from(need == 1)).collect();
+        let mut prompts: Vec<usize> = (0..needs.len()).filter(|&index| needs[index] > 1).collect();
+        let mut budget = self.limits.max_tokens_per_step.saturating_sub(needs.len() - prompts.len());
+        let least = LEAST.min(budget / 2);
+        if let Some(&oldest) = prompts.first() {
+            shares[oldest] = needs[oldest].min(least);
+            budget -= shares[oldest];
         }
-        share
+        prompts.sort_by_key(|&index| needs[index]);
+        for (done, &index) in prompts.iter().enumerate() {
+            let share = (budget / (prompts.len() - done)).max(least).min(budget);
+            let more = (needs[index] - shares[index]).min(share);
+            shares[index] += more;
+            budget -= more;
+        }
+        shares
     }
 
     /// Where a chunk of at most `want` tokens ends, and whether a checkpoint belongs there: at the end of the
-    /// prompt's stable part, and every so many tokens of it.
+    /// prompt's stable part, and every so many tokens of it. Where any token can be resumed behind, every chunk of the
+    /// prompt has one.
     fn chunk_end(&self, sequence: &Sequence, want: usize) -> (usize, bool) {
         let start = sequence.computed;
+        if !self.limits.stateful && self.limits.window.is_none() {
+            return (start + want, start + want <= sequence.prompt_len);
+        }
         let interval = self.limits.checkpoint_interval;
         let regular = (start / interval + 1) * interval;
         let stable = if sequence.stable_len > start { sequence.stable_len } else { usize::MAX };

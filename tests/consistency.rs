@@ -87,7 +87,7 @@ fn a_reply_does_not_depend_on_its_schedule() {
                 max_sequences: sequences,
                 memory: Some(memory),
                 max_checkpoints: 6,
-                checkpoint_interval: 32,
+                checkpoint_interval: Some(32),
                 ..EngineOptions::default()
             };
             let mut engine = engine(fixture, &options);

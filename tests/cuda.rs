@@ -77,6 +77,62 @@ fn replayed_steps_are_those_that_run_to_the_bit() {
     }
 }
 
+/// A step is queued before the token of the one before has come: sequences end meanwhile, others come, or are cancelled.
+/// The same happens where every step waits.
+#[test]
+fn steps_that_do_not_wait_are_those_that_do() {
+    let Some(device) = gpu() else { return };
+    for fixture in FIXTURES {
+        let of = |replay| {
+            let folder = Path::new("tests/fixtures").join(fixture).join("f32");
+            let checkpoint = Checkpoint::Folder(folder);
+            let config = Config::read(&checkpoint).expect("a configuration");
+            let vocab = config.describe().vocab_size;
+            let model = config.load(&checkpoint, DType::F32, &device).expect("a model");
+            // Many tokens end a reply, at steps that nobody knows ahead.
+            let stop_ids = (0..vocab as u32).step_by(16).collect();
+            let limits = ModelLimits { vocab_size: vocab, sampled_vocab: vocab, max_positions: 4096, stop_ids };
+            let options = EngineOptions { memory: Some(1 << 28), replay, ..EngineOptions::default() };
+            let mut engine = Engine::new(model, limits, DType::F32, &device, &options).expect("an engine");
+            let mut replies: HashMap<SequenceId, Vec<u32>> = HashMap::new();
+            let mut ids = vec![];
+            for round in 0..60u32 {
+                let params = match round % 3 {
+                    0 => SamplingParams::default(),
+                    _ => SamplingParams { temperature: 1.0, top_k: Some(20), top_p: 0.95, ..SamplingParams::default() },
+                };
+                let params = SamplingParams { max_tokens: 30, seed: Some(round.into()), ..params };
+                // Later prompts begin with what earlier ones have left in the cache.
+                let prompt = (0..5 + 17 * (round % 4)).map(|j| 3 + (round % 5 * 31 + j * 7) % 200).collect();
+                ids.push(engine.add(Request { prompt, stable_len: 0, params }).expect("valid"));
+                // Replies are of interest, not which step brings a token: they come a step later where none waits.
+                if round % 7 == 6 {
+                    engine.cancel(ids[round as usize - 2]);
+                }
+                for _ in 0..if round % 10 == 9 { 100 } else { round % 4 } {
+                    for output in engine.step().expect("a step") {
+                        replies.entry(output.id).or_default().push(output.token.expect("a token").id);
+                    }
+                }
+            }
+            while !engine.is_idle() {
+                for output in engine.step().expect("a step") {
+                    replies.entry(output.id).or_default().push(output.token.expect("a token").id);
+                }
+            }
+            let is_whole = |index: &usize| !(4..60).step_by(7).any(|cancelled| cancelled == *index);
+            (0..ids.len()).filter(is_whole).map(|index| replies.remove(&ids[index])).collect::<Vec<_>>()
+        };
+        let (ahead, waiting) = (of(true), of(false));
+        let same = ahead.iter().zip(&waiting).filter(|(ahead, waiting)| ahead == waiting).count();
+        assert!(ahead.iter().all(|reply| reply.as_ref().is_some_and(|reply| !reply.is_empty())));
+        // Which requests share a step moves the last bits, and a draw that falls next to an edge with them.
+        assert!(same * 20 >= ahead.len() * 19, "{fixture}: {same} of {} replies", ahead.len());
+        let ended = ahead.iter().flatten().filter(|reply| reply.len() < 30).count();
+        assert!(ended > 10, "{fixture}: {ended} replies were ended by a token");
+    }
+}
+
 #[test]
 fn replies_in_company_are_the_lone_ones_within_the_rounding() {
     let Some(device) = gpu() else { return };

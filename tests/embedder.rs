@@ -154,7 +154,7 @@ fn a_text_does_not_depend_on_its_batch() {
     for family in ["bge_m3", "qwen3_embedding"] {
         let (folder, reference) = reference(family);
         let texts: Vec<&str> = texts(&reference).repeat(5);
-        let of = |batch_tokens: usize| open(&folder, &EmbedderOptions { batch_tokens, ..options() });
+        let of = |tokens: usize| open(&folder, &EmbedderOptions { batch_tokens: Some(tokens), ..options() });
         let want: Vec<_> = of(1).embed(&texts).expect("embeds").iter().map(bits).collect();
         for batch_tokens in [7, 100, 4096] {
             let embedder = of(batch_tokens);

@@ -1,27 +1,26 @@
 //! The activations on CUDA: chooses wide or single accesses.
 
-use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor};
+use candle_core::{CudaDevice, Layout, Result, Tensor};
 
 use super::Activation;
 use crate::cpu::Operand;
 use crate::cuda::{self, EarlyLaunch, Floats, floats};
 
-/// A kernel of two operands in rows, value by value or 16 bytes at a time.
-struct Paired {
+/// A kernel value by value, and 16 bytes at a time.
+struct Widths {
     single: Floats,
     wide: Floats,
 }
 
-static SILU: Paired =
-    Paired { single: floats!(ACTIVATION, "silu_gated"), wide: floats!(ACTIVATION, "silu_gated", "_wide") };
-static GELU_TANH: Paired =
-    Paired { single: floats!(ACTIVATION, "gelu_tanh_gated"), wide: floats!(ACTIVATION, "gelu_tanh_gated", "_wide") };
-static SIGMOID: Paired =
-    Paired { single: floats!(ACTIVATION, "sigmoid_gated"), wide: floats!(ACTIVATION, "sigmoid_gated", "_wide") };
-static GELU: Floats = floats!(ACTIVATION, "gelu");
-static SOFTCAP: Floats = floats!(ACTIVATION, "softcap");
+static SILU: Widths =
+    Widths { single: floats!(ACTIVATION, "silu_gated"), wide: floats!(ACTIVATION, "silu_gated", "_wide") };
+static GELU_TANH: Widths =
+    Widths { single: floats!(ACTIVATION, "gelu_tanh_gated"), wide: floats!(ACTIVATION, "gelu_tanh_gated", "_wide") };
+static SIGMOID: Widths =
+    Widths { single: floats!(ACTIVATION, "sigmoid_gated"), wide: floats!(ACTIVATION, "sigmoid_gated", "_wide") };
+static GELU: Widths = Widths { single: floats!(ACTIVATION, "gelu"), wide: floats!(ACTIVATION, "gelu", "_wide") };
+static SOFTCAP: Widths =
+    Widths { single: floats!(ACTIVATION, "softcap"), wide: floats!(ACTIVATION, "softcap", "_wide") };
 
 /// Of a block.
 const THREADS: usize = 256;
@@ -44,7 +43,7 @@ pub fn sigmoid_gated(device: &CudaDevice, x: &Tensor, gate: &Tensor) -> Result<T
     paired(device, &SIGMOID, x, gate)
 }
 
-fn paired(device: &CudaDevice, kernel: &Paired, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+fn paired(device: &CudaDevice, kernel: &Widths, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (dtype, shape) = (a.dtype(), a.shape());
     let (rows, d) = (cuda::rows_of(a.layout()), a.dims().last().copied().unwrap_or(0));
     let stream = device.cuda_stream();
@@ -69,35 +68,36 @@ fn paired(device: &CudaDevice, kernel: &Paired, a: &Tensor, b: &Tensor) -> Resul
 }
 
 /// `x` of any shape, contiguous.
-pub fn gelu(x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
-    each(&GELU, x, layout, None)
+pub fn gelu(device: &CudaDevice, x: &Tensor) -> Result<Tensor> {
+    map(device, &GELU, x, None)
 }
 
 /// `x` of any shape, contiguous.
-pub fn softcap(x: &CudaStorage, layout: &Layout, cap: f32) -> Result<CudaStorage> {
-    each(&SOFTCAP, x, layout, Some(cap))
+pub fn softcap(device: &CudaDevice, x: &Tensor, cap: f32) -> Result<Tensor> {
+    map(device, &SOFTCAP, x, Some(cap))
 }
 
-fn each(kernel: &Floats, x: &CudaStorage, layout: &Layout, parameter: Option<f32>) -> Result<CudaStorage> {
-    let (device, dtype, shape) = (&x.device, x.dtype(), layout.shape());
+fn map(device: &CudaDevice, kernel: &Widths, x: &Tensor, parameter: Option<f32>) -> Result<Tensor> {
+    let (dtype, shape, count) = (x.dtype(), x.shape(), x.elem_count());
     let stream = device.cuda_stream();
-    let mut out = cuda::uninit(device, shape, dtype)?;
-    let count = shape.elem_count() as u64;
-    if count == 0 {
-        return Ok(out);
-    }
-    let x = cuda::read(x, layout, &stream)?;
-    let y = cuda::write(&mut out, &Layout::contiguous(shape), &stream)?;
-    let blocks = shape.elem_count().div_ceil(THREADS).min(MAX_BLOCKS);
-    let config =
-        LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
-    let mut launch = EarlyLaunch::new(device, kernel.of(dtype)?)?;
-    launch.arg(&x.value).arg(&y.value).arg(&count);
-    if let Some(parameter) = &parameter {
-        launch.arg(parameter);
-    }
-    // SAFETY: the arguments are the kernel's, in its order; x and y have `count` values.
-    unsafe { launch.launch(config) }?;
-    drop(y);
-    Ok(out)
+    let x = Operand::new(x);
+    let x = x.cuda(&stream)?;
+    let wide = 16 / dtype.size_in_bytes();
+    let is_wide = count.is_multiple_of(wide) && x.is_aligned(16);
+    let (kernel, packs) = if is_wide { (&kernel.wide, count / wide) } else { (&kernel.single, count) };
+    cuda::output(device, shape, dtype, |y| {
+        if count == 0 {
+            return Ok(());
+        }
+        let y = cuda::write(y, &Layout::contiguous(shape), &stream)?;
+        let config = cuda::grid(packs.div_ceil(THREADS).min(MAX_BLOCKS), (THREADS, 1))?;
+        let count = count as u64;
+        let mut launch = EarlyLaunch::new(device, kernel.of(dtype)?)?;
+        launch.arg(&x.value).arg(&y.value).arg(&count);
+        if let Some(parameter) = &parameter {
+            launch.arg(parameter);
+        }
+        // SAFETY: the arguments are the kernel's, in its order; x and y have `count` values.
+        unsafe { launch.launch(config) }
+    })
 }

@@ -10,8 +10,6 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 #[cfg(feature = "metal")]
 use candle_core::MetalStorage;
 #[cfg(feature = "metal")]
@@ -74,6 +72,10 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
 /// Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     let x = if x.device().is_cpu() { as_rows(x)? } else { x.contiguous()? };
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        return cuda::gelu(device, &x);
+    }
     x.apply_op1_no_bwd(&Gelu)
 }
 
@@ -146,11 +148,6 @@ impl CustomOp1 for Gelu {
             other => bail!("gelu: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, xl.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, x: &CudaStorage, xl: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::gelu(x, xl)?, xl.shape().clone()))
     }
 }
 

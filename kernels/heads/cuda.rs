@@ -2,18 +2,39 @@
 
 use std::cell::RefCell;
 
+use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, CudaStorage, DType, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::KeyValueHeads;
 use crate::Batch;
 use crate::cpu::{Operand, as_rows};
-use crate::cuda::{self, EarlyLaunch, Floats, Rows, floats};
+use crate::cuda::{self, EarlyLaunch, Floats, Kernel, Rows, floats, modules};
 use crate::norm::Norm;
 
 static SINGLE: Floats = floats!(HEADS, "norm_rope_write");
 /// Moves four values at a time.
 static WIDE: Floats = floats!(HEADS, "norm_rope_write_wide");
 const WIDTH: usize = 4;
+
+/// Of heads that lie across the lanes of a warp, in f16 and in bf16: a head a warp, and [`HEADS`] of them.
+type Lanes = [[Kernel; 2]; 2];
+
+macro_rules! lanes {
+    ($d:literal) => {
+        [lanes!("norm_rope_write_d", $d), lanes!("norm_rope_write_many_d", $d)]
+    };
+    ($name:literal, $d:literal) => {
+        [
+            Kernel::new(&modules::HEADS, concat!($name, $d, "_f16")),
+            Kernel::new(&modules::HEADS, concat!($name, $d, "_bf16")),
+        ]
+    };
+}
+
+static LANES: [(usize, Lanes); 4] = [(64, lanes!(64)), (128, lanes!(128)), (256, lanes!(256)), (512, lanes!(512))];
+const HEADS: usize = 4;
+/// Tokens from which on there are warps enough for several heads each.
+const MANY_TOKENS: usize = 64;
 
 /// Of a block, as in the kernels.
 const WARPS: usize = 8;
@@ -121,14 +142,32 @@ impl NormRopeWrite<'_> {
         let (k, v) = kv
             .as_ref()
             .map_or(((0, [0; 2]), (0, [0; 2])), |(k, v)| ((k.address.value, k.strides), (v.address.value, v.strides)));
+        let heads = hq + 2 * hk as usize;
+        let angles_are_aligned = cos.is_aligned(16) && sin.is_aligned(16) && half.is_multiple_of(d / 32);
+        let lanes = LANES.iter().find(|(size, _)| *size == d).filter(|_| {
+            let bytes = (d / 32 * dtype.size_in_bytes()).min(16);
+            matches!(dtype, DType::F16 | DType::BF16)
+                && angles_are_aligned
+                && rows.iter().all(|rows| rows.are_aligned(bytes, dtype))
+                && pages.as_ref().is_none_or(|pages| pages.is_aligned(bytes))
+                && weights.iter().flatten().all(|weight| weight.is_aligned(16))
+        });
+        let (kernel, of_warp, shared) = match lanes {
+            Some((_, kernels)) => {
+                let is_many = n >= MANY_TOKENS;
+                let kernel = &kernels[usize::from(is_many)][usize::from(dtype == DType::BF16)];
+                (kernel, if is_many { HEADS } else { 1 }, 0)
+            }
+            None => (if is_wide { &WIDE } else { &SINGLE }.of(dtype)?, 1, WARPS * d * size_of::<f32>()),
+        };
+        let warps = n * heads.div_ceil(of_warp);
+        let config =
+            LaunchConfig { shared_mem_bytes: shared as u32, ..cuda::grid(warps.div_ceil(WARPS), (WARPS * 32, 1))? };
         let weights = weights.each_ref().map(|weight| weight.as_ref().map_or(0, |weight| weight.value));
         let eps = self.norms.map(|norm| norm.map_or(0.0, |norm| norm.eps as f32));
         let pages = pages.as_ref().map_or(0, |pages| pages.value);
-        let heads = n * (hq + 2 * hk as usize);
-        let mut config = cuda::grid(heads.div_ceil(WARPS), (WARPS * 32, 1))?;
-        config.shared_mem_bytes = (WARPS * d * 4) as u32;
         let [n, d, half] = [n, d, half].map(|size| size as u32);
-        let mut launch = EarlyLaunch::new(self.device, if is_wide { &WIDE } else { &SINGLE }.of(dtype)?)?;
+        let mut launch = EarlyLaunch::new(self.device, kernel)?;
         launch.arg(&q.address.value).rows(&q).arg(&weights[0]).arg(&eps[0]);
         launch.arg(&k.0).arg(&hk).arg(&k.1[0]).arg(&k.1[1]).arg(&weights[1]).arg(&eps[1]);
         launch.arg(&v.0).arg(&v.1[0]).arg(&v.1[1]).arg(&weights[2]).arg(&eps[2]);

@@ -2,7 +2,7 @@
 // into their pages. A warp has one head of one token, which it keeps in shared memory between the norm and the rotation.
 #include "cuda.cuh"
 
-constexpr int WARPS = 8;
+constexpr int WARPS = 8; // of a block
 constexpr uint32_t NO_SLOT = 0xffffffff;
 
 struct Norm {
@@ -81,18 +81,103 @@ __device__ void norm_rope_write(const T *q, Rows q_rows, Norm q_norm, const T *k
   }
 }
 
-#define NORM_ROPE_WRITE(name, T, N)                                                                                    \
+// The same of heads of 32 N values, of which a lane has N side by side: they stay in registers, and those that they turn
+// with come from another lane. N divides `half`. A warp has HEADS heads of one token, loaded together.
+template <typename T, int N, int HEADS>
+__device__ void norm_rope_write_lanes(const T *q, Rows q_rows, Norm q_norm, const T *k, Rows k_rows, Norm k_norm,
+                                      const T *v, Rows v_rows, Norm v_norm, const float *cos, const float *sin,
+                                      const uint32_t *slot_mapping, uint64_t plane, T *pages, T *out, Sizes sizes) {
+  constexpr uint32_t D = 32 * N;
+  const uint32_t lane = threadIdx.x % 32, column = lane * N, half = sizes.half;
+  const uint32_t hq = q_rows.heads, hk = k_rows.heads, per_token = hq + 2 * hk, groups = (per_token - 1) / HEADS + 1;
+  const uint32_t index = blockIdx.x * WARPS + threadIdx.x / 32, token = index / groups;
+  const uint32_t first = index % groups * HEADS;
+  if (token >= sizes.tokens)
+    return;
+  let_next_start();
+  const uint32_t slot = slot_mapping[token];
+  wait_for_inputs();
+  const bool turns = column < 2 * half, is_first = column < half;
+  const uint32_t partner = !turns ? lane : is_first ? lane + half / N : lane - half / N;
+  Pack<T, N> kept[HEADS];
+  Pack<float, N> cosines, sines;
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+    if (const uint32_t head = first + h; head < per_token) {
+      const T *from = head < hq        ? q + q_rows.start(token, head)
+                      : head < hq + hk ? k + k_rows.start(token, head - hq)
+                                       : v + v_rows.start(token, head - hq - hk);
+      kept[h] = *reinterpret_cast<const Pack<T, N> *>(from + column);
+    }
+  if (turns) {
+    const size_t angle = token * size_t(half) + (is_first ? column : column - half);
+    cosines = *reinterpret_cast<const Pack<float, N> *>(cos + angle);
+    sines = *reinterpret_cast<const Pack<float, N> *>(sin + angle);
+  }
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    const uint32_t head = first + h;
+    if (head >= per_token)
+      break;
+    const bool is_query = head < hq, is_key = !is_query && head < hq + hk;
+    const Norm norm = is_query ? q_norm : is_key ? k_norm : v_norm;
+    float values[N];
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      values[j] = widen(kept[h].values[j]);
+    if (norm.weight) {
+      float squares = 0;
+#pragma unroll
+      for (int j = 0; j < N; j++)
+        squares = fmaf(values[j], values[j], squares);
+      const float scale = 1 / sqrtf(sum_lanes(squares, 32) / D + norm.eps);
+      const auto weights = *reinterpret_cast<const Pack<float, N> *>(norm.weight + column);
+#pragma unroll
+      for (int j = 0; j < N; j++) // rounded where a norm by itself would round
+        values[j] = widen(narrow<T>(values[j] * scale * weights.values[j]));
+    }
+    if (is_query || is_key) {
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        const float other = __shfl_sync(0xffffffff, values[j], partner);
+        if (turns)
+          values[j] = values[j] * cosines.values[j] + (is_first ? -other : other) * sines.values[j];
+      }
+    }
+    Pack<T, N> pack;
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      pack.values[j] = narrow<T>(values[j]);
+    T *to = out + (token * size_t(hq) + head) * D;
+    if (!is_query) {
+      if (slot == NO_SLOT)
+        continue;
+      to = pages + (is_key ? 0 : plane) + (slot * size_t(hk) + (head - (is_key ? hq : hq + hk))) * D;
+    }
+    *reinterpret_cast<Pack<T, N> *>(to + column) = pack;
+  }
+}
+
+#define NORM_ROPE_WRITE(name, T, FUNCTION)                                                                             \
   extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                             \
       name(const T *q, uint32_t hq, uint32_t q_token, uint32_t q_head, const float *q_norm, float q_eps, const T *k,   \
            uint32_t hk, uint32_t k_token, uint32_t k_head, const float *k_norm, float k_eps, const T *v,               \
            uint32_t v_token, uint32_t v_head, const float *v_norm, float v_eps, const float *cos, const float *sin,    \
            const uint32_t *slot_mapping, uint64_t plane, T *pages, T *out, uint32_t tokens, uint32_t d,                \
            uint32_t half) {                                                                                            \
-    norm_rope_write<T, N>(q, {hq, q_token, q_head}, {q_norm, q_eps}, k, {hk, k_token, k_head}, {k_norm, k_eps}, v,     \
-                          {hk, v_token, v_head}, {v_norm, v_eps}, cos, sin, slot_mapping, plane, pages, out,           \
-                          {tokens, d, half});                                                                          \
+    FUNCTION(q, {hq, q_token, q_head}, {q_norm, q_eps}, k, {hk, k_token, k_head}, {k_norm, k_eps}, v,                  \
+             {hk, v_token, v_head}, {v_norm, v_eps}, cos, sin, slot_mapping, plane, pages, out, {tokens, d, half});    \
   }
-#define ONE(name, T) NORM_ROPE_WRITE(name, T, 1)
-#define FOUR(name, T) NORM_ROPE_WRITE(name, T, 4)
+#define ONE(name, T) NORM_ROPE_WRITE(name, T, (norm_rope_write<T, 1>))
+#define FOUR(name, T) NORM_ROPE_WRITE(name, T, (norm_rope_write<T, 4>))
 FOR_FLOATS(ONE, norm_rope_write)
 FOR_FLOATS(FOUR, norm_rope_write_wide)
+
+#define LANES(D, name, T)                                                                                              \
+  NORM_ROPE_WRITE(norm_rope_write_d##D##_##name, T, (norm_rope_write_lanes<T, D / 32, 1>))                             \
+  NORM_ROPE_WRITE(norm_rope_write_many_d##D##_##name, T, (norm_rope_write_lanes<T, D / 32, 4>))
+#define LANES_OF(D) LANES(D, f16, __half) LANES(D, bf16, __nv_bfloat16)
+LANES_OF(64)
+LANES_OF(128)
+LANES_OF(256)
+LANES_OF(512)

@@ -1,10 +1,10 @@
-//! Products of few rows on CUDA: chooses the kernel by rows, dtype and what surrounds the product.
+//! Products on CUDA: chooses the kernel by rows, dtype and what surrounds the product. Those of many rows go to cuBLASLt.
 
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 
-use super::Around;
-use crate::activation::Activation;
+use super::{Around, cublas};
+use crate::activation::{Activation, gated_activation};
 use crate::cpu::{Operand, as_rows};
 use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, floats, modules};
 
@@ -28,8 +28,38 @@ const MAX_ROWS: usize = 8;
 /// takes.
 const OTHER_SHARED: [usize; 2] = [2 << 10, 10 << 10];
 
-/// The product with what surrounds it; `None` where these kernels do not take it.
+/// The product with what surrounds it; `None` where no kernel takes it.
 pub fn linear(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    around: Around,
+) -> Result<Option<Tensor>> {
+    match few_rows(device, x, weight, bias, around)? {
+        Some(y) => Ok(Some(y)),
+        None => many_rows(device, x, weight, bias, around),
+    }
+}
+
+fn many_rows(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    around: Around,
+) -> Result<Option<Tensor>> {
+    let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
+    let onto = around.onto.filter(|_| around.gate.is_none());
+    let Some(y) = cublas::linear(device, normed.as_ref().unwrap_or(x), weight, bias, onto)? else { return Ok(None) };
+    Ok(Some(match (around.gate, around.onto) {
+        (Some(activation), Some(onto)) => (onto + gated_activation(&y, activation)?)?,
+        (Some(activation), None) => gated_activation(&y, activation)?,
+        (None, _) => y,
+    }))
+}
+
+fn few_rows(
     device: &CudaDevice,
     x: &Tensor,
     weight: &Tensor,

@@ -2,6 +2,8 @@
 
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
+mod cublas;
+#[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(test)]
 mod reference;
@@ -31,7 +33,7 @@ use crate::simd::Stored;
 ///
 /// The inner dimensions differ, or the dtypes do on a device other than the CPU.
 ///
-/// Devices: CPU; CUDA, of more than 8 rows through candle's matmul; Metal through candle's matmul.
+/// Devices: CPU; CUDA, of more than 8 rows through cuBLASLt; Metal through candle's matmul.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     linear_around(x, weight, None, Around::default())
 }
@@ -79,8 +81,8 @@ impl Around<'_> {
 }
 
 /// As [`linear`], or [`linear_with_bias`], with what surrounds it. On CUDA one kernel does it all, of up to 8 rows in f16
-/// and bf16 and one in f32; the norm has a kernel of its own from the second row on. It rounds after the norm and at the
-/// end.
+/// and bf16 and one in f32; the norm has a kernel of its own from the second row on, and so has the gate beyond that. It
+/// rounds after the norm, before a gate with a kernel of its own, and at the end.
 ///
 /// # Errors
 ///

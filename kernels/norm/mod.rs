@@ -13,8 +13,6 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 #[cfg(feature = "metal")]
 use candle_core::MetalStorage;
 #[cfg(feature = "metal")]
@@ -23,7 +21,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape
 
 use half::{bf16, f16};
 
-use crate::cpu::as_rows;
+use crate::cpu::{as_rows, with_heads};
 
 /// The weight `[D]` in f32 and the epsilon of an RMS norm, for ops that do one on the way.
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +72,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 /// y = cast(x * rsqrt(mean(x^2) + eps) * weight * silu(gate))        in f32, one rounding
 /// ```
 ///
-/// `x` and `gate` `[.., D]` of one dtype; `weight` `[D]` in f32. Returns `x`'s shape and dtype.
+/// `x` and `gate` `[.., D]` of one dtype, of an `x` `[N, H, D]` also a `gate` `[N, H D]`; `weight` `[D]` in f32. Returns
+/// `x`'s shape and dtype.
 ///
 /// # Errors
 ///
@@ -85,7 +84,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 /// Source: the output norm of Gated DeltaNet, <https://arxiv.org/abs/2412.06464>.
 pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     check_weight("rms_norm_gated", x, weight)?;
-    if gate.shape() != x.shape() || gate.dtype() != x.dtype() {
+    let (x, gate) = (as_rows(x)?, as_rows(gate)?);
+    if with_heads(gate.layout(), x.shape()).shape() != x.shape() || gate.dtype() != x.dtype() {
         bail!(
             "rms_norm_gated: gate is {:?} {:?}, expected {:?} {:?} like x",
             gate.dims(),
@@ -94,7 +94,7 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
             x.dtype()
         )
     }
-    let (x, gate, weight) = (as_rows(x)?, as_rows(gate)?, weight.contiguous()?);
+    let weight = weight.contiguous()?;
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device() {
         return cuda::rms_norm(device, &x, Some(&gate), &weight, eps as f32);
@@ -131,8 +131,12 @@ pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Ten
             x.dtype()
         )
     }
-    let op = AddLayerNorm { bias: &bias.contiguous()?, eps: eps as f32 };
-    as_rows(x)?.apply_op3_no_bwd(&as_rows(residual)?, &weight.contiguous()?, &op)
+    let (x, residual, weight, bias) = (as_rows(x)?, as_rows(residual)?, weight.contiguous()?, bias.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        return cuda::add_layer_norm(device, &x, &residual, &weight, &bias, eps as f32);
+    }
+    x.apply_op3_no_bwd(&residual, &weight, &AddLayerNorm { bias: &bias, eps: eps as f32 })
 }
 
 fn check_weight(op: &str, x: &Tensor, weight: &Tensor) -> Result<()> {
@@ -180,6 +184,7 @@ impl CustomOp3 for RmsNormGated {
         w: &CpuStorage,
         wl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        let gl = &with_heads(gl, xl.shape());
         Ok((run("rms_norm_gated", (x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
     }
 
@@ -193,6 +198,7 @@ impl CustomOp3 for RmsNormGated {
         w: &MetalStorage,
         wl: &Layout,
     ) -> Result<(MetalStorage, Shape)> {
+        let gl = &with_heads(gl, xl.shape());
         let out = metal::rms_norm(x.device(), (x, xl), Some((gate, gl)), (w, wl), self.eps)?;
         Ok((out, xl.shape().clone()))
     }
@@ -226,19 +232,6 @@ impl CustomOp3 for AddLayerNorm<'_> {
             other => bail!("add_layer_norm: x is {:?}, expected f32, f16 or bf16", crate::cpu::dtype_of(other)),
         };
         Ok((out?, xl.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &CudaStorage,
-        xl: &Layout,
-        residual: &CudaStorage,
-        rl: &Layout,
-        w: &CudaStorage,
-        wl: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((cuda::add_layer_norm((x, xl), (residual, rl), (w, wl), self.bias, self.eps)?, xl.shape().clone()))
     }
 }
 

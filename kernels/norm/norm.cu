@@ -1,11 +1,11 @@
-// RMS normalisation, plain and gated. blockDim.x threads (a power of two) share a row, blockDim.y rows share a block; a
-// row of more than a warp has the block to itself.
+// RMS normalisation, plain and gated, and layer normalisation of a residual sum. blockDim.x threads (a power of two)
+// share a row, blockDim.y rows share a block; a row of more than a warp has the block to itself.
 #include "cuda.cuh"
 
 constexpr int KEPT = 2;
 
-// The sum over the threads of a row.
-__device__ float sum_row(float x) {
+// The sum over the threads of a row. A kernel's sums are numbered, so that each has memory of its own to meet in.
+template <int NUMBER> __device__ float sum_row(float x) {
   x = sum_lanes(x, min(blockDim.x, 32));
   if (blockDim.x <= 32)
     return x;
@@ -56,7 +56,7 @@ __device__ void rms_norm(const T *x, Rows x_rows, const T *gate, Rows gate_rows,
     add(kept[n]);
   for (uint32_t i = KEPT * blockDim.x + threadIdx.x; i < d / N; i += blockDim.x)
     add(from[i]);
-  const float scale = 1 / sqrtf(sum_row(squares) / d + eps);
+  const float scale = 1 / sqrtf(sum_row<0>(squares) / d + eps);
   if (!inside)
     return;
 
@@ -98,3 +98,76 @@ FOR_FLOATS(RMS_NORM_VECTOR, rms_norm_vector)
 #define RMS_NORM_GATED_VECTOR(name, T) RMS_NORM_GATED(name, T, 16 / sizeof(T))
 FOR_FLOATS(RMS_NORM_GATED_SCALAR, rms_norm_gated_scalar)
 FOR_FLOATS(RMS_NORM_GATED_VECTOR, rms_norm_gated_vector)
+
+// y = layer_norm(x + residual); rows as for rms_norm.
+template <typename T, int N>
+__device__ void add_layer_norm(const T *x, Rows x_rows, const T *residual, Rows residual_rows, const float *weight,
+                               const float *bias, T *y, uint32_t rows, uint32_t d, float eps) {
+  const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
+  const bool inside = row < rows;
+  const auto *from = reinterpret_cast<const Pack<T, N> *>(x + x_rows.start(inside ? row : 0));
+  const auto *others = reinterpret_cast<const Pack<T, N> *>(residual + residual_rows.start(inside ? row : 0));
+  const auto *factor = reinterpret_cast<const Pack<float, N> *>(weight);
+  const auto *offset = reinterpret_cast<const Pack<float, N> *>(bias);
+  auto *to = reinterpret_cast<Pack<T, N> *>(y + row * size_t(d));
+
+  let_next_start();
+  wait_for_inputs();
+  const auto load = [&](uint32_t i) {
+    const Pack<T, N> pack = from[i], other = others[i];
+    Pack<float, N> sum;
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      sum.values[j] = widen(pack.values[j]) + widen(other.values[j]);
+    return sum;
+  };
+  // Runs over the row: what a thread keeps, and what it reads again.
+  Pack<float, N> kept[KEPT];
+#pragma unroll
+  for (int n = 0; n < KEPT; n++)
+    if (const uint32_t i = n * blockDim.x + threadIdx.x; i < d / N)
+      kept[n] = load(i);
+  const auto each = [&](const auto &f) {
+#pragma unroll
+    for (int n = 0; n < KEPT; n++)
+      if (const uint32_t i = n * blockDim.x + threadIdx.x; i < d / N)
+        f(i, kept[n]);
+    for (uint32_t i = KEPT * blockDim.x + threadIdx.x; i < d / N; i += blockDim.x)
+      f(i, load(i));
+  };
+  float total = 0, squares = 0;
+  each([&](uint32_t, const Pack<float, N> &sum) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      total += sum.values[j];
+  });
+  const float mean = sum_row<0>(total) / d;
+  each([&](uint32_t, const Pack<float, N> &sum) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      squares += (sum.values[j] - mean) * (sum.values[j] - mean);
+  });
+  const float scale = 1 / sqrtf(sum_row<1>(squares) / d + eps);
+  if (!inside)
+    return;
+  each([&](uint32_t i, const Pack<float, N> &sum) {
+    const Pack<float, N> factors = factor[i], offsets = offset[i];
+    Pack<T, N> pack;
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      pack.values[j] = narrow<T>(fmaf((sum.values[j] - mean) * scale, factors.values[j], offsets.values[j]));
+    to[i] = pack;
+  });
+}
+
+#define ADD_LAYER_NORM(name, T, N)                                                                                     \
+  extern "C" __global__ void name(const T *x, uint32_t x_heads, uint32_t x_token, uint32_t x_head, const T *residual,  \
+                                  uint32_t r_heads, uint32_t r_token, uint32_t r_head, const float *weight,            \
+                                  const float *bias, T *y, uint32_t rows, uint32_t d, float eps) {                     \
+    add_layer_norm<T, N>(x, {x_heads, x_token, x_head}, residual, {r_heads, r_token, r_head}, weight, bias, y, rows,   \
+                         d, eps);                                                                                      \
+  }
+#define ADD_LAYER_NORM_SCALAR(name, T) ADD_LAYER_NORM(name, T, 1)
+#define ADD_LAYER_NORM_VECTOR(name, T) ADD_LAYER_NORM(name, T, 16 / sizeof(T))
+FOR_FLOATS(ADD_LAYER_NORM_SCALAR, add_layer_norm_scalar)
+FOR_FLOATS(ADD_LAYER_NORM_VECTOR, add_layer_norm_vector)

@@ -151,12 +151,33 @@ fn rms_norm_gated_is_the_reference() -> Result<()> {
     Ok(())
 }
 
+/// What a projection gives beside others: a gate whose rows lie apart and are not split into heads.
+#[test]
+fn rms_norm_gated_splits_the_gate_like_x() -> Result<()> {
+    for device in devices() {
+        for dtype in DTYPES {
+            for (heads, d) in [(3, 7), (2, 64)] {
+                let mut random = Random::new(3);
+                let x = random.tensor(&[5, heads, d], 1.0, dtype, &device)?;
+                let gate = random.tensor(&[5, heads * d + 11], 2.0, dtype, &device)?.narrow(1, 8, heads * d)?;
+                let weight = random.tensor(&[d], 1.0, DType::F32, &device)?;
+                let want = reference::rms_norm_gated(&values(&x)?, &values(&gate)?, &values(&weight)?, EPS as f32);
+                let got = rms_norm_gated(&x, &gate, &weight, EPS)?;
+                assert_eq!(got.dims(), x.dims());
+                assert_close(&format!("{dtype:?} {d} {device:?}"), &values(&got)?, &want, op_limit(dtype));
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn metal_kernels_are_the_reference() -> Result<()> {
     emulated(|| {
         rms_norm_is_the_reference()?;
         rms_norm_reads_rows_that_lie_apart()?;
-        rms_norm_gated_is_the_reference()
+        rms_norm_gated_is_the_reference()?;
+        rms_norm_gated_splits_the_gate_like_x()
     })
 }
 

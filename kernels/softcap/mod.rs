@@ -6,8 +6,6 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::dtype_of;
@@ -32,7 +30,12 @@ pub fn softcap(x: &Tensor, cap: f32) -> Result<Tensor> {
         bail!("softcap: cap is {cap}, expected a positive number")
     }
     if !x.device().is_metal() {
-        return x.contiguous()?.apply_op1_no_bwd(&Softcap(cap));
+        let x = x.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(device) = x.device() {
+            return crate::activation::cuda::softcap(device, &x, cap);
+        }
+        return x.apply_op1_no_bwd(&Softcap(cap));
     }
     let y = (x.to_dtype(candle_core::DType::F32)? / f64::from(cap))?.tanh()?;
     (y * f64::from(cap))?.to_dtype(x.dtype())
@@ -53,10 +56,5 @@ impl CustomOp1 for Softcap {
             other => bail!("softcap: x is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        Ok((crate::activation::cuda::softcap(x, layout, self.0)?, layout.shape().clone()))
     }
 }

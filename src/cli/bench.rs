@@ -101,7 +101,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .map(|quant| Subject::load(&setup, args, quant.quantization(), longest))
         .collect::<Result<Vec<_>>>()?;
     let mut bench = Bench::new(args, tests)?;
-    let complete = bench.run(args, &mut subjects)?;
+    let complete = bench.run(args, &setup.device, &mut subjects)?;
     let report = report::Report { args, setup: &setup, weights: &weights, bench: &bench, complete };
     match args.json {
         true => println!("{:#}", report.json()),
@@ -338,7 +338,7 @@ impl Bench {
     }
 
     /// Measures everything once in each round, so that a disturbance hits all alike. `false` if Ctrl-C ended it.
-    fn run(&mut self, args: &Args, subjects: &mut [Subject]) -> Result<bool> {
+    fn run(&mut self, args: &Args, device: &Device, subjects: &mut [Subject]) -> Result<bool> {
         let stop = Arc::new(AtomicBool::new(false));
         // The second Ctrl-C does not wait for the end of a step.
         signal_hook::flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), stop.clone())?;
@@ -355,7 +355,7 @@ impl Bench {
                 for ((subject, quant), samples) in subjects.iter_mut().zip(&args.quant).zip(samples) {
                     for (test, samples) in self.tests.iter().zip(samples) {
                         bar.set_message(format!("{} {}", name(*quant), test.kind.name()));
-                        let test = if round == 0 { test.shortened() } else { *test };
+                        let test = if round == 0 { test.warm_up(device) } else { *test };
                         match machine.install(|| subject.measure(&test, &stop))? {
                             Some(sample) if round > 0 => samples.push(sample),
                             _ => {}
@@ -375,10 +375,10 @@ impl Bench {
 }
 
 impl Test {
-    /// Enough to bring weights and code to where they will be.
-    fn shortened(&self) -> Self {
-        const WARM_UP: usize = 8;
-        Self { tokens: self.tokens.min(WARM_UP), ..*self }
+    /// Enough to bring weights and code to where they will be. A GPU loads kernels by the shapes of what they do.
+    fn warm_up(&self, device: &Device) -> Self {
+        const TOKENS: usize = 8;
+        if device.is_cpu() { Self { tokens: self.tokens.min(TOKENS), ..*self } } else { *self }
     }
 }
 

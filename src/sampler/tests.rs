@@ -354,14 +354,43 @@ fn logprobs_are_the_models_own() {
 }
 
 #[test]
-fn argmax_is_enough_for_plain_greedy_alone() {
+fn the_device_may_draw_what_needs_no_whole_row() {
     let plain = SamplingParams::default();
-    assert!(sampler(plain.clone()).is_argmax());
-    assert!(!sampler(hot(0)).is_argmax());
-    assert!(!sampler(SamplingParams { logprobs: Some(0), ..plain.clone() }).is_argmax());
-    assert!(!sampler(SamplingParams { repetition_penalty: 1.1, ..plain.clone() }).is_argmax());
-    assert!(!sampler(SamplingParams { presence_penalty: 0.1, ..plain.clone() }).is_argmax());
-    assert!(!sampler(SamplingParams { frequency_penalty: 0.1, ..plain }).is_argmax());
+    let draw = |params: SamplingParams| sampler(params).draw(0);
+    assert_eq!(draw(plain.clone()), Some(Draw::MOST_LIKELY));
+    let drawn = SamplingParams { top_k: Some(20), top_p: 0.9, min_p: 0.1, ..hot(7) };
+    let ours = draw(drawn.clone()).unwrap();
+    assert_eq!((ours.temperature, ours.top_k, ours.top_p, ours.min_p), (1.0, 20, 0.9, 0.1));
+    // A token on, the position is that of the next step.
+    let mut sampler = sampler(drawn.clone());
+    let (next, ahead) = (sampler.draw(0).unwrap().position, sampler.draw(1).unwrap().position);
+    assert!(next == ours.position && next != ahead);
+    sampler.accept(3);
+    assert_eq!(sampler.draw(0).unwrap().position, ahead);
+    assert_eq!(draw(hot(0)), None);
+    assert_eq!(draw(SamplingParams { top_k: Some(MAX_K + 1), ..hot(0) }), None);
+    for params in [plain, drawn] {
+        assert_eq!(draw(SamplingParams { logprobs: Some(0), ..params.clone() }), None);
+        assert_eq!(draw(SamplingParams { repetition_penalty: 1.1, ..params.clone() }), None);
+        assert_eq!(draw(SamplingParams { presence_penalty: 0.1, ..params.clone() }), None);
+        assert_eq!(draw(SamplingParams { frequency_penalty: 0.1, ..params }), None);
+    }
+}
+
+/// The device's definition of a draw is the sampler's: the same token of the same numbers.
+#[test]
+fn a_draw_is_what_the_sampler_would_choose() {
+    let logits: Vec<f32> = (0..300).map(|i| ((i * 7919 % 1000) as f32 / 100.0).sin() * 4.0).collect();
+    let rows = candle_core::Tensor::from_vec(logits.clone(), (1, 300), &candle_core::Device::Cpu).unwrap();
+    for seed in 0..500 {
+        let top_p = [1.0, 0.95, 0.5, 0.1][seed as usize % 4];
+        let min_p = [0.0, 0.05, 0.5][seed as usize % 3];
+        let params = SamplingParams { top_k: Some(1 + seed as usize % MAX_K), top_p, min_p, ..hot(seed) };
+        let mut sampler = sampler(params);
+        let draws = kernels::sampling::Draws::new(&[sampler.draw(0).unwrap()], rows.device()).unwrap();
+        let drawn = kernels::sampling::sample(&rows, 300, &draws).unwrap().to_vec1::<u32>().unwrap();
+        assert_eq!(drawn, [sampler.sample(&logits).unwrap().token], "seed {seed}");
+    }
 }
 
 #[test]

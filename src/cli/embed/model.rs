@@ -22,9 +22,9 @@ pub struct EncoderArgs {
     quant: Quant,
     #[command(flatten)]
     pack_cache: PackCacheArgs,
-    /// Tokens that run at once; a longer text runs alone
-    #[arg(long, value_name = "TOKENS", default_value_t = 4096, help_heading = "Model")]
-    batch_tokens: usize,
+    /// Tokens that run at once; a longer text runs alone [default: 4096, on a GPU 16384]
+    #[arg(long, value_name = "TOKENS", help_heading = "Model")]
+    batch_tokens: Option<usize>,
     /// Longest text in tokens, if less than the model allows; the rest is cut off and reported
     #[arg(long, value_name = "TOKENS", help_heading = "Model")]
     max_length: Option<usize>,

@@ -1,15 +1,7 @@
 // The index of each row's largest value: blocks of a row find theirs, then a warp has the last word.
-#include "cuda.cuh"
+#include "sampling/key.cuh"
 
 constexpr int WARPS = 8;
-constexpr uint32_t NOTHING = 0xffffffff;
-
-// Orders values as integers, equal ones by index from the back; what cannot be chosen among comes out on top.
-__device__ uint64_t key(float value, uint32_t index) {
-  const uint32_t bits = __float_as_uint(value), ordered = bits ^ (bits >> 31 ? 0xffffffff : 0x80000000);
-  return isnan(value) || value == INFINITY ? ~uint64_t(0) : uint64_t(ordered) << 32 | ~index;
-}
-
 __device__ uint64_t largest_of_lanes(uint64_t x) {
   for (int offset = 16; offset > 0; offset /= 2)
     x = max(x, (uint64_t)__shfl_xor_sync(0xffffffff, (unsigned long long)x, offset));
@@ -43,9 +35,8 @@ extern "C" __global__ void argmax_of_blocks(const uint64_t *keys, uint32_t block
   for (uint32_t i = threadIdx.x; i < blocks; i += 32)
     best = max(best, keys[blockIdx.x * size_t(blocks) + i]);
   best = largest_of_lanes(best);
-  const bool chooses = best != ~uint64_t(0) && best >> 32 > (~__float_as_uint(-INFINITY));
   if (threadIdx.x == 0)
-    indices[blockIdx.x] = chooses ? ~uint32_t(best) : NOTHING;
+    indices[blockIdx.x] = is_fit(best) ? index_of(best) : NOTHING;
 }
 
 #define ARGMAX(name, T)                                                                                                \
