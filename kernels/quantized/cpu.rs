@@ -1,10 +1,19 @@
-//! The product on the CPU: panels of weights as they are packed, times rows of `x` rounded to bytes. Lanes are outputs,
-//! so nothing is ever added across them.
+//! The product on the CPU: panels of weights times rows of `x` rounded to bytes. Lanes are outputs, so nothing is ever
+//! added across them.
+//!
+//! A row alone meets the weights as they are packed. Several meet them unpacked, a tile of rows at a time: the first
+//! tile unpacks each block on its way, the others find the panel in a cache. Sums within a group are exact, and what
+//! follows is the same either way, so a row's bits do not depend on the tile that it is in.
 
+use std::cell::Cell;
+use std::hint::black_box;
+use std::ops::Range;
+
+use half::bf16;
 use rayon::prelude::*;
 
 use super::dot::{self, Affine, Dot, Four};
-use super::{Blocks, OUTS, Q4Block, Q8Block, QuantizedMatrix};
+use super::{Blocks, Codes, GROUP, OUTS, Q4Block, Q8Block, QuantizedMatrix, STEPS};
 use crate::cpu::Shared;
 use crate::simd::{Instructions, Kernel, LANES, Lanes, Stored, dispatch, instructions, load, prefetch};
 
@@ -16,8 +25,9 @@ pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix) -> Vec<X> {
     }
     let n = x.len() / inner;
     let mut out = vec![X::round(0.0); n * outer];
-    let x = Rounded::new(x, inner, weight.format().group() / GROUP);
-    let product = Product { x: &x, n, inner, outer, instructions: instructions(), out: Shared::new(&mut out) };
+    let instructions = instructions();
+    let x = Rounded::new(x, inner, tile_rows(instructions));
+    let product = Product { x: &x, n, inner, outer, instructions, out: Shared::new(&mut out) };
     match blocks {
         Blocks::Q8(blocks) => product.run(blocks),
         Blocks::Q4(blocks) => product.run(blocks),
@@ -25,55 +35,82 @@ pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix) -> Vec<X> {
     out
 }
 
-/// Values of `x` that share a scale.
-const GROUP: usize = 32;
-
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
 const MIN_TASK: usize = 1 << 17;
 
-/// A group as the kernels take it: the four bytes that meet a step's codes, eight times.
-type Fours = [Four; GROUP / 4];
+/// Rows of a tile at most.
+fn tile_rows(instructions: Instructions) -> usize {
+    struct Rows<'a>(&'a mut usize);
+    impl dot::Kernel for Rows<'_> {
+        fn run<D: Dot>(self) {
+            *self.0 = D::ROWS
+        }
+    }
+    let mut rows = 1;
+    dot::dispatch(instructions, Rows(&mut rows));
+    rows
+}
 
-/// Rows of `x` rounded to bytes.
+/// `rows` in tiles of at most `most`, each of a size that there is a kernel for.
+fn tiles(rows: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut start = rows.start;
+    std::iter::from_fn(move || {
+        let left = most.min(rows.end - start);
+        let size = [12, 8, 6, 4, 3, 2, 1].into_iter().find(|&size| size <= left)?;
+        start += size;
+        Some(start - size..start)
+    })
+}
+
+/// Rows of `x` rounded to bytes, tile by tile.
 struct Rounded {
-    /// `[n, groups]`; a multiple of the weight's groups, the rest zero.
-    codes: Vec<Fours>,
-    /// `[n, groups]`
-    scales: Vec<f32>,
-    /// `[n, groups]`: what the codes of each group add up to.
-    sums: Vec<i32>,
+    /// In the place of each tile of `R` rows `[groups, STEPS, R]`; what is missing from the last group is zero.
+    codes: Vec<Four>,
+    /// In the place of each tile `[groups, R]`.
+    factors: Vec<Factors>,
     groups: usize,
+    /// Rows of a tile at most.
+    tile: usize,
+}
+
+/// Of a group of a row.
+#[derive(Clone, Copy, Default)]
+struct Factors {
+    /// `x = scale * code`.
+    scale: f32,
+    /// What the codes add up to, times `scale`.
+    sum: f32,
+    /// What the codes add up to, times -128.
+    offset: i32,
 }
 
 impl Rounded {
-    fn new<X: Stored>(x: &[X], inner: usize, multiple: usize) -> Self {
-        let groups = inner.div_ceil(GROUP).next_multiple_of(multiple);
-        let count = x.len() / inner * groups;
-        let mut rounded =
-            Self { codes: vec![[[0; 4]; GROUP / 4]; count], scales: vec![0.0; count], sums: vec![0; count], groups };
-        let Self { codes, scales, sums, .. } = &mut rounded;
-        let rows = (MIN_TASK / 16 / inner).max(1);
-        let tasks = x.par_chunks(rows * inner).zip(codes.par_chunks_mut(rows * groups));
-        tasks
-            .zip(scales.par_chunks_mut(rows * groups))
-            .zip(sums.par_chunks_mut(rows * groups))
-            .for_each(|(((x, codes), scales), sums)| dispatch(Round { x, inner, groups, codes, scales, sums }));
-        rounded
-    }
-
-    fn row(&self, row: usize) -> Row<'_> {
-        let groups = row * self.groups..(row + 1) * self.groups;
-        Row { codes: &self.codes[groups.clone()], scales: &self.scales[groups.clone()], sums: &self.sums[groups] }
+    fn new<X: Stored>(x: &[X], inner: usize, tile: usize) -> Self {
+        let groups = inner.div_ceil(GROUP);
+        let n = x.len() / inner;
+        let (mut codes, mut factors) = (vec![[0; 4]; n * groups * STEPS], vec![Factors::default(); n * groups]);
+        let (shared_codes, shared_factors) = (Shared::new(&mut codes), Shared::new(&mut factors));
+        let task = (MIN_TASK / 16 / inner).next_multiple_of(tile);
+        (0..n.div_ceil(task)).into_par_iter().for_each(|index| {
+            for rows in tiles(index * task..n.min((index + 1) * task), tile) {
+                let (start, count) = (rows.start * groups, rows.len() * groups);
+                // SAFETY: no two tiles have a row in common.
+                let (codes, factors) =
+                    unsafe { (shared_codes.part(start * STEPS, count * STEPS), shared_factors.part(start, count)) };
+                let x = &x[rows.start * inner..rows.end * inner];
+                dispatch(Round { x, inner, codes, factors });
+            }
+        });
+        Self { codes, factors, groups, tile }
     }
 }
 
+/// A tile.
 struct Round<'a, X> {
     x: &'a [X],
     inner: usize,
-    groups: usize,
-    codes: &'a mut [Fours],
-    scales: &'a mut [f32],
-    sums: &'a mut [i32],
+    codes: &'a mut [Four],
+    factors: &'a mut [Factors],
 }
 
 impl<X: Stored> Kernel for Round<'_, X> {
@@ -83,9 +120,9 @@ impl<X: Stored> Kernel for Round<'_, X> {
     fn run<V: Lanes>(self) {
         // Adding 1.5 * 2^23 leaves the nearest integer in the lower bits.
         const ROUND: f32 = 12_582_912.0;
+        let rows = self.x.len() / self.inner;
         for (row, x) in self.x.chunks_exact(self.inner).enumerate() {
             for (group, x) in x.chunks(GROUP).enumerate() {
-                let index = row * self.groups + group;
                 let mut values = [0.0; GROUP];
                 let mut largest = V::splat(0.0);
                 for (x, values) in x.chunks(LANES).zip(values.as_chunks_mut::<LANES>().0) {
@@ -99,20 +136,13 @@ impl<X: Stored> Kernel for Round<'_, X> {
                     V::load(values).mul(V::splat(inverse)).add(V::splat(ROUND)).store(values);
                 }
                 let codes = values.map(|value| value.to_bits() as i8);
-                self.codes[index].as_flattened_mut().copy_from_slice(&codes);
-                self.scales[index] = scale;
-                self.sums[index] = codes.into_iter().map(i32::from).sum();
+                let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+                self.factors[group * rows + row] = Factors { scale, sum: scale * sum as f32, offset: -128 * sum };
+                let target = self.codes[group * STEPS * rows + row..].iter_mut().step_by(rows);
+                target.zip(codes.as_chunks().0).for_each(|(target, codes)| *target = *codes);
             }
         }
     }
-}
-
-/// A row of `x`, by group.
-#[derive(Clone, Copy)]
-struct Row<'a> {
-    codes: &'a [Fours],
-    scales: &'a [f32],
-    sums: &'a [i32],
 }
 
 struct Product<'a, X> {
@@ -125,140 +155,265 @@ struct Product<'a, X> {
 }
 
 impl<X: Stored> Product<'_, X> {
-    /// Rows that share the loads of a panel are as many as the registers hold sums for.
     fn run<B: Block>(&self, blocks: &[B]) {
-        match self.instructions {
-            #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => self.run_by::<B, 6>(blocks),
-            _ => self.run_by::<B, 2>(blocks),
-        }
-    }
-
-    fn run_by<B: Block, const ROWS: usize>(&self, blocks: &[B]) {
         let panels = self.outer.div_ceil(OUTS);
+        let groups = self.x.groups;
         let threads = rayon::current_num_threads();
         // A narrow weight has too few panels for all threads: then they share its rows as well.
-        let parts = (4 * threads).div_ceil(panels).min(self.n.div_ceil(ROWS)).max(1);
-        let rows = self.n.div_ceil(parts).next_multiple_of(ROWS);
+        let parts = (4 * threads).div_ceil(panels.max(1)).min(self.n.div_ceil(self.x.tile)).max(1);
+        let rows = self.n.div_ceil(parts).next_multiple_of(self.x.tile);
         let task = panels.div_ceil(8 * threads).max(MIN_TASK / (rows.min(self.n).max(1) * self.inner * OUTS)).max(1);
-        (0..self.n.div_ceil(rows.max(1)) * panels.div_ceil(task)).into_par_iter().for_each(|index| {
-            let (part, first) = (index / panels.div_ceil(task), index % panels.div_ceil(task) * task);
-            for panel in first..panels.min(first + task) {
-                let groups = blocks.len() / panels;
-                let (ahead, blocks) = (&blocks[panel * groups..], &blocks[panel * groups..(panel + 1) * groups]);
-                let mut row = part * rows;
-                let end = self.n.min(row + rows);
-                while row + ROWS <= end {
-                    self.tile::<B, ROWS>(blocks, &[], panel, row);
-                    row += ROWS;
-                }
-                while row < end {
-                    self.tile::<B, 1>(blocks, ahead, panel, row);
-                    row += 1;
-                }
+        let tasks = panels.div_ceil(task);
+        (0..self.n.div_ceil(rows.max(1)) * tasks).into_par_iter().for_each(|index| {
+            let (part, first) = (index / tasks, index % tasks * task);
+            let rows = part * rows..self.n.min((part + 1) * rows);
+            let mut scratch = SCRATCH.take();
+            if rows.len() > 1 && scratch.len() < groups {
+                scratch.resize(groups, Unpacked::ZERO);
             }
+            for panel in first..panels.min(first + task) {
+                let (blocks, ahead) = (&blocks[panel * groups..(panel + 1) * groups], &blocks[panel * groups..]);
+                let scratch = &mut scratch;
+                let sweep = Sweep { product: self, x: self.x, blocks, ahead, panel, rows: rows.clone(), scratch };
+                dot::dispatch(self.instructions, sweep);
+            }
+            SCRATCH.set(scratch);
         });
     }
 
-    fn tile<B: Block, const R: usize>(&self, blocks: &[B], ahead: &[B], panel: usize, row: usize) {
-        let mut totals = [[0.0; OUTS]; R];
-        let rows: [Row; R] = std::array::from_fn(|r| self.x.row(row + r));
-        dot::dispatch(self.instructions, Sweep { blocks, ahead, rows, totals: &mut totals });
+    /// Rounds the outputs of a panel in row `row`.
+    #[inline(always)]
+    fn write(&self, row: usize, panel: usize, totals: &[f32; OUTS]) {
         let first = panel * OUTS;
-        for (r, totals) in totals.iter().enumerate() {
-            // SAFETY: every task has outputs and rows of its own.
-            let out = unsafe { self.out.part((row + r) * self.outer + first, OUTS.min(self.outer - first)) };
-            out.iter_mut().zip(totals).for_each(|(out, &total)| *out = X::round(total));
-        }
+        // SAFETY: every task has outputs and rows of its own.
+        let out = unsafe { self.out.part(row * self.outer + first, OUTS.min(self.outer - first)) };
+        out.iter_mut().zip(totals).for_each(|(out, &total)| *out = X::round(total));
     }
 }
 
-/// Blocks that are asked for ahead of use: about as many bytes as memory delivers within its latency.
-const AHEAD: usize = 4;
+/// A block as several rows meet it.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Unpacked {
+    codes: [Codes; STEPS],
+    scales: [f32; OUTS],
+    /// Undefined where the format has none.
+    minima: [f32; OUTS],
+}
 
-/// A panel from its first group to its last, for `R` rows.
-struct Sweep<'a, B, const R: usize> {
+impl Unpacked {
+    const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; STEPS], scales: [0.0; OUTS], minima: [0.0; OUTS] };
+}
+
+thread_local! {
+    /// A thread's unpacked panel, kept between calls.
+    static SCRATCH: Cell<Vec<Unpacked>> = const { Cell::new(Vec::new()) };
+}
+
+/// Bytes that are asked for ahead of use: about as many as memory delivers within its latency.
+const AHEAD: usize = 4 << 10;
+
+/// A panel with some rows.
+struct Sweep<'a, B, X> {
+    product: &'a Product<'a, X>,
+    x: &'a Rounded,
     blocks: &'a [B],
     /// The blocks and what lies behind them, to be brought near in time.
     ahead: &'a [B],
-    rows: [Row<'a>; R],
-    totals: &'a mut [[f32; OUTS]; R],
+    panel: usize,
+    rows: Range<usize>,
+    scratch: &'a mut [Unpacked],
 }
 
-impl<B: Block, const R: usize> dot::Kernel for Sweep<'_, B, R> {
+impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
     #[inline(always)]
-    fn run<D: Dot>(self) {
-        for (group, block) in self.blocks.iter().enumerate() {
-            if let Some(ahead) = self.ahead.get(group + AHEAD) {
-                prefetch(std::slice::from_ref(ahead));
+    fn run<D: Dot>(mut self) {
+        if self.rows.len() == 1 {
+            return self.row::<D>(self.rows.start);
+        }
+        for rows in tiles(self.rows.clone(), D::ROWS) {
+            match rows.len() {
+                12 if D::ROWS >= 12 => self.tile::<D, 12>(rows.start),
+                8 if D::ROWS >= 8 => self.tile::<D, 8>(rows.start),
+                6 if D::ROWS >= 6 => self.tile::<D, 6>(rows.start),
+                4 if D::ROWS >= 4 => self.tile::<D, 4>(rows.start),
+                3 if D::ROWS >= 3 => self.tile::<D, 3>(rows.start),
+                2 => self.tile::<D, 2>(rows.start),
+                _ => self.tile::<D, 1>(rows.start),
             }
-            block.add::<D, R>(group, &self.rows, self.totals);
         }
     }
 }
 
-/// The codes of `group` in each row.
-#[inline(always)]
-fn each<'a, const R: usize>(rows: &[Row<'a>; R], group: usize) -> [&'a Fours; R] {
-    let mut codes = [&rows[0].codes[group]; R];
-    for r in 1..R {
-        codes[r] = &rows[r].codes[group];
+impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
+    #[inline(always)]
+    fn row<D: Dot>(&self, row: usize) {
+        let (x, factors) = self.operands::<1>(row);
+        let mut totals = [0.0; OUTS];
+        for (group, block) in self.blocks.iter().enumerate() {
+            self.fetch(group);
+            block.add::<D>(&x[group], factors[group][0], &mut totals);
+        }
+        self.product.write(row, self.panel, &totals);
     }
-    codes
-}
 
-/// The four codes of step `i` in each row.
-#[inline(always)]
-fn step<const R: usize>(x: [&Fours; R], i: usize) -> [Four; R] {
-    let mut fours = [[0; 4]; R];
-    for r in 0..R {
-        fours[r] = x[r][i];
+    #[inline(always)]
+    fn tile<D: Dot, const R: usize>(&mut self, row: usize) {
+        let (x, factors) = self.operands::<R>(row);
+        let mut totals = [[0.0; OUTS]; R];
+        for group in 0..self.blocks.len() {
+            if row == self.rows.start {
+                self.fetch(group);
+                self.blocks[group].unpack::<D>(&mut self.scratch[group]);
+            }
+            // The compiler would keep totals in registers that the sums need.
+            let totals = black_box(&mut totals);
+            B::add_unpacked::<D, R>(&self.scratch[group], &x[group], &factors[group], totals);
+        }
+        for (totals, row) in totals.iter().zip(row..) {
+            self.product.write(row, self.panel, totals);
+        }
     }
-    fours
+
+    /// The groups of the tile of `R` rows from `row` on.
+    #[inline(always)]
+    fn operands<const R: usize>(&self, row: usize) -> (&'a [[[Four; R]; STEPS]], &'a [[Factors; R]]) {
+        let Rounded { codes, factors, groups, .. } = self.x;
+        let (start, count) = (row * groups, R * groups);
+        let codes = codes[start * STEPS..][..count * STEPS].as_chunks().0.as_chunks().0;
+        (codes, factors[start..][..count].as_chunks().0)
+    }
+
+    #[inline(always)]
+    fn fetch(&self, group: usize) {
+        if let Some(ahead) = self.ahead.get(group + AHEAD.div_ceil(size_of::<B>())) {
+            prefetch(std::slice::from_ref(ahead));
+        }
+    }
 }
 
 /// A block of a packed weight.
 trait Block: Sync {
-    /// Adds its products with `group` of the rows.
-    fn add<D: Dot, const R: usize>(&self, group: usize, rows: &[Row; R], totals: &mut [[f32; OUTS]; R]);
+    /// Adds its products with one row.
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]);
+    fn unpack<D: Dot>(&self, target: &mut Unpacked);
+    /// Adds the products of an unpacked block with `R` rows.
+    fn add_unpacked<D: Dot, const R: usize>(
+        block: &Unpacked,
+        x: &[[Four; R]; STEPS],
+        factors: &[Factors; R],
+        totals: &mut [[f32; OUTS]; R],
+    );
 }
 
 impl Block for Q8Block {
     #[inline(always)]
-    fn add<D: Dot, const R: usize>(&self, group: usize, rows: &[Row; R], totals: &mut [[f32; OUTS]; R]) {
-        let mut sums = [D::no_sums(0); R];
-        for r in 0..R {
-            sums[r] = D::no_sums(rows[r].sums[group]);
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]) {
+        let scales = widen(&self.scales);
+        for part in 0..OUTS / D::WIDTH {
+            let mut sums = [D::unbiased(factors.offset)];
+            for step in 0..STEPS {
+                D::add(&mut sums, D::signed(D::load(&self.codes[step], part)), &x[step]);
+            }
+            D::add_scaled(sums[0], factors.scale, &scales, part, totals);
         }
-        let x = each(rows, group);
-        for (i, codes) in self.codes.iter().enumerate() {
-            D::add_signed(&mut sums, codes, step(x, i));
+    }
+    #[inline(always)]
+    fn unpack<D: Dot>(&self, target: &mut Unpacked) {
+        for part in 0..OUTS / D::WIDTH {
+            for step in 0..STEPS {
+                D::store(D::signed(D::load(&self.codes[step], part)), part, &mut target.codes[step]);
+            }
         }
-        for r in 0..R {
-            D::add_scaled(sums[r], rows[r].scales[group], &self.scales, &mut totals[r]);
+        target.scales = widen(&self.scales);
+    }
+    #[inline(always)]
+    fn add_unpacked<D: Dot, const R: usize>(
+        block: &Unpacked,
+        x: &[[Four; R]; STEPS],
+        factors: &[Factors; R],
+        totals: &mut [[f32; OUTS]; R],
+    ) {
+        for part in 0..OUTS / D::WIDTH {
+            let mut sums = [D::unbiased(0); R];
+            for r in 0..R {
+                sums[r] = D::unbiased(factors[r].offset);
+            }
+            for step in 0..STEPS {
+                D::add(&mut sums, D::load(&block.codes[step], part), &x[step]);
+            }
+            for r in 0..R {
+                D::add_scaled(sums[r], factors[r].scale, &block.scales, part, &mut totals[r]);
+            }
         }
     }
 }
 
 impl Block for Q4Block {
     #[inline(always)]
-    fn add<D: Dot, const R: usize>(&self, group: usize, rows: &[Row; R], totals: &mut [[f32; OUTS]; R]) {
-        let mut sums = [[D::no_sums(0); 2]; R];
-        for (half, codes) in self.codes.as_chunks::<4>().0.iter().enumerate() {
-            let mut words = [D::no_words(); R];
-            let x = each(rows, 2 * group + half);
-            for (i, codes) in codes.iter().enumerate() {
-                D::add_nibbles(&mut words, codes, step(x, 2 * i), step(x, 2 * i + 1));
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]) {
+        let (scales, minima) = (&widen(&self.scales), &widen(&self.minima));
+        let affine = Affine { factor: factors.scale, sum: factors.sum, scales, minima };
+        for part in 0..OUTS / D::WIDTH {
+            let mut halves = [[D::small()]; 2];
+            for half in 0..2 {
+                if half == 1 {
+                    halves[1][0] = D::second(halves[0][0]);
+                }
+                for pair in half * STEPS / 4..(half + 1) * STEPS / 4 {
+                    let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
+                    D::add_small(&mut halves[half], lower, &x[2 * pair]);
+                    D::add_small(&mut halves[half], upper, &x[2 * pair + 1]);
+                }
             }
-            for r in 0..R {
-                sums[r][half] = D::total(words[r]);
-            }
-        }
-        for r in 0..R {
-            let factors = [rows[r].scales[2 * group], rows[r].scales[2 * group + 1]];
-            let part = |half: usize| rows[r].sums[2 * group + half] as f32 * factors[half];
-            let affine = Affine { factors, sum: part(0) + part(1), scales: &self.scales, minima: &self.minima };
-            D::add_affine(sums[r], affine, &mut totals[r]);
+            D::add_affine(D::total([halves[0][0], halves[1][0]]), affine, part, totals);
         }
     }
+    #[inline(always)]
+    fn unpack<D: Dot>(&self, target: &mut Unpacked) {
+        for part in 0..OUTS / D::WIDTH {
+            for pair in 0..STEPS / 2 {
+                let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
+                D::store(lower, part, &mut target.codes[2 * pair]);
+                D::store(upper, part, &mut target.codes[2 * pair + 1]);
+            }
+        }
+        (target.scales, target.minima) = (widen(&self.scales), widen(&self.minima));
+    }
+    #[inline(always)]
+    fn add_unpacked<D: Dot, const R: usize>(
+        block: &Unpacked,
+        x: &[[Four; R]; STEPS],
+        factors: &[Factors; R],
+        totals: &mut [[f32; OUTS]; R],
+    ) {
+        for part in 0..OUTS / D::WIDTH {
+            let mut first = [D::small(); R];
+            for step in 0..STEPS / 2 {
+                D::add_small(&mut first, D::load(&block.codes[step], part), &x[step]);
+            }
+            let mut second = first;
+            for r in 0..R {
+                second[r] = D::second(first[r]);
+            }
+            for step in STEPS / 2..STEPS {
+                D::add_small(&mut second, D::load(&block.codes[step], part), &x[step]);
+            }
+            for r in 0..R {
+                let Factors { scale, sum, .. } = factors[r];
+                let affine = Affine { factor: scale, sum, scales: &block.scales, minima: &block.minima };
+                D::add_affine(D::total([first[r], second[r]]), affine, part, &mut totals[r]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn widen(values: &[bf16; OUTS]) -> [f32; OUTS] {
+    let mut wide = [0.0; OUTS];
+    for (value, wide) in values.iter().zip(&mut wide) {
+        // Not a NaN, which `to_f32` would look for.
+        *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
+    }
+    wide
 }

@@ -4,7 +4,7 @@ use candle_core::{Result, bail};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{Blocks, OUTS, Q4Block, Q8Block, Quantization, QuantizedMatrix};
+use super::{Blocks, GROUP, OUTS, Q4Block, Q8Block, Quantization, QuantizedMatrix, STEPS};
 use crate::memory;
 use crate::simd::{Kernel, LANES, Lanes, dispatch};
 
@@ -21,7 +21,7 @@ pub fn pack(
 }
 
 fn blocks<B: Block>([outer, inner]: [usize; 2], row: impl Fn(usize, &mut [f32]) + Sync) -> Result<Vec<B>> {
-    let groups = inner.div_ceil(B::GROUP);
+    let groups = inner.div_ceil(GROUP);
     let count = outer.div_ceil(OUTS) * groups;
     let mut blocks = memory::with_capacity(count);
     blocks.resize(count, B::ZERO);
@@ -29,7 +29,7 @@ fn blocks<B: Block>([outer, inner]: [usize; 2], row: impl Fn(usize, &mut [f32]) 
         .par_chunks_mut(groups.max(1))
         .enumerate()
         .map_init(
-            || vec![0.0; groups * B::GROUP],
+            || vec![0.0; groups * GROUP],
             |values, (panel, blocks)| {
                 (panel * OUTS..outer.min((panel + 1) * OUTS)).zip(0..).all(|(o, lane)| {
                     row(o, &mut values[..inner]);
@@ -45,8 +45,6 @@ fn blocks<B: Block>([outer, inner]: [usize; 2], row: impl Fn(usize, &mut [f32]) 
 }
 
 trait Block: Clone + Send {
-    /// Inputs.
-    const GROUP: usize;
     const ZERO: Self;
 
     /// Packs the inputs of one output, which lie between `least` and `largest`.
@@ -54,8 +52,7 @@ trait Block: Clone + Send {
 }
 
 impl Block for Q8Block {
-    const GROUP: usize = 32;
-    const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; 8], scales: [bf16::ZERO; OUTS] };
+    const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; STEPS], scales: [bf16::ZERO; OUTS] };
 
     #[inline(always)]
     fn set(&mut self, lane: usize, values: &[f32], least: f32, largest: f32) {
@@ -69,8 +66,8 @@ impl Block for Q8Block {
 }
 
 impl Block for Q4Block {
-    const GROUP: usize = 64;
-    const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; 8], scales: [bf16::ZERO; OUTS], minima: [bf16::ZERO; OUTS] };
+    const ZERO: Self =
+        Self { codes: [[[0; 4]; OUTS]; STEPS / 2], scales: [bf16::ZERO; OUTS], minima: [bf16::ZERO; OUTS] };
 
     #[inline(always)]
     fn set(&mut self, lane: usize, values: &[f32], least: f32, largest: f32) {
@@ -100,7 +97,7 @@ impl<B: Block> Kernel for Row<'_, B> {
     #[inline(always)]
     fn run<V: Lanes>(self) -> bool {
         let mut finite = true;
-        for (values, block) in self.values.chunks_exact(B::GROUP).zip(self.blocks) {
+        for (values, block) in self.values.chunks_exact(GROUP).zip(self.blocks) {
             let (least, largest) = range::<V>(values);
             block.set(self.lane, values, least, largest);
             // Infinity shows in the range; NaN may not.

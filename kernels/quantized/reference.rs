@@ -2,7 +2,7 @@
 
 /// `x` `[N, I]`, `weight` `[O, I]`; returns `[N, O]`.
 pub fn linear(x: &[f32], weight: &[f32], inner: usize, outer: usize) -> Vec<f32> {
-    let rounded: Vec<f64> = x.chunks(inner).flat_map(|row| row.chunks(32).flat_map(round)).collect();
+    let rounded: Vec<f64> = x.chunks(inner).flat_map(|row| row.chunks(64).flat_map(round)).collect();
     let product =
         |x: &[f64], o: usize| x.iter().zip(&weight[o * inner..]).map(|(x, &w)| x * f64::from(w)).sum::<f64>() as f32;
     rounded.chunks(inner).flat_map(|x| (0..outer).map(move |o| product(x, o))).collect()

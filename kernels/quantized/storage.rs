@@ -33,7 +33,7 @@ unsafe trait Plain {}
 unsafe impl Plain for Q8Block {}
 // SAFETY: as above.
 unsafe impl Plain for Q4Block {}
-const _: () = assert!(size_of::<Q8Block>() == 32 * 32 + 2 * 32 && size_of::<Q4Block>() == 32 * 32 + 2 * 2 * 32);
+const _: () = assert!(size_of::<Q8Block>() == 64 * 32 + 2 * 32 && size_of::<Q4Block>() == 32 * 32 + 2 * 2 * 32);
 
 #[expect(private_bounds, reason = "nobody else has blocks")]
 impl<B: Plain> Storage<B> {

@@ -51,17 +51,17 @@ fn a_new_packing_has_a_new_version() {
         let fnv = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         matrix.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, fnv)
     };
-    assert_eq!((PACKING_VERSION, FORMATS.map(hash)), (1, [8_022_766_782_882_146_367, 2_321_739_149_130_981_245]));
+    assert_eq!((PACKING_VERSION, FORMATS.map(hash)), (2, [4_803_288_813_395_506_485, 2_321_739_149_130_981_245]));
 }
 
 #[test]
 fn the_error_of_a_weight_is_as_stated() {
-    for (format, limit) in [(Quantization::Q8, 0.006), (Quantization::Q4, 0.09)] {
+    for (format, limit) in [(Quantization::Q8, 0.007), (Quantization::Q4, 0.09)] {
         let (weight, matrix, unpacked) = packed(format, [64, 1024], &mut Random::new(1));
         assert_close(&format!("{format:?}"), &unpacked, &weight, limit);
         assert_eq!(matrix.bytes(), format.bytes([64, 1024]));
         let bits = matrix.bytes() as f64 * 8.0 / weight.len() as f64;
-        assert_eq!(bits, if format == Quantization::Q8 { 8.5 } else { 4.5 });
+        assert_eq!(bits, if format == Quantization::Q8 { 8.25 } else { 4.5 });
     }
 }
 
@@ -79,7 +79,7 @@ fn no_weight_is_cut_and_zero_stays() {
             row(o, &mut want);
             let mut got = [0.0; 100];
             matrix.unpack(o, &mut got);
-            for (group, (got, want)) in got.chunks(format.group()).zip(want.chunks(format.group())).enumerate() {
+            for (group, (got, want)) in got.chunks(GROUP).zip(want.chunks(GROUP)).enumerate() {
                 let range =
                     want.iter().fold(0f32, |m, w| m.max(w.abs())) * if format == Quantization::Q8 { 1.0 } else { 2.0 };
                 let step = range / if format == Quantization::Q8 { 127.0 } else { 15.0 };
@@ -94,9 +94,17 @@ fn no_weight_is_cut_and_zero_stays() {
 fn products_are_the_reference() -> Result<()> {
     let mut random = Random::new(2);
     for format in FORMATS {
-        for (n, inner, outer) in
-            [(1, 1, 1), (2, 7, 3), (3, 32, 8), (4, 33, 9), (5, 64, 17), (6, 65, 129), (9, 100, 33), (67, 1000, 40)]
-        {
+        for (n, inner, outer) in [
+            (1, 1, 1),
+            (2, 7, 3),
+            (3, 32, 8),
+            (4, 33, 9),
+            (5, 64, 17),
+            (6, 65, 129),
+            (7, 128, 32),
+            (9, 100, 33),
+            (67, 1000, 40),
+        ] {
             let (_, matrix, unpacked) = packed(format, [outer, inner], &mut random);
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let x = random.tensor(&[n, inner], 1.0, dtype, &Device::Cpu)?;
@@ -158,7 +166,7 @@ fn a_row_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
         let x = random.tensor(&[40, 300], 1.0, DType::F32, &Device::Cpu)?;
         let alone: Vec<Vec<u32>> =
             (0..40).map(|row| Ok(bits(&linear(&x.narrow(0, row, 1)?, &matrix)?))).collect::<Result<_>>()?;
-        for rows in [1, 2, 3, 4, 5, 7, 40] {
+        for rows in [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 40] {
             for threads in [1, 3] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
                 let got = bits(&pool.install(|| linear(&x.narrow(0, 40 - rows, rows)?, &matrix))?);

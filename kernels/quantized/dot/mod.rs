@@ -3,8 +3,6 @@
 //! A kernel is written once, generic over [`Dot`], as the `run` of a [`Kernel`]. Sums of products are integers and
 //! exact; the f32 operations that follow are the same for every output in every instruction set. So results differ
 //! between machines only by whether multiply and add are fused, as those of [`crate::simd`] do.
-//!
-//! Rows lie innermost everywhere: codes that were loaded, and unpacked, serve all rows before the next are.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -14,13 +12,8 @@ mod avx512;
 mod neon;
 mod portable;
 
-use half::bf16;
-
-use super::OUTS;
+use super::{Codes, OUTS};
 use crate::simd::Instructions;
-
-/// Codes as one step of a kernel takes them: four bytes of each output, side by side.
-pub(super) type Codes = [[u8; 4]; OUTS];
 
 /// The four values of `x` that meet one step's codes, none of them -128.
 pub(super) type Four = [i8; 4];
@@ -37,39 +30,53 @@ pub(super) trait Kernel {
     fn run<D: Dot>(self);
 }
 
-/// Integer sums of a panel's outputs.
+/// Products of part of a panel's outputs with some rows, as many as the registers hold sums for.
 pub(super) trait Dot {
+    /// Outputs of a part, which divide those of a panel.
+    const WIDTH: usize;
+    /// Rows at most.
+    const ROWS: usize;
+
+    /// A step's bytes of a part.
+    type Bytes: Copy;
     /// An i32 for each output.
     type Sums: Copy;
-    /// Products with 4-bit codes, of 32 inputs at most before they are summed.
-    type Words: Copy;
+    /// Sums of products with codes up to 15, for half a group.
+    type Small: Copy;
 
-    /// Nothing yet; the `x` that will come add up to `sum`.
-    fn no_sums(sum: i32) -> Self::Sums;
-    /// Adds the products of signed codes above -128 with each row of `x`.
-    fn add_signed<const R: usize>(sums: &mut [Self::Sums; R], codes: &Codes, x: [Four; R]);
+    fn load(codes: &Codes, part: usize) -> Self::Bytes;
+    fn store(bytes: Self::Bytes, part: usize, codes: &mut Codes);
+    /// Signed codes above -128 as `add` takes them.
+    fn signed(bytes: Self::Bytes) -> Self::Bytes;
+    /// The lower and the upper halves.
+    fn nibbles(bytes: Self::Bytes) -> [Self::Bytes; 2];
 
-    fn no_words() -> Self::Words;
-    /// Adds the products of the lower halves of the codes with each row of `low`, and of the upper halves with `high`.
-    fn add_nibbles<const R: usize>(words: &mut [Self::Words; R], codes: &Codes, low: [Four; R], high: [Four; R]);
-    fn total(words: Self::Words) -> Self::Sums;
+    /// Nothing yet; codes that were 128 too large would have added `-offset`.
+    fn unbiased(offset: i32) -> Self::Sums;
+    /// Adds the products of signed codes with each row.
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Four; R]);
+    fn small() -> Self::Small;
+    /// What the sums of the second half of a group start from.
+    fn second(first: Self::Small) -> Self::Small;
+    /// Adds the products of codes up to 15 with each row.
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]);
+    fn total(halves: [Self::Small; 2]) -> Self::Sums;
 
     /// `totals += sums * factor * scales`, the last product fused with the sum.
-    fn add_scaled(sums: Self::Sums, factor: f32, scales: &[bf16; OUTS], totals: &mut [f32; OUTS]);
-    /// `totals += (sums[0] * factors[0] + sums[1] * factors[1]) * scales + sum * minima`, in that order, every product
-    /// but the first fused with its sum.
-    fn add_affine(sums: [Self::Sums; 2], affine: Affine, totals: &mut [f32; OUTS]);
+    fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], part: usize, totals: &mut [f32; OUTS]);
+    /// The same, and then `totals += sum * minima`, fused.
+    fn add_affine(sums: Self::Sums, affine: Affine, part: usize, totals: &mut [f32; OUTS]);
 }
 
 /// The factors of a block of 4-bit weights and a row.
 #[derive(Clone, Copy)]
 pub(super) struct Affine<'a> {
-    /// Of the two groups of `x`.
-    pub factors: [f32; 2],
-    /// What both groups of `x` add up to.
+    /// Of the group of `x`.
+    pub factor: f32,
+    /// What the group of `x` adds up to.
     pub sum: f32,
-    pub scales: &'a [bf16; OUTS],
-    pub minima: &'a [bf16; OUTS],
+    pub scales: &'a [f32; OUTS],
+    pub minima: &'a [f32; OUTS],
 }
 
 /// Runs `kernel` on `instructions`, which the machine has.

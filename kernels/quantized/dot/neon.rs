@@ -1,10 +1,8 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use half::bf16;
-
-use super::{Affine, Codes, Dot, Four, Kernel, word};
-use crate::quantized::OUTS;
+use super::{Affine, Dot, Four, Kernel, word};
+use crate::quantized::{Codes, OUTS};
 
 /// # Safety
 ///
@@ -17,20 +15,25 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
 /// Only [`run`] names this type, so wherever a method is called the features are there.
 struct Neon;
 
-/// Registers that hold one i32 for each output.
-const PARTS: usize = OUTS / 4;
+/// Registers that hold one i32 for each output of a part.
+const REGISTERS: usize = 4;
 
+/// Registers of a part among those of a panel.
 #[inline(always)]
-fn part(codes: &Codes, part: usize) -> int8x16_t {
-    let (parts, _) = codes.as_chunks::<4>();
-    // SAFETY: the array has the register's size.
-    unsafe { vld1q_s8(parts[part].as_ptr().cast()) }
+fn part<T>(panel: &[T; OUTS], part: usize) -> &[[T; 4]; REGISTERS] {
+    &panel.as_chunks().0.as_chunks().0[part]
 }
 
 #[inline(always)]
-fn repeat(x: Four) -> int8x16_t {
-    // SAFETY: the features are there.
-    unsafe { vreinterpretq_s8_s32(vdupq_n_s32(word(x))) }
+fn part_mut<T>(panel: &mut [T; OUTS], part: usize) -> &mut [[T; 4]; REGISTERS] {
+    &mut panel.as_chunks_mut().0.as_chunks_mut().0[part]
+}
+
+/// The bytes of four outputs.
+#[inline(always)]
+fn load(codes: &[[u8; 4]; 4]) -> int8x16_t {
+    // SAFETY: the array has the register's size.
+    unsafe { vld1q_s8(codes.as_ptr().cast()) }
 }
 
 /// Adds four products to each sum. The intrinsic for it is not stable.
@@ -48,69 +51,91 @@ fn dot(mut sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
     sums
 }
 
-/// The upper halves of the f32.
-#[inline(always)]
-fn widen(values: &[bf16; OUTS], part: usize) -> float32x4_t {
-    let (parts, _) = values.as_chunks::<4>();
-    // SAFETY: the array has half the register's size.
-    unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vld1_u16(parts[part].as_ptr().cast())))) }
-}
-
 // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
 impl Dot for Neon {
-    type Sums = [int32x4_t; PARTS];
-    type Words = [int32x4_t; PARTS];
+    const WIDTH: usize = 4 * REGISTERS;
+    const ROWS: usize = 6;
+
+    type Bytes = [int8x16_t; REGISTERS];
+    type Sums = [int32x4_t; REGISTERS];
+    type Small = [int32x4_t; REGISTERS];
 
     #[inline(always)]
-    fn no_sums(_: i32) -> Self::Sums {
-        [unsafe { vdupq_n_s32(0) }; PARTS]
+    fn load(codes: &Codes, p: usize) -> Self::Bytes {
+        let codes = part(codes, p);
+        [load(&codes[0]), load(&codes[1]), load(&codes[2]), load(&codes[3])]
     }
     #[inline(always)]
-    fn add_signed<const R: usize>(sums: &mut [Self::Sums; R], codes: &Codes, x: [Four; R]) {
-        for p in 0..PARTS {
-            let codes = part(codes, p);
-            for (sums, x) in sums.iter_mut().zip(x) {
-                sums[p] = dot(sums[p], codes, repeat(x));
-            }
+    fn store(bytes: Self::Bytes, p: usize, codes: &mut Codes) {
+        for (bytes, codes) in bytes.into_iter().zip(part_mut(codes, p)) {
+            unsafe { vst1q_s8(codes.as_mut_ptr().cast(), bytes) }
         }
     }
     #[inline(always)]
-    fn no_words() -> Self::Words {
-        Self::no_sums(0)
+    fn signed(bytes: Self::Bytes) -> Self::Bytes {
+        bytes
     }
     #[inline(always)]
-    fn add_nibbles<const R: usize>(words: &mut [Self::Words; R], codes: &Codes, low: [Four; R], high: [Four; R]) {
-        for p in 0..PARTS {
-            let codes = unsafe { vreinterpretq_u8_s8(part(codes, p)) };
-            let lower = unsafe { vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(15))) };
-            let upper = unsafe { vreinterpretq_s8_u8(vshrq_n_u8::<4>(codes)) };
-            for (words, (low, high)) in words.iter_mut().zip(low.into_iter().zip(high)) {
-                words[p] = dot(dot(words[p], lower, repeat(low)), upper, repeat(high));
-            }
-        }
-    }
-    #[inline(always)]
-    fn total(words: Self::Words) -> Self::Sums {
-        words
-    }
-    #[inline(always)]
-    fn add_scaled(sums: Self::Sums, factor: f32, scales: &[bf16; OUTS], totals: &mut [f32; OUTS]) {
-        for (p, totals) in totals.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+    fn nibbles(bytes: Self::Bytes) -> [Self::Bytes; 2] {
+        let [mut lower, mut upper] = [bytes; 2];
+        for i in 0..REGISTERS {
             unsafe {
-                let sums = vmulq_n_f32(vcvtq_f32_s32(sums[p]), factor);
-                vst1q_f32(totals.as_mut_ptr(), vfmaq_f32(vld1q_f32(totals.as_ptr()), sums, widen(scales, p)));
+                lower[i] = vandq_s8(bytes[i], vdupq_n_s8(15));
+                upper[i] = vreinterpretq_s8_u8(vshrq_n_u8::<4>(vreinterpretq_u8_s8(bytes[i])));
+            }
+        }
+        [lower, upper]
+    }
+    #[inline(always)]
+    fn unbiased(_: i32) -> Self::Sums {
+        Self::small()
+    }
+    #[inline(always)]
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Four; R]) {
+        for r in 0..R {
+            let x = unsafe { vreinterpretq_s8_s32(vdupq_n_s32(word(x[r]))) };
+            for i in 0..REGISTERS {
+                sums[r][i] = dot(sums[r][i], codes[i], x);
             }
         }
     }
     #[inline(always)]
-    fn add_affine(sums: [Self::Sums; 2], affine: Affine, totals: &mut [f32; OUTS]) {
-        let Affine { factors, sum, scales, minima } = affine;
-        for (p, totals) in totals.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+    fn small() -> Self::Small {
+        [unsafe { vdupq_n_s32(0) }; REGISTERS]
+    }
+    #[inline(always)]
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]) {
+        Self::add(sums, codes, x)
+    }
+    #[inline(always)]
+    fn second(first: Self::Small) -> Self::Small {
+        first
+    }
+    #[inline(always)]
+    fn total([_, both]: [Self::Small; 2]) -> Self::Sums {
+        both
+    }
+    #[inline(always)]
+    fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], p: usize, totals: &mut [f32; OUTS]) {
+        let scales = part(scales, p);
+        for (i, totals) in part_mut(totals, p).iter_mut().enumerate() {
             unsafe {
-                let first = vmulq_n_f32(vcvtq_f32_s32(sums[0][p]), factors[0]);
-                let parts = vfmaq_n_f32(first, vcvtq_f32_s32(sums[1][p]), factors[1]);
-                let total = vfmaq_f32(vld1q_f32(totals.as_ptr()), parts, widen(scales, p));
-                vst1q_f32(totals.as_mut_ptr(), vfmaq_n_f32(total, widen(minima, p), sum));
+                let sums = vmulq_n_f32(vcvtq_f32_s32(sums[i]), factor);
+                vst1q_f32(
+                    totals.as_mut_ptr(),
+                    vfmaq_f32(vld1q_f32(totals.as_ptr()), sums, vld1q_f32(scales[i].as_ptr())),
+                );
+            }
+        }
+    }
+    #[inline(always)]
+    fn add_affine(sums: Self::Sums, affine: Affine, p: usize, totals: &mut [f32; OUTS]) {
+        let (scales, minima) = (part(affine.scales, p), part(affine.minima, p));
+        for (i, totals) in part_mut(totals, p).iter_mut().enumerate() {
+            unsafe {
+                let sums = vmulq_n_f32(vcvtq_f32_s32(sums[i]), affine.factor);
+                let total = vfmaq_f32(vld1q_f32(totals.as_ptr()), sums, vld1q_f32(scales[i].as_ptr()));
+                vst1q_f32(totals.as_mut_ptr(), vfmaq_n_f32(total, vld1q_f32(minima[i].as_ptr()), affine.sum));
             }
         }
     }
