@@ -384,20 +384,3 @@ pub(crate) fn grid(blocks: usize, threads: (usize, usize)) -> Result<LaunchConfi
         shared_mem_bytes: 0,
     })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::quantized::Quantization;
-
-    #[test]
-    fn an_op_without_a_kernel_says_so() -> Result<()> {
-        for device in crate::testing::devices().into_iter().filter(Device::is_cuda) {
-            let x = Tensor::zeros((1, 4), DType::F32, &device)?;
-            let matrix = crate::quantized::QuantizedMatrix::pack(Quantization::Q8, [4, 4], |_, row| row.fill(1.0))?;
-            let error = crate::quantized::linear(&x, &matrix).expect_err("there is no kernel").to_string();
-            assert!(error.contains("no cuda implementation for"), "{error}");
-        }
-        Ok(())
-    }
-}

@@ -28,7 +28,7 @@ pub fn takes_uploads(device: &Device) -> bool {
     device.is_cuda()
 }
 
-/// A tensor of the little-endian elements in `parts`, one after the other, f32, f16 or bf16. The host is read in
+/// A tensor of the little-endian elements in `parts`, one after the other, f32, f16, bf16 or u32. The host is read in
 /// parallel, and while the device takes what was read before. `done(i)` is told of each part that is needed no longer.
 ///
 /// # Errors

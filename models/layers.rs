@@ -111,10 +111,7 @@ impl Linear {
     pub fn forward_around(&self, x: &Tensor, around: Around) -> Result<Tensor> {
         match &self.weight {
             Matrix::Dense(weight) => linear_around(x, weight, self.bias.as_ref(), around),
-            Matrix::Packed(weight) => around.apply(x, |x| match &self.bias {
-                Some(bias) => quantized::linear(x, weight)?.broadcast_add(bias),
-                None => quantized::linear(x, weight),
-            }),
+            Matrix::Packed(weight) => quantized::linear_around(x, weight, self.bias.as_ref(), around),
         }
     }
 }

@@ -54,14 +54,15 @@ pub(crate) struct SparseMlp {
 }
 
 impl SparseMlp {
-    /// Router and gate of the shared expert stay as they are stored: they are small, and the router decides.
+    /// Router and gate of the shared expert stay as they are stored: they are small, and the router decides. So do the
+    /// experts where no kernel takes packed ones.
     pub fn load(weights: &Weights, hidden: usize, config: &Config) -> Result<Self> {
         let stored = weights.clone().quantized(None)?;
         let shared = config.shared_expert_intermediate_size;
         Ok(Self {
             gate: Linear::load(&stored.pp("gate"), hidden, config.num_experts, Bias::Absent)?,
             num_experts_per_tok: config.num_experts_per_tok,
-            experts: load_experts(&weights.pp("experts"), hidden, config)?,
+            experts: load_experts(if weights.device().is_cpu() { weights } else { &stored }, hidden, config)?,
             shared_expert: GatedMlp::load(&weights.pp("shared_expert"), hidden, shared, Activation::Silu)?,
             shared_expert_gate: Linear::load(&stored.pp("shared_expert_gate"), hidden, 1, Bias::Absent)?,
         })
@@ -79,6 +80,7 @@ impl SparseMlp {
 }
 
 fn load_experts(weights: &Weights, hidden: usize, config: &Config) -> Result<Experts> {
+    let weights = &weights.pp("experts");
     let &Config { num_experts, moe_intermediate_size: size, .. } = config;
     let (gate_up, down) = match weights.contains("gate_up_proj") {
         true => (

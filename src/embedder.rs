@@ -23,7 +23,7 @@ pub struct EmbedderOptions {
     pub device: DeviceChoice,
     /// Dtype of activations. Default: f32 on the CPU, bf16 elsewhere.
     pub dtype: Option<DType>,
-    /// Pack the weights while loading; the sparse and ColBERT heads stay as they are. On the CPU only.
+    /// Pack the weights while loading; the sparse and ColBERT heads stay as they are.
     pub quantization: Option<Quantization>,
     /// Where packed weights are kept for the next start. Default: [`PackCache::from_env`]; `None` keeps nothing.
     pub pack_cache: Option<PackCache>,

@@ -69,7 +69,8 @@ pub(crate) fn upload(
         CudaStorageSlice::F32(slice) => address(slice, &stream),
         CudaStorageSlice::F16(slice) => address(slice, &stream),
         CudaStorageSlice::BF16(slice) => address(slice, &stream),
-        _ => bail!("upload: {dtype:?}, expected f32, f16 or bf16"),
+        CudaStorageSlice::U32(slice) => address(slice, &stream),
+        _ => bail!("upload: {dtype:?}, expected f32, f16, bf16 or u32"),
     };
     let staging = STAGING.get(device, || Ok(Mutex::new(Staging::new(&stream)?)))?;
     let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);

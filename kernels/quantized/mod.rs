@@ -1,6 +1,8 @@
 //! Products with weight matrices that are packed to 8 or 4 bits.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dot;
 mod pack;
 #[cfg(test)]
@@ -11,12 +13,13 @@ mod tests;
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::bf16;
 use rayon::prelude::*;
 
 use self::storage::Storage;
 use crate::cpu::view;
+use crate::linear::Around;
 use crate::memory::Mapped;
 use crate::simd::Stored;
 
@@ -47,7 +50,7 @@ impl Quantization {
     }
 }
 
-/// A weight `[O, I]`, packed for the CPU.
+/// A weight `[O, I]`, packed.
 ///
 /// Thirty-two outputs make a panel, a panel and one group make a block, and blocks lie in the order in which a product
 /// reads them: panel by panel, from the first group to the last. Rows and columns missing from the last blocks are zero.
@@ -61,6 +64,8 @@ pub struct QuantizedMatrix {
 enum Blocks {
     Q8(Storage<Q8Block>),
     Q4(Storage<Q4Block>),
+    /// The same bytes as words, on an accelerator.
+    OnDevice(Quantization, Tensor),
 }
 
 /// Outputs of a panel.
@@ -123,11 +128,41 @@ impl QuantizedMatrix {
         Ok(Self { outer, inner, blocks })
     }
 
-    /// The blocks as they lie in memory.
+    /// The blocks as they lie in the host's memory; none once they are on an accelerator.
     pub fn as_bytes(&self) -> &[u8] {
         match &self.blocks {
             Blocks::Q8(blocks) => blocks.as_bytes(),
             Blocks::Q4(blocks) => blocks.as_bytes(),
+            Blocks::OnDevice(..) => &[],
+        }
+    }
+
+    /// Whether there are kernels for packed weights on `device`.
+    pub fn runs_on(device: &Device) -> bool {
+        device.is_cpu() || device.is_cuda()
+    }
+
+    /// The same weight where `device` multiplies.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory left.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        if device.is_cpu() {
+            return Ok(self);
+        }
+        let bytes = self.as_bytes();
+        let words = crate::device::upload(device, bytes.len() / 4, DType::U32, &[bytes], |_| ())?;
+        let Self { outer, inner, .. } = self;
+        Ok(Self { outer, inner, blocks: Blocks::OnDevice(self.format(), words) })
+    }
+
+    /// The words of the blocks, if they are on an accelerator.
+    #[cfg(feature = "cuda")]
+    fn on_device(&self) -> Option<&Tensor> {
+        match &self.blocks {
+            Blocks::OnDevice(_, words) => Some(words),
+            _ => None,
         }
     }
 
@@ -141,20 +176,25 @@ impl QuantizedMatrix {
         match self.blocks {
             Blocks::Q8(_) => Quantization::Q8,
             Blocks::Q4(_) => Quantization::Q4,
+            Blocks::OnDevice(format, _) => format,
         }
     }
 
     /// Memory that it takes, be it its own or that of a mapped file.
     pub fn bytes(&self) -> usize {
-        self.as_bytes().len()
+        self.format().bytes(self.dims())
     }
 
     /// The rows `ids` `[N]` (u32), as `[N, I]` in f32: an embedding.
     ///
     /// # Errors
     ///
-    /// An id lies beyond the last row.
+    /// An id lies beyond the last row, except on CUDA, where such a row is NaN.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = ids.device() {
+            return cuda::rows(device, self, &ids.contiguous()?);
+        }
         let ids = ids.to_vec1::<u32>()?;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.outer) {
             bail!("quantized: row {id}, there are {}", self.outer)
@@ -168,6 +208,7 @@ impl QuantizedMatrix {
         let groups = self.inner.div_ceil(GROUP);
         let (first, lane) = (row / OUTS * groups, row % OUTS);
         match &self.blocks {
+            Blocks::OnDevice(..) => unreachable!("an accelerator looks up its own rows"),
             Blocks::Q8(blocks) => {
                 for (block, out) in blocks[first..].iter().zip(out.chunks_mut(GROUP)) {
                     let scale = block.scales[lane].to_f32();
@@ -196,22 +237,52 @@ impl QuantizedMatrix {
 /// y[n, o] = sum_i x'[n, i] * weight[o, i]
 /// ```
 ///
-/// where `x'` is `x` rounded to 8 bits: groups of 64 values share a scale, which is their greatest size over 127.
+/// where `x'` is `x` rounded to 8 bits: groups of 64 values share a scale, which is their greatest size over 127. On CUDA
+/// it is `x` itself.
 ///
-/// `x` `[N, I]` in f32, f16 or bf16. Returns `[N, O]` in `x`'s dtype. Products within a group are exact, groups are
-/// added in f32 in their order, so a row does not depend on the others or on threads.
+/// `x` `[N, I]` in f32, f16 or bf16. Returns `[N, O]` in `x`'s dtype. On the CPU products within a group are exact, groups
+/// are added in f32 in their order, so a row does not depend on the others or on threads.
 ///
 /// # Errors
 ///
-/// The inner dimensions differ.
+/// The inner dimensions differ, or the weight is on another device.
 ///
-/// Devices: CPU.
+/// Devices: CPU, CUDA.
 pub fn linear(x: &Tensor, weight: &QuantizedMatrix) -> Result<Tensor> {
+    linear_around(x, weight, None, Around::default())
+}
+
+/// As [`linear`], plus `bias` `[O]` of `x`'s dtype, with what surrounds it. On CUDA bias and residual are added within the
+/// product.
+///
+/// # Errors
+///
+/// As [`linear`] and [`Around::apply`], or `bias` has another length or dtype.
+pub fn linear_around(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>, around: Around) -> Result<Tensor> {
     let (_, inner) = x.dims2()?;
     if inner != weight.inner {
         bail!("quantized linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
     }
-    x.contiguous()?.apply_op1_no_bwd(&Linear { weight })
+    if let Some(bias) = bias
+        && (bias.dims() != [weight.outer] || bias.dtype() != x.dtype())
+    {
+        let (dtype, outer) = (x.dtype(), weight.outer);
+        bail!("quantized linear: bias is {:?} {:?}, expected {dtype:?} [{outer}]", bias.dims(), bias.dtype())
+    }
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = x.device() {
+        return cuda::linear(device, x, weight, bias, around);
+    }
+    if matches!(weight.blocks, Blocks::OnDevice(..)) {
+        bail!("quantized linear: the weight is on an accelerator, x on {:?}", x.device().location())
+    }
+    around.apply(x, |x| {
+        let y = x.contiguous()?.apply_op1_no_bwd(&Linear { weight })?;
+        match bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    })
 }
 
 struct Linear<'a> {

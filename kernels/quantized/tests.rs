@@ -3,7 +3,7 @@ use candle_core::{DType, Device};
 use super::*;
 use crate::simd::Instructions;
 use crate::simd::tests::{available, on};
-use crate::testing::{Random, assert_close, values};
+use crate::testing::{Random, assert_close, devices, values};
 
 const FORMATS: [Quantization; 2] = [Quantization::Q8, Quantization::Q4];
 
@@ -187,5 +187,68 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     assert!(error.contains("row 4, there are 4"), "{error}");
     let nan = |_: usize, values: &mut [f32]| values.fill(f32::NAN);
     assert!(QuantizedMatrix::pack(Quantization::Q8, [4, 5], nan).is_err());
+    Ok(())
+}
+
+/// On a GPU activations are not rounded: beside the product with the weight that packing leaves.
+#[test]
+fn products_on_a_gpu_are_those_of_the_unpacked_weight() -> Result<()> {
+    let mut random = Random::new(6);
+    for device in devices().into_iter().filter(Device::is_cuda) {
+        for format in FORMATS {
+            for (inner, outer) in [(1, 1), (8, 3), (64, 32), (72, 33), (100, 40), (1000, 70), (3072, 100), (12288, 40)]
+            {
+                let (_, matrix, unpacked) = packed(format, [outer, inner], &mut random);
+                let weight = Tensor::from_vec(unpacked, (outer, inner), &Device::Cpu)?;
+                let matrix = matrix.to_device(&device)?;
+                assert_eq!((matrix.dims(), matrix.format()), ([outer, inner], format));
+                let ids = Tensor::new(&[0u32, outer as u32 - 1, outer as u32 / 2], &device)?;
+                let want = weight.index_select(&ids.to_device(&Device::Cpu)?, 0)?;
+                assert_eq!(values(&matrix.rows(&ids)?)?, values(&want)?, "{format:?} [{outer}, {inner}]");
+                for dtype in [DType::F32, DType::F16, DType::BF16] {
+                    for rows in [1, 2, 3, 7, 8, 9, 40] {
+                        let x = random.tensor(&[rows, inner + 16], 1.0, dtype, &device)?.narrow(1, 8, inner)?;
+                        let bias = random.tensor(&[outer], 1.0, dtype, &device)?;
+                        let onto = random.tensor(&[rows, outer], 1.0, dtype, &device)?;
+                        let exact = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+                        let plain = exact(&x)?.matmul(&weight.t()?)?;
+                        let name = format!("{format:?} [{rows}, {inner}] {dtype:?} by {outer}");
+                        let limit = crate::testing::op_limit(dtype);
+                        assert_close(&name, &values(&linear(&x, &matrix)?)?, &values(&plain)?, limit);
+                        let around = Around { onto: Some(&onto), ..Around::default() };
+                        let got = linear_around(&x, &matrix, Some(&bias), around)?;
+                        let want = (plain.broadcast_add(&exact(&bias)?)? + exact(&onto)?)?;
+                        assert_close(&name, &values(&got)?, &values(&want)?, limit);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_surrounds_a_product_on_a_gpu_is_as_on_the_cpu() -> Result<()> {
+    let mut random = Random::new(7);
+    for device in devices().into_iter().filter(Device::is_cuda) {
+        for rows in [1, 5, 20] {
+            let (_, matrix, unpacked) = packed(Quantization::Q8, [80, 64], &mut random);
+            let dense = Tensor::from_vec(unpacked, (80, 64), &device)?.to_dtype(DType::BF16)?;
+            let matrix = matrix.to_device(&device)?;
+            let x = random.tensor(&[rows, 64], 1.0, DType::BF16, &device)?;
+            let weight = random.tensor(&[64], 1.0, DType::F32, &device)?;
+            let (wide, narrow) = (
+                random.tensor(&[rows, 80], 1.0, DType::BF16, &device)?,
+                random.tensor(&[rows, 40], 1.0, DType::BF16, &device)?,
+            );
+            for (gate, onto) in [(None, &wide), (Some(crate::activation::Activation::Silu), &narrow)] {
+                let norm = Some(crate::norm::Norm { weight: &weight, eps: 1e-6 });
+                let around = Around { norm, gate, onto: Some(onto) };
+                let got = values(&linear_around(&x, &matrix, None, around)?)?;
+                let want = values(&around.apply(&x, |x| x.matmul(&dense.t()?))?)?;
+                assert_close(&format!("{rows} rows, {gate:?}"), &got, &want, 1e-2);
+            }
+        }
+    }
     Ok(())
 }

@@ -1,0 +1,152 @@
+//! Products with packed weights on CUDA: few rows on the matrix units as the weight streams by, many with the weight
+//! unpacked first.
+
+use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
+use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
+
+use super::{GROUP, OUTS, Quantization, QuantizedMatrix};
+use crate::cpu::{Operand, as_rows};
+use crate::cuda::{self, EarlyLaunch, Floats, Kernel, floats, modules};
+use crate::linear::{Around, linear_around};
+
+/// By format, in f16 and in bf16.
+static LINEAR: [[Kernel; 2]; 2] = [
+    [
+        Kernel::new(&modules::QUANTIZED, "quantized_linear_q8_f16"),
+        Kernel::new(&modules::QUANTIZED, "quantized_linear_q8_bf16"),
+    ],
+    [
+        Kernel::new(&modules::QUANTIZED, "quantized_linear_q4_f16"),
+        Kernel::new(&modules::QUANTIZED, "quantized_linear_q4_bf16"),
+    ],
+];
+/// By format.
+static ROWS: [Floats; 2] = [floats!(QUANTIZED, "quantized_rows_q8"), floats!(QUANTIZED, "quantized_rows_q4")];
+static UNPACK: [Floats; 2] = [floats!(QUANTIZED, "quantized_unpack_q8"), floats!(QUANTIZED, "quantized_unpack_q4")];
+
+/// As in the kernels: warps of a block, rows that it takes at most, values between the rows of x in shared memory.
+const WARPS: usize = 16;
+const MAX_ROWS: usize = 8;
+const PAD: usize = 8;
+const UNPACKING_WARPS: usize = 4;
+/// Of x in shared memory, at most: what every GPU from 8.0 on grants beside the rest.
+const MAX_SHARED: usize = 80 << 10;
+
+fn of(weight: &QuantizedMatrix) -> usize {
+    usize::from(weight.format() == Quantization::Q4)
+}
+
+fn words(weight: &QuantizedMatrix) -> Result<&Tensor> {
+    match weight.on_device() {
+        Some(words) => Ok(words),
+        None => bail!("quantized: the weight is on the cpu, x on a gpu"),
+    }
+}
+
+/// `x` `[N, I]` times the weight, with what surrounds it.
+pub fn linear(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &QuantizedMatrix,
+    bias: Option<&Tensor>,
+    around: Around,
+) -> Result<Tensor> {
+    let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
+    let x = as_rows(normed.as_ref().unwrap_or(x))?;
+    let rest = Around { norm: None, ..around };
+    let takes_onto = around.gate.is_none();
+    match few_rows(device, &x, weight, bias, around.onto.filter(|_| takes_onto))? {
+        Some(y) if takes_onto => Ok(y),
+        Some(y) => rest.apply(&y, |y| Ok(y.clone())),
+        None => linear_around(&x, &unpacked(device, weight, x.dtype())?, bias, rest),
+    }
+}
+
+fn few_rows(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &QuantizedMatrix,
+    bias: Option<&Tensor>,
+    onto: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    let ((rows, inner), [outer, _], dtype) = (x.dims2()?, weight.dims(), x.dtype());
+    let groups = inner.div_ceil(GROUP);
+    let shared = rows * ((groups * GROUP + PAD) * dtype.size_in_bytes() + groups * size_of::<f32>());
+    if rows > MAX_ROWS || !matches!(dtype, DType::F16 | DType::BF16) || shared > MAX_SHARED || !inner.is_multiple_of(8)
+    {
+        return Ok(None);
+    }
+    let shape = Shape::from((rows, outer));
+    if let Some(onto) = onto
+        && (onto.shape() != &shape || onto.dtype() != dtype)
+    {
+        bail!("quantized linear: onto is {:?} {:?}, expected {dtype:?} {:?}", onto.dims(), onto.dtype(), shape.dims())
+    }
+    let (bias, onto) = (bias.map(Tensor::contiguous).transpose()?, onto.map(as_rows).transpose()?);
+    let stream = device.cuda_stream();
+    let (x, weights) = (Operand::new(x), Operand::new(words(weight)?));
+    let [bias, onto] = [&bias, &onto].map(|tensor| tensor.as_ref().map(Operand::new));
+    let (x, weights) = (x.cuda_rows(&stream)?, weights.cuda(&stream)?);
+    if !x.are_aligned(16, dtype) {
+        return Ok(None);
+    }
+    let bias = bias.as_ref().map(|bias| bias.cuda(&stream)).transpose()?;
+    let onto = onto.as_ref().map(|onto| onto.cuda_rows(&stream)).transpose()?;
+    let kernel = &LINEAR[of(weight)][usize::from(dtype == DType::BF16)];
+    let bias = bias.as_ref().map_or(0, |bias| bias.value);
+    let (onto, onto_stride) = onto.as_ref().map_or((0, 0), |onto| (onto.address.value, onto.strides[0]));
+    let config = LaunchConfig { shared_mem_bytes: shared as u32, ..cuda::grid(outer.div_ceil(OUTS), (WARPS * 32, 1))? };
+    let [rows, inner, outer] = [rows, inner, outer].map(|size| size as u32);
+    let y = cuda::output(device, shape.clone(), dtype, |y| {
+        let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
+        let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, MAX_SHARED)?);
+        launch.arg(&x.address.value).arg(&x.strides[0]).arg(&weights.value).arg(&bias);
+        launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&outer);
+        // SAFETY: the arguments are the kernel's, in its order; shapes, dtypes and alignment were compared above, and the
+        // words are the blocks of `outer` by `inner` weights.
+        unsafe { launch.launch(config) }
+    })?;
+    Ok(Some(y))
+}
+
+/// The weight `[O, I]` in `dtype`.
+fn unpacked(device: &CudaDevice, weight: &QuantizedMatrix, dtype: DType) -> Result<Tensor> {
+    let [outer, inner] = weight.dims();
+    let shape = Shape::from((outer, inner));
+    let stream = device.cuda_stream();
+    let words = Operand::new(words(weight)?);
+    let words = words.cuda(&stream)?;
+    let blocks = outer.div_ceil(OUTS) * inner.div_ceil(GROUP);
+    let config = cuda::grid(blocks.div_ceil(UNPACKING_WARPS), (UNPACKING_WARPS * 32, 1))?;
+    let [of_inner, of_outer] = [inner, outer].map(|size| size as u32);
+    cuda::output(device, shape.clone(), dtype, |y| {
+        let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
+        let mut launch = EarlyLaunch::new(device, UNPACK[of(weight)].of(dtype)?)?;
+        launch.arg(&words.value).arg(&y.value).arg(&of_inner).arg(&of_outer);
+        // SAFETY: the arguments are the kernel's, in its order; a warp has each block of the weight.
+        unsafe { launch.launch(config) }
+    })
+}
+
+/// The rows `ids` `[N]` contiguous, `[N, I]` in f32.
+pub fn rows(device: &CudaDevice, weight: &QuantizedMatrix, ids: &Tensor) -> Result<Tensor> {
+    let (n, [outer, inner]) = (ids.dims1()?, weight.dims());
+    let shape = Shape::from((n, inner));
+    let stream = device.cuda_stream();
+    let (words, ids) = (Operand::new(words(weight)?), Operand::new(ids));
+    let (words, ids) = (words.cuda(&stream)?, ids.cuda(&stream)?);
+    const THREADS: usize = 256;
+    if n > usize::from(u16::MAX) {
+        bail!("quantized: {n} rows at once, a gpu takes {}", u16::MAX)
+    }
+    let mut config = cuda::grid(inner.div_ceil(THREADS), (THREADS, 1))?;
+    config.grid_dim.1 = n as u32;
+    let [of_inner, of_outer] = [inner, outer].map(|size| size as u32);
+    cuda::output(device, shape.clone(), DType::F32, |y| {
+        let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
+        let mut launch = EarlyLaunch::new(device, ROWS[of(weight)].of(DType::F32)?)?;
+        launch.arg(&words.value).arg(&ids.value).arg(&y.value).arg(&of_inner).arg(&of_outer);
+        // SAFETY: the arguments are the kernel's, in its order; a block of threads has a row of each id.
+        unsafe { launch.launch(config) }
+    })
+}

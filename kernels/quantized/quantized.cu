@@ -1,0 +1,251 @@
+// Weights packed to 8 or 4 bits (layout: quantized/mod.rs): products of up to 8 rows on the matrix units, rows, and the
+// whole weight as floats.
+#include "cuda.cuh"
+#include "mma.cuh"
+
+constexpr int OUTS = 32, GROUP = 64; // of a block
+constexpr int WARPS = 16, ROWS = 8;
+constexpr int PAD = 8; // values between rows of x, so that lanes meet in no bank
+
+struct Q8 {
+  static constexpr int WORDS = 16 * OUTS, FACTORS = OUTS / 2; // of codes and of factors, in a block
+  static constexpr bool HAS_MINIMA = false;
+};
+struct Q4 {
+  static constexpr int WORDS = 8 * OUTS, FACTORS = OUTS;
+  static constexpr bool HAS_MINIMA = true;
+};
+
+template <typename Q> constexpr int BLOCK = Q::WORDS + Q::FACTORS; // words
+
+__device__ inline uint16_t factor_bits(const uint32_t *words, int i) {
+  return reinterpret_cast<const uint16_t *>(words)[i];
+}
+__device__ inline float factor(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+
+// Two small integers as floats of 16 bits: in the lowest bits of a large power of two they are its mantissa, and the
+// difference of two such numbers is exact.
+template <typename T> struct Magic;
+template <> struct Magic<__nv_bfloat16> {
+  static constexpr uint32_t BASE = 0x43004300; // 128
+  __device__ static uint32_t difference(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 y =
+        __hsub2(reinterpret_cast<const __nv_bfloat162 &>(a), reinterpret_cast<const __nv_bfloat162 &>(b));
+    return reinterpret_cast<const uint32_t &>(y);
+  }
+};
+template <> struct Magic<__half> {
+  static constexpr uint32_t BASE = 0x64006400; // 1024
+  __device__ static uint32_t difference(uint32_t a, uint32_t b) {
+    const __half2 y = __hsub2(reinterpret_cast<const __half2 &>(a), reinterpret_cast<const __half2 &>(b));
+    return reinterpret_cast<const uint32_t &>(y);
+  }
+};
+
+// The first or the last two bytes of a word, each in 16 bits.
+__device__ inline uint32_t spread(uint32_t word, bool last) { return __byte_perm(word, 0, last ? 0x4342 : 0x4140); }
+
+// Two signed bytes: their lower seven bits, less 128 where the highest is set.
+template <typename T> __device__ uint32_t of_bytes(uint32_t pair) {
+  constexpr uint32_t BASE = Magic<T>::BASE;
+  return Magic<T>::difference(pair & 0x007f007f | BASE, pair & 0x00800080 | BASE);
+}
+// Two codes of four bits.
+template <typename T> __device__ uint32_t of_halves(uint32_t pair) {
+  constexpr uint32_t BASE = Magic<T>::BASE;
+  return Magic<T>::difference(pair & 0x000f000f | BASE, BASE);
+}
+
+// y [rows, outer] = x [rows, inner] in rows times the weight, plus bias and onto where there are any. A block has a
+// panel, whose groups its warps share: 32 outputs by 8 rows of x, of which `rows` are there. In a product of 16 by 8 by
+// 16 a lane has four inputs of an output side by side, so inputs stand in another order than in memory, the same on both
+// sides.
+template <typename T, typename Q>
+__device__ void quantized_linear(const T *x, uint32_t x_stride, const uint32_t *weight, const T *bias, const T *onto,
+                                 uint32_t onto_stride, T *y, uint32_t rows, uint32_t inner, uint32_t outer) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ float partial[WARPS][ROWS][OUTS + 1];
+  const uint32_t groups = (inner - 1) / GROUP + 1, padded = groups * GROUP, stride = padded + PAD;
+  T *const xs = reinterpret_cast<T *>(shared);
+  float *const sums = reinterpret_cast<float *>(xs + rows * stride); // [rows, groups]
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t *const panel = weight + blockIdx.x * size_t(groups) * BLOCK<Q>;
+  // A lane's part of a group: words of outputs g, g + 8, g + 16 and g + 24, at steps t, t + 4, ..., and their factors.
+  constexpr int HELD = Q::WORDS / 32, KINDS = Q::HAS_MINIMA ? 2 : 1;
+  struct Part {
+    uint32_t words[HELD];
+    uint16_t factors[KINDS][4];
+  } next;
+  const auto load = [&](uint32_t group) {
+    if (group >= groups)
+      return;
+    const uint32_t *const block = panel + group * size_t(BLOCK<Q>);
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+      next.words[i] = __ldcs(block + (i / 4 * 4 + t) * OUTS + i % 4 * 8 + g);
+#pragma unroll
+    for (int kind = 0; kind < KINDS; kind++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        next.factors[kind][i] = factor_bits(block + Q::WORDS, kind * OUTS + i * 8 + g);
+  };
+  let_next_start();
+  // Weights are there before the step's first kernel.
+  load(warp);
+  wait_for_inputs();
+  for (uint32_t first = 0; first < rows * padded / 8; first += WARPS * 32) {
+    const uint32_t at = first + threadIdx.x, row = at / (padded / 8), column = at % (padded / 8) * 8;
+    Pack<T, 8> pack = {};
+    if (row < rows && column < inner)
+      pack = *reinterpret_cast<const Pack<T, 8> *>(x + row * size_t(x_stride) + column);
+    if (row < rows)
+      *reinterpret_cast<Pack<T, 8> *>(xs + row * stride + column) = pack;
+    if (Q::HAS_MINIMA) {
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        sum += widen(pack.values[j]);
+      sum = sum_lanes(sum, 8); // the eight packs of a group
+      if (row < rows && at % 8 == 0)
+        sums[row * groups + column / GROUP] = sum;
+    }
+  }
+  __syncthreads();
+
+  float total[2][4] = {};
+  for (uint32_t group = warp; group < groups; group += WARPS) {
+    const Part part = next;
+    load(group + WARPS);
+    float products[2][4] = {};
+    const auto multiply = [&](int tile, uint32_t first, uint32_t second, uint32_t third, uint32_t fourth,
+                              const uint32_t(&b)[2]) {
+      const uint32_t a[4] = {first, second, third, fourth};
+      multiply_add(products[tile], a, b[0], b[1], T());
+    };
+#pragma unroll
+    for (int chunk = 0; chunk < HELD / 4; chunk++) {
+      constexpr int EACH = Q::HAS_MINIMA ? 8 : 4; // inputs of a lane
+      uint32_t inputs[EACH / 2] = {};
+      if (g < rows) {
+        const T *const from = xs + g * stride + group * GROUP + (chunk * 4 + t) * EACH;
+#pragma unroll
+        for (int i = 0; i < EACH / 2; i++)
+          inputs[i] = reinterpret_cast<const uint32_t *>(from)[i];
+      }
+#pragma unroll
+      for (int tile = 0; tile < 2; tile++) {
+        const uint32_t upper = part.words[chunk * 4 + tile * 2], lower = part.words[chunk * 4 + tile * 2 + 1];
+        const uint32_t u0 = spread(upper, false), u1 = spread(upper, true);
+        const uint32_t l0 = spread(lower, false), l1 = spread(lower, true);
+        if constexpr (Q::HAS_MINIMA) {
+          multiply(tile, of_halves<T>(u0), of_halves<T>(l0), of_halves<T>(u1), of_halves<T>(l1),
+                   {inputs[0], inputs[1]});
+          multiply(tile, of_halves<T>(u0 >> 4), of_halves<T>(l0 >> 4), of_halves<T>(u1 >> 4), of_halves<T>(l1 >> 4),
+                   {inputs[2], inputs[3]});
+        } else {
+          multiply(tile, of_bytes<T>(u0), of_bytes<T>(l0), of_bytes<T>(u1), of_bytes<T>(l1), {inputs[0], inputs[1]});
+        }
+      }
+    }
+    // A lane has outputs g and g + 8 of a tile, rows 2 t and 2 t + 1 of x.
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const uint32_t row = 2 * t + i % 2;
+        const int of = tile * 2 + i / 2;
+        total[tile][i] = fmaf(factor(part.factors[0][of]), products[tile][i], total[tile][i]);
+        if (Q::HAS_MINIMA && row < rows)
+          total[tile][i] = fmaf(factor(part.factors[KINDS - 1][of]), sums[row * groups + group], total[tile][i]);
+      }
+  }
+#pragma unroll
+  for (int tile = 0; tile < 2; tile++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      partial[warp][2 * t + i % 2][tile * 16 + i / 2 * 8 + g] = total[tile][i];
+  __syncthreads();
+  const uint32_t row = threadIdx.x / OUTS, out = blockIdx.x * OUTS + threadIdx.x % OUTS;
+  if (row >= rows || out >= outer)
+    return;
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++)
+    sum += partial[i][row][threadIdx.x % OUTS];
+  if (bias)
+    sum += widen(bias[out]);
+  if (onto)
+    sum += widen(onto[row * size_t(onto_stride) + out]);
+  y[row * size_t(outer) + out] = narrow<T>(sum);
+}
+
+#define LINEAR(name, T, Q)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                             \
+      name(const T *x, uint32_t x_stride, const uint32_t *weight, const T *bias, const T *onto, uint32_t onto_stride,  \
+           T *y, uint32_t rows, uint32_t inner, uint32_t outer) {                                                      \
+    quantized_linear<T, Q>(x, x_stride, weight, bias, onto, onto_stride, y, rows, inner, outer);                       \
+  }
+LINEAR(quantized_linear_q8_f16, __half, Q8)
+LINEAR(quantized_linear_q8_bf16, __nv_bfloat16, Q8)
+LINEAR(quantized_linear_q4_f16, __half, Q4)
+LINEAR(quantized_linear_q4_bf16, __nv_bfloat16, Q4)
+
+// Weight (out, i) of a block's lane `out`.
+template <typename Q> __device__ float weight_at(const uint32_t *block, uint32_t out, uint32_t i) {
+  const float scale = factor(factor_bits(block + Q::WORDS, out));
+  if constexpr (Q::HAS_MINIMA) {
+    const uint32_t byte = block[i / 8 * OUTS + out] >> i % 4 * 8;
+    return fmaf(scale, float(byte >> (i % 8 < 4 ? 0 : 4) & 15), factor(factor_bits(block + Q::WORDS, OUTS + out)));
+  } else {
+    return scale * float(int8_t(block[i / 4 * OUTS + out] >> i % 4 * 8));
+  }
+}
+
+// y [ids, inner]: rows of a weight of `outer`, NaN for an id beyond.
+template <typename T, typename Q>
+__device__ void quantized_rows(const uint32_t *weight, const uint32_t *ids, T *y, uint32_t inner, uint32_t outer) {
+  let_next_start();
+  wait_for_inputs();
+  const uint32_t groups = (inner - 1) / GROUP + 1, id = ids[blockIdx.y];
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < inner; i += gridDim.x * blockDim.x) {
+    const uint32_t *block = weight + (id / OUTS * size_t(groups) + i / GROUP) * BLOCK<Q>;
+    y[blockIdx.y * size_t(inner) + i] = narrow<T>(id < outer ? weight_at<Q>(block, id % OUTS, i % GROUP) : NAN);
+  }
+}
+
+// The whole weight, y [outer, inner]. A warp turns a block in shared memory: lanes read outputs and write inputs.
+template <typename T, typename Q>
+__device__ void quantized_unpack(const uint32_t *weight, T *y, uint32_t inner, uint32_t outer) {
+  constexpr int UNPACKING = 4; // warps
+  __shared__ T tiles[UNPACKING][OUTS][GROUP + 2];
+  const uint32_t groups = (inner - 1) / GROUP + 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const size_t index = blockIdx.x * size_t(UNPACKING) + warp;
+  const uint32_t panel = index / groups, group = index % groups;
+  if (panel >= (outer - 1) / OUTS + 1)
+    return;
+  let_next_start();
+  const uint32_t *const block = weight + index * BLOCK<Q>;
+#pragma unroll 8
+  for (int i = 0; i < GROUP; i++)
+    tiles[warp][lane][i] = narrow<T>(weight_at<Q>(block, lane, i));
+  wait_for_inputs(); // what y held before has been read
+  __syncwarp();
+  for (uint32_t out = 0; out < OUTS && panel * OUTS + out < outer; out++)
+    for (uint32_t i = lane; i < GROUP && group * GROUP + i < inner; i += 32)
+      y[(panel * OUTS + out) * size_t(inner) + group * GROUP + i] = tiles[warp][out][i];
+}
+
+#define UNPACKED(name, T, Q)                                                                                           \
+  extern "C" __global__ void quantized_rows_##name(const uint32_t *weight, const uint32_t *ids, T *y, uint32_t inner,  \
+                                                   uint32_t outer) {                                                   \
+    quantized_rows<T, Q>(weight, ids, y, inner, outer);                                                                \
+  }                                                                                                                    \
+  extern "C" __global__ void quantized_unpack_##name(const uint32_t *weight, T *y, uint32_t inner, uint32_t outer) {   \
+    quantized_unpack<T, Q>(weight, y, inner, outer);                                                                   \
+  }
+UNPACKED(q8_f32, float, Q8)
+UNPACKED(q8_f16, __half, Q8)
+UNPACKED(q8_bf16, __nv_bfloat16, Q8)
+UNPACKED(q4_f32, float, Q4)
+UNPACKED(q4_f16, __half, Q4)
+UNPACKED(q4_bf16, __nv_bfloat16, Q4)
