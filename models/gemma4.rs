@@ -13,7 +13,7 @@ use std::ops::Range;
 use candle_core::{IndexOp, Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::{Activation, gated_activation};
-use kernels::attention::{AttentionParams, paged_attention};
+use kernels::attention::AttentionParams;
 use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::{Around, linear};
@@ -623,8 +623,8 @@ impl Attention {
             None => None,
         };
         let pages = cache.kv(self.kv_source)?;
-        let q = rotations.enter(&heads(&qkv, 0, hq, d)?, &self.q_norm, kv, pages, batch)?;
         let params = AttentionParams { window: self.window, ..AttentionParams::causal(1.0) };
-        self.o_proj.forward(&paged_attention(&q, pages, batch, params)?.flatten_from(1)?)
+        let mixed = rotations.attend(&heads(&qkv, 0, hq, d)?, &self.q_norm, kv, pages, batch, params)?;
+        self.o_proj.forward(&mixed.flatten_from(1)?)
     }
 }

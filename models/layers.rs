@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::activation::Activation;
+use kernels::attention::AttentionParams;
 use kernels::gather::gather;
-use kernels::heads::{KeyValueHeads, norm_rope_write};
+use kernels::heads::{KeyValueHeads, norm_rope_attend};
 use kernels::linear::{Around, linear_around};
 use kernels::norm::{self, Norm};
 use kernels::quantized::{self, QuantizedMatrix};
@@ -282,21 +283,22 @@ impl Rotations {
         rope::rope(x, &self.cos, &self.sin)
     }
 
-    /// The way of heads from a projection to attention: norms, rotations, and keys and values into `pages`; returns the
-    /// query `[N, Hq, D]`.
+    /// The way of heads from a projection through attention: norms, rotations, keys and values into `pages`, and what the
+    /// query mixes of them, `[N, Hq, D]`.
     ///
     /// # Errors
     ///
-    /// As [`norm_rope_write`].
-    pub fn enter(
+    /// As [`norm_rope_attend`].
+    pub fn attend(
         &self,
         q: &Tensor,
         q_norm: &RmsNorm,
         kv: Option<KeyValueHeads>,
         pages: &Tensor,
         batch: &Batch,
+        params: AttentionParams,
     ) -> Result<Tensor> {
-        norm_rope_write(q, q_norm.parts(), kv, (&self.cos, &self.sin), pages, batch)
+        norm_rope_attend(q, q_norm.parts(), kv, (&self.cos, &self.sin), pages, batch, params)
     }
 }
 

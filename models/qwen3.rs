@@ -6,7 +6,7 @@
 use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::Activation;
-use kernels::attention::{AttentionParams, attention, paged_attention};
+use kernels::attention::{AttentionParams, attention};
 use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::Around;
@@ -305,8 +305,7 @@ impl Attention {
             Some(cache) => {
                 let pages = cache.kv(self.layer)?;
                 let kv = KeyValueHeads { k: &k, v: &v, k_norm: self.k_norm.parts(), v_norm: None };
-                let q = rotations.enter(&q, &self.q_norm, Some(kv), pages, batch)?;
-                paged_attention(&q, pages, batch, params)?
+                rotations.attend(&q, &self.q_norm, Some(kv), pages, batch, params)?
             }
             None => {
                 let q = rotations.apply(&self.q_norm.forward(&q)?)?;

@@ -7,7 +7,7 @@
 use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::{Activation, sigmoid_gated};
-use kernels::attention::{AttentionParams, paged_attention};
+use kernels::attention::AttentionParams;
 use kernels::conv::causal_conv1d;
 use kernels::gated_delta::{gated_delta_rule, gates};
 use kernels::heads::KeyValueHeads;
@@ -370,9 +370,8 @@ impl Attention {
         let (q, gate) = (query_and_gate.narrow(2, 0, d)?, query_and_gate.narrow(2, d, d)?);
         let pages = cache.kv(self.layer)?;
         let kv = KeyValueHeads { k: &k, v: &v, k_norm: self.k_norm.parts(), v_norm: None };
-        let q = rotations.enter(&q, &self.q_norm, Some(kv), pages, batch)?;
         let params = AttentionParams::causal((d as f32).powf(-0.5));
-        let mixed = sigmoid_gated(&paged_attention(&q, pages, batch, params)?, &gate)?;
+        let mixed = sigmoid_gated(&rotations.attend(&q, &self.q_norm, Some(kv), pages, batch, params)?, &gate)?;
         self.o_proj.forward_around(&mixed.flatten_from(1)?, Around { onto: Some(x), ..Around::default() })
     }
 }

@@ -80,17 +80,20 @@ type Sizes = [[Kernel; 2]; SIZES.len()];
 
 macro_rules! sizes {
     ($module:ident, $name:literal) => {
+        sizes!($module, $name, "")
+    };
+    ($module:ident, $name:literal, $suffix:literal) => {
         [
-            sizes!($module, $name, "_d64"),
-            sizes!($module, $name, "_d128"),
-            sizes!($module, $name, "_d256"),
-            sizes!($module, $name, "_d512"),
+            sizes!($module, $name, "_d64", $suffix),
+            sizes!($module, $name, "_d128", $suffix),
+            sizes!($module, $name, "_d256", $suffix),
+            sizes!($module, $name, "_d512", $suffix),
         ]
     };
-    ($module:ident, $name:literal, $size:literal) => {
+    ($module:ident, $name:literal, $size:literal, $suffix:literal) => {
         [
-            Kernel::new(&modules::$module, concat!($name, $size, "_f16")),
-            Kernel::new(&modules::$module, concat!($name, $size, "_bf16")),
+            Kernel::new(&modules::$module, concat!($name, $size, "_f16", $suffix)),
+            Kernel::new(&modules::$module, concat!($name, $size, "_bf16", $suffix)),
         ]
     };
 }
@@ -98,6 +101,7 @@ macro_rules! sizes {
 static FLASH_WGMMA: Sizes = sizes!(FLASH_WGMMA, "flash_wgmma");
 static FLASH_MMA: Sizes = sizes!(FLASH_MMA, "flash_mma");
 static PAGED_DECODE: Sizes = sizes!(PAGED_DECODE, "paged_decode");
+static PAGED_DECODE_ENTERING: Sizes = sizes!(PAGED_DECODE, "paged_decode", "_entering");
 static ANY_D128: Floats = floats!(ATTENTION_ANY, "attention_any_d128");
 static ANY_D512: Floats = floats!(ATTENTION_ANY, "attention_any_d512");
 static MERGE_SCALAR: Floats = floats!(ATTENTION_ANY, "attention_merge_scalar");
@@ -116,11 +120,79 @@ pub fn paged_attention(
     let stream = device.cuda_stream();
     let kv = Operand::new(kv);
     let kv = kv.cuda(&stream)?;
-    let plane = (blocks * block_size * hk * d * q.dtype().size_in_bytes()) as u64;
-    let pages = |address| Keys { address, strides: [(hk * d) as u32, d as u32] };
-    let keys = [pages(kv.value), pages(kv.value + plane)];
+    let keys = planes(kv.value, [blocks, block_size, hk, d], q.dtype());
     let max_blocks = batch.block_tables.dim(1)?;
-    run(device, q, keys, hk, blocks * block_size, Some((block_size, max_blocks)), batch, params)
+    let shape = q.shape();
+    cuda::output(device, shape, q.dtype(), |y| {
+        run(device, q, keys, hk, blocks * block_size, Some((block_size, max_blocks)), batch, params, None, y)
+    })
+}
+
+/// Keys and values of pages `[2, blocks, block_size, Hk, D]`.
+fn planes(address: u64, [blocks, block_size, hk, d]: [usize; 4], dtype: DType) -> [Keys; 2] {
+    let plane = (blocks * block_size * hk * d * dtype.size_in_bytes()) as u64;
+    [address, address + plane].map(|address| Keys { address, strides: [(hk * d) as u32, d as u32] })
+}
+
+/// The way of a step's heads to attention, as `Entering` in `paged_decode.cu`: what a projection gives of keys and values,
+/// or no addresses; angles; weights and epsilons of the norms of query, key and value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Entering {
+    pub k: u64,
+    pub v: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub norms: [HeadNorm; 3],
+    /// Of k and of v, from token to token and from head to head.
+    pub strides: [[u32; 2]; 2],
+    pub half: u32,
+}
+
+/// Its weight, or none.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct HeadNorm {
+    pub weight: u64,
+    pub eps: f32,
+}
+
+// SAFETY: addresses and numbers, laid out as in C; the kernel reads no padding.
+unsafe impl DeviceRepr for Entering {}
+
+/// Whether a step goes to attention in one kernel with its heads: `q` `[N, Hq, D]` in rows for `pages`.
+pub(crate) fn takes_entering(device: &CudaDevice, q: &Tensor, batch: &Batch, params: AttentionParams) -> Result<bool> {
+    let (gpu, (_, _, d)) = (Gpu::of(device)?, q.dims3()?);
+    let Some(size) = SIZES.iter().position(|&size| size == d) else { return Ok(false) };
+    let (_, shared) = decode_block(gpu, size, q.dtype());
+    Ok(matches!(q.dtype(), DType::F16 | DType::BF16)
+        && batch.host.iter().all(|sequence| sequence.tokens.len() == 1)
+        && shared + entered_bytes(size) <= gpu.shared[0]
+        && params.scale > 0.0)
+}
+
+/// Of the queries of a block of `paged_decode`.
+fn entered_bytes(size: usize) -> usize {
+    DECODE_ROWS * SIZES[size] * 2
+}
+
+/// As [`paged_attention`] of a step that [`takes_entering`] and whose heads are still to enter. Rows, pages, angles and
+/// weights are aligned to 16 bytes.
+pub(crate) fn enter_and_attend(
+    device: &CudaDevice,
+    q: &Tensor,
+    (pages, layout): (&mut CudaStorage, &Layout),
+    batch: &Batch,
+    params: AttentionParams,
+    entering: &Entering,
+    y: &mut CudaStorage,
+) -> Result<()> {
+    let (_, blocks, block_size, hk, d) = layout.shape().dims5()?;
+    let stream = device.cuda_stream();
+    let pages = cuda::write(pages, layout, &stream)?;
+    let keys = planes(pages.value, [blocks, block_size, hk, d], q.dtype());
+    let max_blocks = batch.block_tables.dim(1)?;
+    run(device, q, keys, hk, blocks * block_size, Some((block_size, max_blocks)), batch, params, Some(entering), y)
 }
 
 /// `q` `[N, Hq, D]`, `k` and `v` `[N, Hk, D]` in rows, of one dtype.
@@ -137,7 +209,7 @@ pub fn attention(
     let (k, v) = (Operand::new(k), Operand::new(v));
     let (k, v) = (k.cuda_rows(&stream)?, v.cuda_rows(&stream)?);
     let keys = [&k, &v].map(|rows| Keys { address: rows.address.value, strides: rows.strides });
-    run(device, q, keys, hk, n, None, batch, params)
+    cuda::output(device, q.shape(), q.dtype(), |y| run(device, q, keys, hk, n, None, batch, params, None, y))
 }
 
 /// Where the rows of keys or of values lie: strides in values, from token to token and from head to head.
@@ -148,7 +220,7 @@ struct Keys {
 }
 
 /// `pages` are the tokens of a block and the blocks of a table.
-#[expect(clippy::too_many_arguments, reason = "two public functions in one")]
+#[expect(clippy::too_many_arguments, reason = "three functions in one")]
 fn run(
     device: &CudaDevice,
     q: &Tensor,
@@ -158,7 +230,9 @@ fn run(
     pages: Option<(usize, usize)>,
     batch: &Batch,
     params: AttentionParams,
-) -> Result<Tensor> {
+    entering: Option<&Entering>,
+    y: &mut CudaStorage,
+) -> Result<()> {
     let ((n, hq, d), shape) = (q.dims3()?, q.shape());
     if d > MAX_D {
         bail!("attention: D is {d}, the cuda kernels take at most {MAX_D}")
@@ -198,23 +272,22 @@ fn run(
     let gpu = Gpu::of(device)?;
     let singles = batch.host.iter().filter(|sequence| sequence.tokens.len() == 1).count();
     let has_prompts = singles < batch.num_sequences();
-    cuda::output(device, shape, dtype, |y| {
-        let y = cuda::write(y, &Layout::contiguous(shape), &stream)?;
-        let step = Step { y: y.value, ..step };
-        let call = Call { device, dtype, gpu, step, key_rows, has_prompts };
-        match call.tensor_cores(&q)? {
-            Some((size, prompt_kernel)) => {
-                if let Some(kernel) = prompt_kernel {
-                    call.prompts(size, kernel)?;
-                }
-                if singles > 0 {
-                    call.decode(size)?;
-                }
-                Ok(())
+    let y = cuda::write(y, &Layout::contiguous(shape), &stream)?;
+    let step = Step { y: y.value, ..step };
+    let call = Call { device, dtype, gpu, step, key_rows, has_prompts };
+    match call.tensor_cores(&q)? {
+        Some((size, prompt_kernel)) => {
+            if let Some(kernel) = prompt_kernel {
+                call.prompts(size, kernel)?;
             }
-            None => call.any(),
+            if singles > 0 {
+                call.decode(size, entering)?;
+            }
+            Ok(())
         }
-    })
+        None if entering.is_some() => bail!("attention: heads can enter on the tensor cores alone"),
+        None => call.any(),
+    }
 }
 
 /// The kernels' argument, as `Step` in `attention.cuh`.
@@ -320,7 +393,7 @@ impl Call<'_> {
         if !matches!(self.dtype, DType::F16 | DType::BF16) || !are_aligned || scale <= 0.0 || scale.is_nan() {
             return Ok(None);
         }
-        let (_, decode_shared) = self.decode_block(size);
+        let (_, decode_shared) = decode_block(self.gpu, size, self.dtype);
         if !self.has_prompts {
             return Ok((decode_shared <= self.gpu.shared[0]).then_some((size, None)));
         }
@@ -388,26 +461,27 @@ impl Call<'_> {
         self.launch(kernel.function, &self.step, grid, kernel.threads, kernel.shared, &maps)
     }
 
-    fn decode(&self, size: usize) -> Result<()> {
-        let (warps, shared) = self.decode_block(size);
-        let kernel = self.of(&PAGED_DECODE, size).on_sharing(self.device, shared)?;
+    fn decode(&self, size: usize, entering: Option<&Entering>) -> Result<()> {
+        let (warps, shared) = decode_block(self.gpu, size, self.dtype);
+        let (kernels, shared) = match entering {
+            Some(_) => (&PAGED_DECODE_ENTERING, shared + entered_bytes(size)),
+            None => (&PAGED_DECODE, shared),
+        };
+        let kernel = self.of(kernels, size).on_sharing(self.device, shared)?;
         let heads = self.step.hk as usize * self.group().div_ceil(DECODE_ROWS);
         let blocks = heads * self.step.num_sequences as usize;
         let slots = self.gpu.multiprocessors * (self.gpu.shared[1] / (shared + 1024)).max(1);
         let splits = self.splits(blocks, slots);
         self.split(splits, |step| {
-            let grid = [splits, heads, step.num_sequences as usize];
-            self.launch_early(kernel, step, grid, warps * 32, shared)
+            let config = config([splits, heads, step.num_sequences as usize], warps * 32, shared)?;
+            let mut launch = EarlyLaunch::of(self.device, kernel);
+            launch.arg(step);
+            if let Some(entering) = entering {
+                launch.arg(entering);
+            }
+            // SAFETY: as for `launch`; who enters heads has compared the shapes behind its addresses too.
+            unsafe { launch.launch(config) }
         })
-    }
-
-    /// Warps of a block of `paged_decode`, and bytes of their pipelines: 192 KiB, or half as much for smaller GPUs.
-    fn decode_block(&self, size: usize) -> (usize, usize) {
-        const STAGES: usize = 3;
-        const KEYS: usize = 16;
-        let pipeline = STAGES * 2 * KEYS * SIZES[size] * self.dtype.size_in_bytes();
-        let warps = if self.gpu.shared[0] >= 192 << 10 { 1024 } else { 512 } / SIZES[size];
-        (warps, warps * pipeline)
     }
 
     fn any(&self) -> Result<()> {
@@ -503,6 +577,15 @@ fn config(grid: [usize; 3], threads: usize, shared: usize) -> Result<LaunchConfi
         block_dim: (threads as u32, 1, 1),
         shared_mem_bytes: shared as u32,
     })
+}
+
+/// Warps of a block of `paged_decode`, and bytes of their pipelines: 192 KiB, or half as much for smaller GPUs.
+fn decode_block(gpu: &Gpu, size: usize, dtype: DType) -> (usize, usize) {
+    const STAGES: usize = 3;
+    const KEYS: usize = 16;
+    let pipeline = STAGES * 2 * KEYS * SIZES[size] * dtype.size_in_bytes();
+    let warps = if gpu.shared[0] >= 192 << 10 { 1024 } else { 512 } / SIZES[size];
+    (warps, warps * pipeline)
 }
 
 /// Rows that a block of `paged_decode` takes.

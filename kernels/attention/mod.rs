@@ -2,7 +2,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
 #[cfg(test)]
@@ -171,6 +171,17 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 ///
 /// Source: Kwon et al., 2023, as for [`write_kv`].
 pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
+    check_pages(q, kv, batch, params)?;
+    let q = as_rows(q)?;
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = q.device() {
+        return cuda::paged_attention(device, &q, kv, batch, params);
+    }
+    q.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
+}
+
+/// What [`paged_attention`] asks of its operands.
+pub(crate) fn check_pages(q: &Tensor, kv: &Tensor, batch: &Batch, params: AttentionParams) -> Result<()> {
     let (n, hq, d) = q.dims3()?;
     let (two, blocks, block_size, hk, dk) = kv.dims5()?;
     if two != 2
@@ -192,13 +203,7 @@ pub fn paged_attention(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attention
     }
     params.check("paged_attention")?;
     let first_seen = |sequence: &Sequence| params.visible(sequence.past(), sequence.context_len).start;
-    batch.check_blocks("paged_attention", blocks, block_size, first_seen)?;
-    let q = as_rows(q)?;
-    #[cfg(feature = "cuda")]
-    if let candle_core::Device::Cuda(device) = q.device() {
-        return cuda::paged_attention(device, &q, kv, batch, params);
-    }
-    q.apply_op2_no_bwd(kv, &PagedAttention { batch, params })
+    batch.check_blocks("paged_attention", blocks, block_size, first_seen)
 }
 
 /// Whether there is a kernel for these rows and pages.

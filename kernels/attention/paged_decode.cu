@@ -4,16 +4,27 @@
 // each with a pipeline of its own, and meet at the end. Products are transposed, so that keys and columns fill the 16
 // rows of a matrix and the heads of a group its 8 columns:
 //   scores [16 keys, 8 rows] = K Q^T        sums [D columns, 8 rows] += V^T weights
+// Queries may come as a projection gives them, with the token's key and value, which are not in their pages yet.
 #include "attention/attention.cuh"
+#include "heads/heads.cuh"
 #include "mma.cuh"
 
 constexpr int ROWS = 8, KEYS = 16, STAGES = 3;
 // Rows of the sums of a warp are as far apart as this many more values than they are long, to lie in different banks.
 constexpr int PADDING = 4;
 
+// The way of a step's heads to attention, as `Entering` in cuda.rs.
+struct Entering {
+  const void *k, *v; // [N, hk, d] in rows, null if the pages hold them
+  const float *cos, *sin;
+  HeadNorm q_norm, k_norm, v_norm;
+  uint32_t k_token, k_head, v_token, v_head;
+  uint32_t half;
+};
+
 // blockIdx.x is the split, .y the key head and which rows of it, .z the sequence. Shared memory holds a pipeline for
 // each warp.
-template <typename T, int D> __device__ void decode(const Step &step) {
+template <typename T, int D> __device__ void decode(const Step &step, const Entering *entering) {
   constexpr int CHUNKS = D / 8, TILE = KEYS * D * sizeof(T);
   extern __shared__ __align__(1024) uint8_t shared[];
   let_next_start();
@@ -53,6 +64,29 @@ template <typename T, int D> __device__ void decode(const Step &step) {
     return;
   }
 
+  T *const entered = reinterpret_cast<T *>(shared + warps * STAGES * 2 * TILE); // [ROWS, D]
+  if (entering) {
+    // The block that has the last tile brings the new key and value to their pages, and then reads them there.
+    constexpr int N = D / 32;
+    const Turning<N> turning(entering->cos, entering->sin, sequence.start, entering->half);
+    const bool writes = entering->k && end == first_tile + tiles;
+    const size_t page = sequence.slot(step, sequence.past), column = lane * N;
+    for (uint32_t i = warp; i < rows + (writes ? 2 : 0); i += warps) {
+      const bool is_query = i < rows, is_key = i == rows;
+      const T *from = static_cast<const T *>(is_query ? step.q : is_key ? entering->k : entering->v);
+      from += is_query ? sequence.start * size_t(step.q_token) + (head * group + first_row + i) * step.q_head
+              : is_key ? sequence.start * size_t(entering->k_token) + head * entering->k_head
+                       : sequence.start * size_t(entering->v_token) + head * entering->v_head;
+      const HeadNorm norm = is_query ? entering->q_norm : is_key ? entering->k_norm : entering->v_norm;
+      T *to = is_query ? entered + i * D
+              : is_key ? const_cast<T *>(keys) + page * step.k_token
+                       : const_cast<T *>(values) + page * step.v_token;
+      const auto from_lane = *reinterpret_cast<const Pack<T, N> *>(from + column);
+      *reinterpret_cast<Pack<T, N> *>(to + column) = enter_head<T, N>(from_lane, norm, turning, !is_query && !is_key);
+    }
+    __syncthreads();
+  }
+
   const auto copy = [&](int stage, int place) {
     constexpr int ROWS_OF_COPY = CHUNKS < 32 ? 32 / CHUNKS : 1;
     const uint32_t to = pipeline + stage * 2 * TILE;
@@ -73,8 +107,9 @@ template <typename T, int D> __device__ void decode(const Step &step) {
   // Row lane / 4 of the queries, as the second operand of a product; rows beyond the group are zero.
   uint32_t queries[D / 16][2];
   const uint32_t row = first_row + lane / 4;
-  const T *q = static_cast<const T *>(step.q) + sequence.start * size_t(step.q_token) +
-               (head * group + min(row, group - 1)) * step.q_head;
+  const T *q = entering ? entered + min(lane / 4, rows - 1) * D
+                        : static_cast<const T *>(step.q) + sequence.start * size_t(step.q_token) +
+                              (head * group + min(row, group - 1)) * step.q_head;
 #pragma unroll
   for (int i = 0; i < D / 16; i++)
 #pragma unroll
@@ -198,8 +233,12 @@ template <typename T, int D> __device__ void decode(const Step &step) {
 }
 
 #define PAGED_DECODE(D, T, name)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(1024 / D * 32) name(const __grid_constant__ Step step) { \
-    decode<T, D>(step);                                                                                                \
+  extern "C" __global__ void __launch_bounds__(1024 / D * 32) name(const __grid_constant__ Step step) {      \
+    decode<T, D>(step, nullptr);                                                                                       \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(1024 / D * 32)                                                          \
+      name##_entering(const __grid_constant__ Step step, const __grid_constant__ Entering entering) {                  \
+    decode<T, D>(step, &entering);                                                                                     \
   }
 #define PAGED_DECODE_OF(D)                                                                                             \
   PAGED_DECODE(D, __half, paged_decode_d##D##_f16)                                                                     \

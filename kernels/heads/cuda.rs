@@ -3,10 +3,12 @@
 use std::cell::RefCell;
 
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
-use candle_core::{CudaDevice, CudaStorage, DType, InplaceOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
 
 use super::KeyValueHeads;
 use crate::Batch;
+use crate::attention::cuda::{self as attention, Entering, HeadNorm};
+use crate::attention::{AttentionParams, check_pages};
 use crate::cpu::{Operand, as_rows};
 use crate::cuda::{self, EarlyLaunch, Floats, Kernel, Rows, floats, modules};
 use crate::norm::Norm;
@@ -41,17 +43,109 @@ const WARPS: usize = 8;
 /// The shared memory of a block that every GPU grants.
 const MAX_D: usize = (48 << 10) / (4 * WARPS);
 
-/// As the public function.
-pub fn norm_rope_write(
+/// As the public function, in one kernel; `None` where none takes the step.
+#[expect(clippy::too_many_arguments, reason = "the operands of two ops, and their device")]
+pub fn norm_rope_attend(
     device: &CudaDevice,
     q: &Tensor,
     q_norm: Norm,
     kv: Option<KeyValueHeads>,
+    angles: (&Tensor, &Tensor),
+    pages: &Tensor,
+    batch: &Batch,
+    params: AttentionParams,
+) -> Result<Option<Tensor>> {
+    let q = as_rows(q)?;
+    if !attention::takes_entering(device, &q, batch, params)? {
+        return Ok(None);
+    }
+    check_pages(&q, pages, batch, params)?;
+    let norms = check(&q, q_norm, kv, angles, pages, batch)?;
+    let ((_, _, d), (_, half), dtype) = (q.dims3()?, angles.0.dims2()?, q.dtype());
+    let (k, v) = (kv.map(|kv| as_rows(kv.k)).transpose()?, kv.map(|kv| as_rows(kv.v)).transpose()?);
+    let (cos, sin) = (angles.0.contiguous()?, angles.1.contiguous()?);
+    let stream = device.cuda_stream();
+    let are_aligned = {
+        let q = Operand::new(&q);
+        let pages = Operand::new(pages);
+        q.cuda_rows(&stream)?.are_aligned(16, dtype) && pages.cuda(&stream)?.is_aligned(16)
+    };
+    let [k, v] = [&k, &v].map(|rows| rows.as_ref().map(Operand::new));
+    let (k, v) =
+        (k.as_ref().map(|k| k.cuda_rows(&stream)).transpose()?, v.as_ref().map(|v| v.cuda_rows(&stream)).transpose()?);
+    let [cos, sin] = [&cos, &sin].map(Operand::new);
+    let (cos, sin) = (cos.cuda(&stream)?, sin.cuda(&stream)?);
+    let weights = norms.map(|norm| norm.map(|norm| Operand::new(norm.weight)));
+    let mut of_heads = [HeadNorm { weight: 0, eps: 0.0 }; 3];
+    let mut weights_are_aligned = true;
+    for ((of_head, weight), norm) in of_heads.iter_mut().zip(&weights).zip(norms) {
+        if let (Some(weight), Some(norm)) = (weight, norm) {
+            let weight = weight.cuda(&stream)?;
+            weights_are_aligned &= weight.is_aligned(16);
+            *of_head = HeadNorm { weight: weight.value, eps: norm.eps as f32 };
+        }
+    }
+    let takes = are_aligned
+        && weights_are_aligned
+        && half.is_multiple_of(d / 32)
+        && cos.is_aligned(16)
+        && sin.is_aligned(16)
+        && [&k, &v].into_iter().flatten().all(|rows| rows.are_aligned(16, dtype));
+    if !takes {
+        return Ok(None);
+    }
+    let of_rows = |rows: &Option<Rows>| rows.as_ref().map_or((0, [0; 2]), |rows| (rows.address.value, rows.strides));
+    let ((k, k_strides), (v, v_strides)) = (of_rows(&k), of_rows(&v));
+    let entering = Entering {
+        k,
+        v,
+        cos: cos.value,
+        sin: sin.value,
+        norms: of_heads,
+        strides: [k_strides, v_strides],
+        half: half as u32,
+    };
+    cuda::output(device, q.shape(), dtype, |y| {
+        pages.inplace_op1(&Attending { device, q: &q, batch, params, entering, y: RefCell::new(y) })
+    })
+    .map(Some)
+}
+
+/// The pages are the target of an in-place op, so that candle locks them.
+struct Attending<'a> {
+    device: &'a CudaDevice,
+    q: &'a Tensor,
+    batch: &'a Batch,
+    params: AttentionParams,
+    entering: Entering,
+    y: RefCell<&'a mut CudaStorage>,
+}
+
+impl InplaceOp1 for Attending<'_> {
+    fn name(&self) -> &'static str {
+        "norm-rope-attend"
+    }
+
+    fn cpu_fwd(&self, _: &mut candle_core::CpuStorage, _: &Layout) -> Result<()> {
+        bail!("norm_rope_attend: pages on the cpu, q on a gpu")
+    }
+
+    fn cuda_fwd(&self, pages: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        let &Self { device, q, batch, params, ref entering, ref y } = self;
+        attention::enter_and_attend(device, q, (pages, layout), batch, params, entering, &mut y.borrow_mut())
+    }
+}
+
+/// Checks what both ops are given; returns the norms of query, key and value.
+fn check<'a>(
+    q: &Tensor,
+    q_norm: Norm<'a>,
+    kv: Option<KeyValueHeads<'a>>,
     (cos, sin): (&Tensor, &Tensor),
     pages: &Tensor,
     batch: &Batch,
-) -> Result<Tensor> {
-    let ((n, hq, d), (_, half), dtype) = (q.dims3()?, cos.dims2()?, q.dtype());
+) -> Result<[Option<Norm<'a>>; 3]> {
+    let ((n, _, d), (_, half), dtype) = (q.dims3()?, cos.dims2()?, q.dtype());
     if n != batch.num_tokens() || cos.dims() != [n, half] || sin.dims() != cos.dims() || 2 * half > d || d > MAX_D {
         bail!(
             "norm_rope_write: q is {:?}, cos {:?}, sin {:?}, the batch has {} tokens, heads have at most {MAX_D} values",
@@ -91,7 +185,21 @@ pub fn norm_rope_write(
         }
         batch.check_blocks("norm_rope_write", blocks, block_size, |sequence| sequence.past())?;
     }
-    let shape = Shape::from((n, hq, d));
+    Ok(norms)
+}
+
+/// As the public function.
+pub fn norm_rope_write(
+    device: &CudaDevice,
+    q: &Tensor,
+    q_norm: Norm,
+    kv: Option<KeyValueHeads>,
+    (cos, sin): (&Tensor, &Tensor),
+    pages: &Tensor,
+    batch: &Batch,
+) -> Result<Tensor> {
+    let norms = check(q, q_norm, kv, (cos, sin), pages, batch)?;
+    let (shape, dtype) = (q.shape().clone(), q.dtype());
     let (q, k, v) = (as_rows(q)?, kv.map(|kv| as_rows(kv.k)).transpose()?, kv.map(|kv| as_rows(kv.v)).transpose()?);
     let (cos, sin) = (cos.contiguous()?, sin.contiguous()?);
     let operation = NormRopeWrite { device, q: &q, kv: k.as_ref().zip(v.as_ref()), norms, cos: &cos, sin: &sin, batch };

@@ -1,14 +1,9 @@
 // What lies between a projection and attention: query and key heads are normalised and rotated, keys and values written
 // into their pages. A warp has one head of one token, which it keeps in shared memory between the norm and the rotation.
-#include "cuda.cuh"
+#include "heads/heads.cuh"
 
 constexpr int WARPS = 8; // of a block
 constexpr uint32_t NO_SLOT = 0xffffffff;
-
-struct Norm {
-  const float *weight; // null: no norm
-  float eps;
-};
 
 struct Sizes {
   uint32_t tokens, d, half; // half: pairs that turn
@@ -16,8 +11,8 @@ struct Sizes {
 
 // Heads of query, then of key, then of value; those without keys have one kind of head.
 template <typename T, int N>
-__device__ void norm_rope_write(const T *q, Rows q_rows, Norm q_norm, const T *k, Rows k_rows, Norm k_norm, const T *v,
-                                Rows v_rows, Norm v_norm, const float *cos, const float *sin,
+__device__ void norm_rope_write(const T *q, Rows q_rows, HeadNorm q_norm, const T *k, Rows k_rows, HeadNorm k_norm,
+                                const T *v, Rows v_rows, HeadNorm v_norm, const float *cos, const float *sin,
                                 const uint32_t *slot_mapping, uint64_t plane, T *pages, T *out, Sizes sizes) {
   extern __shared__ float shared[];
   const uint32_t lane = threadIdx.x % 32, d = sizes.d, half = sizes.half;
@@ -32,7 +27,7 @@ __device__ void norm_rope_write(const T *q, Rows q_rows, Norm q_norm, const T *k
   uint32_t head = index % per_token;
   const T *from;
   T *to;
-  Norm norm;
+  HeadNorm norm;
   const bool is_query = head < hq, is_key = !is_query && head < hq + hk;
   if (is_query) {
     from = q + q_rows.start(token, head);
@@ -81,26 +76,23 @@ __device__ void norm_rope_write(const T *q, Rows q_rows, Norm q_norm, const T *k
   }
 }
 
-// The same of heads of 32 N values, of which a lane has N side by side: they stay in registers, and those that they turn
-// with come from another lane. N divides `half`. A warp has HEADS heads of one token, loaded together.
+// The same of heads of 32 N values, which stay in registers. A warp has HEADS heads of one token, loaded together.
 template <typename T, int N, int HEADS>
-__device__ void norm_rope_write_lanes(const T *q, Rows q_rows, Norm q_norm, const T *k, Rows k_rows, Norm k_norm,
-                                      const T *v, Rows v_rows, Norm v_norm, const float *cos, const float *sin,
-                                      const uint32_t *slot_mapping, uint64_t plane, T *pages, T *out, Sizes sizes) {
+__device__ void norm_rope_write_lanes(const T *q, Rows q_rows, HeadNorm q_norm, const T *k, Rows k_rows,
+                                      HeadNorm k_norm, const T *v, Rows v_rows, HeadNorm v_norm, const float *cos,
+                                      const float *sin, const uint32_t *slot_mapping, uint64_t plane, T *pages, T *out,
+                                      Sizes sizes) {
   constexpr uint32_t D = 32 * N;
-  const uint32_t lane = threadIdx.x % 32, column = lane * N, half = sizes.half;
+  const uint32_t column = threadIdx.x % 32 * N;
   const uint32_t hq = q_rows.heads, hk = k_rows.heads, per_token = hq + 2 * hk, groups = (per_token - 1) / HEADS + 1;
   const uint32_t index = blockIdx.x * WARPS + threadIdx.x / 32, token = index / groups;
   const uint32_t first = index % groups * HEADS;
   if (token >= sizes.tokens)
     return;
   let_next_start();
-  const uint32_t slot = slot_mapping[token];
+  const uint32_t slot = slot_mapping[token]; // there before the step's first kernel
   wait_for_inputs();
-  const bool turns = column < 2 * half, is_first = column < half;
-  const uint32_t partner = !turns ? lane : is_first ? lane + half / N : lane - half / N;
   Pack<T, N> kept[HEADS];
-  Pack<float, N> cosines, sines;
 #pragma unroll
   for (int h = 0; h < HEADS; h++)
     if (const uint32_t head = first + h; head < per_token) {
@@ -109,52 +101,22 @@ __device__ void norm_rope_write_lanes(const T *q, Rows q_rows, Norm q_norm, cons
                                        : v + v_rows.start(token, head - hq - hk);
       kept[h] = *reinterpret_cast<const Pack<T, N> *>(from + column);
     }
-  if (turns) {
-    const size_t angle = token * size_t(half) + (is_first ? column : column - half);
-    cosines = *reinterpret_cast<const Pack<float, N> *>(cos + angle);
-    sines = *reinterpret_cast<const Pack<float, N> *>(sin + angle);
-  }
+  const Turning<N> turning(cos, sin, token, sizes.half);
 #pragma unroll
   for (int h = 0; h < HEADS; h++) {
     const uint32_t head = first + h;
     if (head >= per_token)
       break;
     const bool is_query = head < hq, is_key = !is_query && head < hq + hk;
-    const Norm norm = is_query ? q_norm : is_key ? k_norm : v_norm;
-    float values[N];
-#pragma unroll
-    for (int j = 0; j < N; j++)
-      values[j] = widen(kept[h].values[j]);
-    if (norm.weight) {
-      float squares = 0;
-#pragma unroll
-      for (int j = 0; j < N; j++)
-        squares = fmaf(values[j], values[j], squares);
-      const float scale = 1 / sqrtf(sum_lanes(squares, 32) / D + norm.eps);
-      const auto weights = *reinterpret_cast<const Pack<float, N> *>(norm.weight + column);
-#pragma unroll
-      for (int j = 0; j < N; j++) // rounded where a norm by itself would round
-        values[j] = widen(narrow<T>(values[j] * scale * weights.values[j]));
-    }
-    if (is_query || is_key) {
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        const float other = __shfl_sync(0xffffffff, values[j], partner);
-        if (turns)
-          values[j] = values[j] * cosines.values[j] + (is_first ? -other : other) * sines.values[j];
-      }
-    }
-    Pack<T, N> pack;
-#pragma unroll
-    for (int j = 0; j < N; j++)
-      pack.values[j] = narrow<T>(values[j]);
+    const auto entered =
+        enter_head<T, N>(kept[h], is_query ? q_norm : is_key ? k_norm : v_norm, turning, !is_query && !is_key);
     T *to = out + (token * size_t(hq) + head) * D;
     if (!is_query) {
       if (slot == NO_SLOT)
         continue;
       to = pages + (is_key ? 0 : plane) + (slot * size_t(hk) + (head - (is_key ? hq : hq + hk))) * D;
     }
-    *reinterpret_cast<Pack<T, N> *>(to + column) = pack;
+    *reinterpret_cast<Pack<T, N> *>(to + column) = entered;
   }
 }
 

@@ -9,7 +9,7 @@ mod tests;
 use candle_core::{Result, Tensor};
 
 use crate::Batch;
-use crate::attention::write_kv;
+use crate::attention::{AttentionParams, paged_attention, write_kv};
 use crate::norm::Norm;
 use crate::rope::rope;
 
@@ -61,4 +61,31 @@ pub fn norm_rope_write(
         }
     }
     rope(&q_norm.apply(q)?, cos, sin)
+}
+
+/// [`norm_rope_write`], and [`paged_attention`] of the query that it makes: the whole way from a projection to what mixes
+/// the values. Returns `[N, Hq, D]`. On CUDA in one kernel where every sequence has one token.
+///
+/// # Errors
+///
+/// As both.
+///
+/// Devices: CPU, CUDA, Metal.
+pub fn norm_rope_attend(
+    q: &Tensor,
+    q_norm: Norm,
+    kv: Option<KeyValueHeads>,
+    angles: (&Tensor, &Tensor),
+    pages: &Tensor,
+    batch: &Batch,
+    params: AttentionParams,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = q.device()
+        && let Some(y) = cuda::norm_rope_attend(device, q, q_norm, kv, angles, pages, batch, params)?
+    {
+        return Ok(y);
+    }
+    let q = norm_rope_write(q, q_norm, kv, angles, pages, batch)?;
+    paged_attention(&q, pages, batch, params)
 }

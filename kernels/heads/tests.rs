@@ -101,3 +101,62 @@ fn on_the_cpu_it_is_norm_rope_and_write() -> Result<()> {
     assert_close("pages", &values(&pages)?, &[turned[0], turned[1], 3.0, 4.0], 1e-6);
     Ok(())
 }
+
+/// Steps of one token a sequence, which a GPU takes in one kernel, with splits of long contexts: the pages and the mixed
+/// values of the two ops by themselves.
+#[test]
+fn attending_is_its_parts() -> Result<()> {
+    for device in devices() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (hq, hk, d, half, window) in [
+                (2, 1, 64, 32, None),
+                (16, 8, 128, 64, None),
+                (10, 1, 128, 64, None),
+                (8, 2, 256, 32, None),
+                (8, 1, 256, 128, Some(20)),
+                (8, 1, 512, 256, None),
+                (2, 2, 128, 3, None),
+                (2, 1, 40, 20, None),
+            ] {
+                for writes in [true, false] {
+                    let mut random = Random::new((hq * d + half) as u64);
+                    let pasts = [0usize, 5, 37, 700];
+                    let tables: Vec<Vec<u32>> = {
+                        let blocks = random.permutation(pasts.iter().map(|past| past / BLOCK_SIZE + 1).sum());
+                        let mut rest = blocks.as_slice();
+                        let mut take = |len: usize| {
+                            let (table, behind) = rest.split_at(len);
+                            rest = behind;
+                            table.to_vec()
+                        };
+                        pasts.iter().map(|past| take(past / BLOCK_SIZE + 1)).collect()
+                    };
+                    let num_blocks = tables.iter().map(Vec::len).sum::<usize>();
+                    let segments: Vec<Segment> = (0..pasts.len())
+                        .map(|i| Segment { tokens: &[0], past: pasts[i], blocks: &tables[i], slot: i as u32 })
+                        .collect();
+                    let batch = Batch::new(&segments, BLOCK_SIZE, &device)?;
+                    let n = pasts.len();
+                    let qkv = random.tensor(&[n, (hq + 2 * hk) * d], 1.0, dtype, &device)?;
+                    let qkv = qkv.reshape((n, hq + 2 * hk, d))?;
+                    let (q, k, v) = (qkv.narrow(1, 0, hq)?, qkv.narrow(1, hq, hk)?, qkv.narrow(1, hq + hk, hk)?);
+                    let weight = random.tensor(&[d], 1.0, DType::F32, &device)?;
+                    let norm = Norm { weight: &weight, eps: 1e-6 };
+                    let mut angles = || random.tensor(&[n, half], 1.0, DType::F32, &device);
+                    let (cos, sin) = (angles()?, angles()?);
+                    let pages = random.tensor(&[2, num_blocks, BLOCK_SIZE, hk, d], 1.0, dtype, &device)?;
+                    let (ours, theirs) = (pages.copy()?, pages.copy()?);
+                    let kv = writes.then_some(KeyValueHeads { k: &k, v: &v, k_norm: norm, v_norm: None });
+                    let params = AttentionParams { window, ..AttentionParams::causal((d as f32).powf(-0.5)) };
+                    let got = norm_rope_attend(&q, norm, kv, (&cos, &sin), &ours, &batch, params)?;
+                    let entered = norm_rope_write(&q, norm, kv, (&cos, &sin), &theirs, &batch)?;
+                    let want = paged_attention(&entered, &theirs, &batch, params)?;
+                    let name = format!("{hq} {hk} {d} {half} {window:?} {writes} {dtype:?} {device:?}");
+                    assert_close(&name, &values(&got)?, &values(&want)?, op_limit(dtype));
+                    assert_close(&format!("pages {name}"), &values(&ours)?, &values(&theirs)?, op_limit(dtype));
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -42,7 +42,8 @@ pub fn linear(
     }
 }
 
-fn many_rows(
+/// As [`linear`], with no kernel that starts before the one ahead of it has ended.
+pub(crate) fn many_rows(
     device: &CudaDevice,
     x: &Tensor,
     weight: &Tensor,

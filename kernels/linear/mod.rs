@@ -4,7 +4,7 @@ pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cublas;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]

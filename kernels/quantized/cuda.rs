@@ -7,7 +7,7 @@ use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 use super::{GROUP, OUTS, Quantization, QuantizedMatrix};
 use crate::cpu::{Operand, as_rows};
 use crate::cuda::{self, EarlyLaunch, Floats, Kernel, floats, modules};
-use crate::linear::{Around, linear_around};
+use crate::linear::{Around, cuda as linear};
 
 /// By format, in f16 and in bf16.
 static LINEAR: [[Kernel; 2]; 2] = [
@@ -44,7 +44,7 @@ fn words(weight: &QuantizedMatrix) -> Result<&Tensor> {
 }
 
 /// `x` `[N, I]` times the weight, with what surrounds it.
-pub fn linear(
+pub fn quantized_linear(
     device: &CudaDevice,
     x: &Tensor,
     weight: &QuantizedMatrix,
@@ -58,8 +58,30 @@ pub fn linear(
     match few_rows(device, &x, weight, bias, around.onto.filter(|_| takes_onto))? {
         Some(y) if takes_onto => Ok(y),
         Some(y) => rest.apply(&y, |y| Ok(y.clone())),
-        None => linear_around(&x, &unpacked(device, weight, x.dtype())?, bias, rest),
+        None => many_rows(device, &x, weight, bias, rest),
     }
+}
+
+/// Not by kernels of few rows, whatever there are: those fetch a weight before the kernel ahead of them has ended, and
+/// here that one writes it.
+fn many_rows(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &QuantizedMatrix,
+    bias: Option<&Tensor>,
+    around: Around,
+) -> Result<Tensor> {
+    let weight = unpacked(device, weight, x.dtype())?;
+    if let Some(y) = linear::many_rows(device, x, &weight, bias, around)? {
+        return Ok(y);
+    }
+    around.apply(x, |x| {
+        let y = x.contiguous()?.matmul(&weight.t()?)?;
+        match bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    })
 }
 
 fn few_rows(

@@ -271,7 +271,7 @@ pub fn linear_around(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>
     }
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = x.device() {
-        return cuda::linear(device, x, weight, bias, around);
+        return cuda::quantized_linear(device, x, weight, bias, around);
     }
     if matches!(weight.blocks, Blocks::OnDevice(..)) {
         bail!("quantized linear: the weight is on an accelerator, x on {:?}", x.device().location())
