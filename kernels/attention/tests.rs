@@ -216,7 +216,7 @@ fn attend_to(page_dtype: DType, case: Case, device: &Device) -> Result<()> {
     }
     let kv = Tensor::from_vec(kv, (2, pages.num_blocks, block_size, hk, d), &Device::Cpu)?;
     let kv = kv.to_dtype(page_dtype)?.to_device(device)?;
-    let frame = kv.narrow(0, 0, 1)?;
+    let frame = poisoned(&[1, pages.num_blocks, block_size, hk, d], page_dtype, device)?;
     let got = paged_attention(&q, &Tensor::cat(&[&frame, &kv, &frame], 0)?.narrow(0, 1, 2)?, &batch, params)?;
     assert_eq!((got.dims(), got.dtype()), (q.dims(), dtype));
 

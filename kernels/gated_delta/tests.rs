@@ -639,7 +639,7 @@ fn mutants_of_metal_gates_are_noticed() {
     let mutants = [
         ("row >= sizes.rows", "row > sizes.rows"),
         ("a[row_start(sizes.a, row) + head]", "a[at.x]"),
-        ("b[row_start(sizes.b, row) + head]", "b[row_start(sizes.a, row) + head]"),
+        ("b[row_start(sizes.b, row) + head]", "b[at.x]"),
         ("at.x % sizes.heads", "0"),
         ("x > 20 ? x", "x > 2 ? x"),
         ("sizes.rows * sizes.heads + at.x", "sizes.heads + at.x"),
