@@ -89,12 +89,10 @@ impl Weights {
     ///
     /// # Errors
     ///
-    /// Weights to pack are not for the CPU.
+    /// Weights to pack are for a device without kernels for them.
     pub fn quantized(self, quantization: Option<Quantization>) -> Result<Self> {
-        if quantization.is_some() && !self.device.is_cpu() {
-            bail!(
-                "quantised weights run on the CPU so far, not on another device: add --device cpu, or leave them as they are"
-            )
+        if quantization.is_some() && !QuantizedMatrix::runs_on(&self.device) {
+            bail!("quantised weights run on the CPU and on Metal so far: add --device cpu, or leave them as they are")
         }
         Ok(Self { quantization, ..self })
     }
@@ -190,7 +188,7 @@ impl Weights {
         let shape = [rows.iter().sum(), columns];
         let name = parts.iter().map(|(_, entry, _)| entry.name.as_str()).collect::<Vec<_>>().join(" ");
         if let Some(packed) = self.packs.as_ref().and_then(|packs| packs.get(&name, shape)) {
-            return Ok(Some(packed));
+            return packed.to_device(&self.device).map(Some);
         }
         let row = |mut index: usize, values: &mut [f32]| {
             for (rows, entry, widen) in &parts {
@@ -208,7 +206,7 @@ impl Weights {
         match packed {
             Ok(packed) => {
                 self.packs.iter().for_each(|packs| packs.add(&name, &packed));
-                Ok(Some(packed))
+                packed.to_device(&self.device).map(Some)
             }
             Err(error) => bail!("{}: {}: {error}", parts[0].1.path.display(), names.join(", ")),
         }

@@ -21,6 +21,7 @@ pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix) -> Vec<X> {
     match blocks {
         Blocks::Q8(blocks) => product.run(blocks),
         Blocks::Q4(blocks) => product.run(blocks),
+        Blocks::OnDevice(..) => unreachable!("refused by the public function"),
     }
     out
 }

@@ -2,6 +2,8 @@
 
 pub(crate) mod cpu;
 mod dot;
+#[cfg(any(test, feature = "metal"))]
+pub(crate) mod metal;
 mod pack;
 #[cfg(test)]
 mod reference;
@@ -54,7 +56,7 @@ impl Quantization {
     }
 }
 
-/// A weight `[O, I]`, packed for the CPU.
+/// A weight `[O, I]`, packed.
 ///
 /// Thirty-two outputs make a panel, a panel and one group make a block, and blocks lie in the order in which a product
 /// reads them: panel by panel, from the first group to the last. Rows and columns missing from the last blocks are zero.
@@ -68,6 +70,8 @@ pub struct QuantizedMatrix {
 enum Blocks {
     Q8(Storage<Q8Block>),
     Q4(Storage<Q4Block>),
+    /// The same bytes as words, on an accelerator.
+    OnDevice(Quantization, Tensor),
 }
 
 /// Outputs of a panel.
@@ -122,12 +126,43 @@ impl QuantizedMatrix {
         Ok(Self { outer, inner, blocks })
     }
 
-    /// The blocks as they lie in memory.
+    /// The blocks as they lie in the host's memory; none once they are on an accelerator.
     pub fn as_bytes(&self) -> &[u8] {
         match &self.blocks {
             Blocks::Q8(blocks) => blocks.as_bytes(),
             Blocks::Q4(blocks) => blocks.as_bytes(),
+            Blocks::OnDevice(..) => &[],
         }
+    }
+
+    /// Whether there are kernels for packed weights on `device`.
+    pub fn runs_on(device: &Device) -> bool {
+        device.is_cpu() || device.is_metal()
+    }
+
+    /// The same weight where `device` multiplies.
+    ///
+    /// # Errors
+    ///
+    /// The device has no memory left.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        if device.is_cpu() { Ok(self) } else { self.uploaded(device) }
+    }
+
+    /// The words of the blocks, if they are on an accelerator.
+    pub(crate) fn on_device(&self) -> Option<&Tensor> {
+        match &self.blocks {
+            Blocks::OnDevice(_, words) => Some(words),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn uploaded(&self, device: &Device) -> Result<Self> {
+        let (words, _) = self.as_bytes().as_chunks::<4>();
+        let words: Vec<u32> = words.iter().map(|word| u32::from_ne_bytes(*word)).collect();
+        let count = words.len();
+        let blocks = Blocks::OnDevice(self.format(), Tensor::from_vec(words, count, device)?);
+        Ok(Self { outer: self.outer, inner: self.inner, blocks })
     }
 
     /// `[O, I]`
@@ -140,20 +175,22 @@ impl QuantizedMatrix {
         match self.blocks {
             Blocks::Q8(_) => Quantization::Q8,
             Blocks::Q4(_) => Quantization::Q4,
+            Blocks::OnDevice(format, _) => format,
         }
     }
 
     /// Memory that it takes, be it its own or that of a mapped file.
     pub fn bytes(&self) -> usize {
-        self.as_bytes().len()
+        self.format().bytes(self.dims())
     }
 
     /// The rows `ids` `[N]` (u32), as `[N, I]` in f32: an embedding.
     ///
     /// # Errors
     ///
-    /// An id lies beyond the last row.
+    /// An id lies beyond the last row, except on an accelerator, where such a row is NaN.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        on_metal!(ids, backend => metal::rows(backend, self, &ids.contiguous()?));
         let ids = ids.to_vec1::<u32>()?;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.outer) {
             bail!("quantized: row {id}, there are {}", self.outer)
@@ -167,6 +204,7 @@ impl QuantizedMatrix {
         let groups = self.inner.div_ceil(self.format().group());
         let (first, lane) = (row / OUTS * groups, row % OUTS);
         match &self.blocks {
+            Blocks::OnDevice(..) => unreachable!("an accelerator looks up its own rows"),
             Blocks::Q8(blocks) => {
                 for (block, out) in blocks[first..].iter().zip(out.chunks_mut(32)) {
                     let scale = block.scales[lane].to_f32();
@@ -195,7 +233,8 @@ impl QuantizedMatrix {
 /// y[n, o] = sum_i x'[n, i] * weight[o, i]
 /// ```
 ///
-/// where `x'` is `x` rounded to 8 bits: groups of 32 values share a scale, which is their greatest size over 127.
+/// where `x'` is `x` rounded to 8 bits: groups of 32 values share a scale, which is their greatest size over 127. On Metal
+/// it is `x` itself.
 ///
 /// `x` `[N, I]` in f32, f16 or bf16. Returns `[N, O]` in `x`'s dtype. Products within a group are exact, groups are
 /// added in f32 in their order, so a row does not depend on the others or on threads.
@@ -204,11 +243,15 @@ impl QuantizedMatrix {
 ///
 /// The inner dimensions differ.
 ///
-/// Devices: CPU.
+/// Devices: CPU, Metal.
 pub fn linear(x: &Tensor, weight: &QuantizedMatrix) -> Result<Tensor> {
     let (_, inner) = x.dims2()?;
     if inner != weight.inner {
         bail!("quantized linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
+    }
+    on_metal!(x, backend => metal::linear(backend, x, weight));
+    if matches!(weight.blocks, Blocks::OnDevice(..)) {
+        bail!("quantized linear: the weight is on an accelerator, x on {:?}", x.device().location())
     }
     x.contiguous()?.apply_op1_no_bwd(&Linear { weight })
 }
