@@ -1,5 +1,6 @@
 // What all kernels share; stands before every `.metal`, which is compiled when a program first needs it.
 #include <metal_stdlib>
+#include <metal_simdgroup_matrix>
 using namespace metal;
 
 constant constexpr uint LANES = 32;

@@ -505,7 +505,6 @@ fn output(command: &mut Command) -> std::result::Result<String, String> {
 }
 
 /// The emulator itself: what a product on matrix units does, and what is refused.
-#[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{Random, assert_close, values};
