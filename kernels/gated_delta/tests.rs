@@ -278,7 +278,19 @@ fn chunks_smoke() -> Result<()> {
     let sequences = &[Continued(3), Fresh(70), Continued(24)];
     let case = Case { heads: (1, 2), sizes: (128, 64), sequences, offset: 1, ..BASE };
     run(&case, &Device::Cpu)?;
-    run(&Case { gates: Gates::Extreme, sequences: &[Continued(65)], ..case }, &Device::Cpu)
+    run(&Case { gates: Gates::Extreme, sequences: &[Continued(65)], ..case }, &Device::Cpu)?;
+
+    // Small gates behind large ones: a sum in f32 would lose their digits.
+    let case = Case { heads: (1, 1), sizes: (128, 32), ..BASE };
+    let mut operands = Operands::random(&case, 64, &mut Random::new(12), &Device::Cpu)?;
+    let gates: Vec<f32> = (0..64).map(|token| if token < 32 { -77.7 } else { -0.01 }).collect();
+    operands.g = Tensor::from_vec(gates, (64, 1), &Device::Cpu)?;
+    let batch = pack(&[(0, Fresh(64))], &Device::Cpu)?;
+    let state = poisoned(&[1, 1, 32, 128], DType::F32, &Device::Cpu)?;
+    let got = operands.run(&state, &batch)?;
+    let want = operands.define(reference::recurrent, &mut vec![f32::NAN; 32 * 128], &batch)?;
+    assert_close("small gates", &values(&got)?, &want, op_limit(DType::F32));
+    Ok(())
 }
 
 #[test]

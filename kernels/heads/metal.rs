@@ -94,7 +94,7 @@ impl NormRopeWrite<'_> {
         let slots = Operand::new(&self.batch.slot_mapping);
 
         let (q_argument, q_rows) = q.metal_rows::<B>()?;
-        let mut rows = vec![q_rows; 3];
+        let mut rows = [q_rows; 3];
         let mut of_pages = Vec::new();
         let mut plane = 0;
         if let (Some((pages, layout)), Some([k, v]), Some(k_weight)) = (pages, &kv, &k_weight) {

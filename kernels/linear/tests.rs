@@ -158,7 +158,7 @@ fn metal_mutants_are_noticed() {
         ("column += 4 * LANES", "column += 8 * LANES"),
         ("half_ * outer", "half_"),
         ("half_ == 1 && !IS_GATED", "half_ == 1"),
-        ("column + i < inner", "true"),
+        ("column + i < inner)\n      values", "true)\n      values"),
         ("out >= outer || row", "row"),
         ("IS_GELU ? -2 * u : -x", "-x"),
         ("sum += float(extra[out])", "sum += float(extra[o])"),

@@ -71,6 +71,9 @@ fn of_equal_experts_the_lower_index_comes_first() -> Result<()> {
     assert_eq!(ids(&got)?, [[1, 3, 4, 0], [0, 1, 2, 3], [5, 0, 1, 2]].concat());
     let weights = values(&got.weights)?;
     assert_eq!(weights[4..8], [0.25; 4]);
+    // More of them than a simdgroup has lanes.
+    let got = route(&Tensor::zeros((1, 70), DType::F32, &Device::Cpu)?, 40)?;
+    assert_eq!(ids(&got)?, (0..40).collect::<Vec<u32>>());
     Ok(())
 }
 
