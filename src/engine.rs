@@ -386,7 +386,7 @@ impl Engine {
                 batch = batch.with_windows(&tables, block_size)?;
             }
             let limit = self.limits.sampled_vocab;
-            let mut forward = move || {
+            let forward = move || {
                 let Some(hidden) = model.forward_last(&batch, cache, &sampled)? else { return Ok(Choices::None) };
                 let logits = model.logits(&hidden)?;
                 match needs_logits || batch.tokens.device().is_cpu() {
@@ -394,7 +394,7 @@ impl Engine {
                     false => Ok(Choices::MostLikely(argmax(&logits, limit)?.to_vec1()?)),
                 }
             };
-            if device.is_cpu() { kernels::on_pool(forward) } else { forward() }?
+            if device.is_cpu() { kernels::on_pool(forward) } else { kernels::device::step(&device, forward) }?
         };
         let checkpoints = self.scheduler.complete(&plan.work);
         self.copy(&checkpoints)?;
