@@ -23,6 +23,17 @@ pub fn free_memory(device: &Device) -> Option<usize> {
     }
 }
 
+/// Runs a step's work. On Metal within a pool of its own for what Objective-C releases later: without one, a program whose
+/// threads do not return to a run loop keeps every command buffer that it ever made.
+pub fn step<T>(device: &Device, work: impl FnOnce() -> T) -> T {
+    #[cfg(feature = "metal")]
+    if device.is_metal() {
+        return objc2::rc::autoreleasepool(|_| work());
+    }
+    let _ = device;
+    work()
+}
+
 /// Whether [`upload`] serves `device`.
 pub fn takes_uploads(device: &Device) -> bool {
     device.is_cuda()

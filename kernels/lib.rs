@@ -34,6 +34,21 @@
 //! On the CPU a token's result depends on its own sequence alone: no reduction order depends on how many
 //! tokens or sequences share the step, how the prompt was cut into chunks, or the number of threads.
 
+/// Returns `run` from the function around it where `tensor` lies on a Metal device, or in tests while the emulator stands
+/// in for one.
+macro_rules! on_metal {
+    ($tensor:expr, $backend:ident => $run:expr) => {
+        #[cfg(test)]
+        if let Some($backend) = &crate::metal::emulator::emulator() {
+            return $run;
+        }
+        #[cfg(feature = "metal")]
+        if let candle_core::Device::Metal($backend) = $tensor.device() {
+            return $run;
+        }
+    };
+}
+
 pub mod activation;
 pub mod attention;
 pub mod conv;

@@ -10,9 +10,9 @@ mod device;
 pub(crate) mod emulator;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{DType, Layout, Result, Storage, bail};
+use candle_core::{DType, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::cpu::Operand;
+use crate::cpu::{Operand, tensor};
 
 /// A `.metal` file with what all of them share before it.
 pub(crate) struct Source {
@@ -20,13 +20,14 @@ pub(crate) struct Source {
     pub text: &'static str,
 }
 
-/// The `Source` of a file beside the one that calls this.
+/// The `Source` of a file beside the one that calls this, with the headers beside it that it needs.
 macro_rules! source {
-    ($name:literal) => {
+    ($name:literal $(, $header:literal)*) => {
         $crate::metal::Source {
             name: $name,
             text: concat!(
                 include_str!("../metal.h"),
+                $("\n#line 1 \"", $header, "\"\n", include_str!($header),)*
                 "\n#line 1 \"",
                 $name,
                 ".metal\"\n",
@@ -40,7 +41,7 @@ pub(crate) use source;
 /// One run of a kernel.
 pub(crate) struct Launch<'a, S> {
     pub source: &'static Source,
-    /// The function is `<kernel>_<variant>`.
+    /// The function is `<kernel>_<variant>`, or `<kernel>` if the variant is empty.
     pub kernel: &'static str,
     pub variant: &'static str,
     /// Function constants by index.
@@ -53,11 +54,23 @@ pub(crate) struct Launch<'a, S> {
     pub arguments: Vec<Argument<'a, S>>,
 }
 
+impl<S> Launch<'_, S> {
+    /// Name of the function.
+    fn function(&self) -> String {
+        match self.variant {
+            "" => self.kernel.to_string(),
+            variant => format!("{}_{variant}", self.kernel),
+        }
+    }
+}
+
 /// A buffer and the bytes before its first value, or a small struct of words.
 pub(crate) enum Argument<'a, S> {
     Read(&'a S, usize),
     Write(&'a mut S, usize),
     Words(Vec<u32>),
+    /// Nothing, where a constant says that the kernel does without.
+    Absent,
 }
 
 /// What runs launches.
@@ -66,10 +79,27 @@ pub(crate) trait Backend {
 
     fn storage(storage: &Storage) -> Result<&Self::Storage>;
 
+    fn wrap(storage: Self::Storage) -> Storage;
+
     /// An output that a launch writes in full; holds anything.
     fn allocate(&self, elements: usize, dtype: DType) -> Result<Self::Storage>;
 
     fn launch(&self, launch: Launch<Self::Storage>) -> Result<()>;
+}
+
+/// A tensor that `write` fills.
+pub(crate) fn output<B: Backend>(
+    backend: &B,
+    shape: impl Into<Shape>,
+    dtype: DType,
+    write: impl FnOnce(&mut B::Storage) -> Result<()>,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut out = backend.allocate(shape.elem_count(), dtype)?;
+    if shape.elem_count() > 0 {
+        write(&mut out)?;
+    }
+    Ok(tensor(B::wrap(out), shape))
 }
 
 impl<'a, S: BackendStorage> Argument<'a, S> {
@@ -85,7 +115,8 @@ impl<'a, S: BackendStorage> Argument<'a, S> {
     }
 }
 
-fn start(dtype: DType, layout: &Layout) -> Result<usize> {
+/// Bytes before a contiguous operand.
+pub(crate) fn start(dtype: DType, layout: &Layout) -> Result<usize> {
     match layout.contiguous_offsets() {
         Some((start, _)) => Ok(start * dtype.size_in_bytes()),
         None => bail!("operand of shape {:?} is not contiguous", layout.shape()),

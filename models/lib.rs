@@ -251,7 +251,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// As [`Config::load`]; also if a weight is NaN or infinite, or the device is not the CPU. A cache that cannot be
+    /// As [`Config::load`]; also if a weight is NaN or infinite, or the device has no kernels for packed weights. A cache that cannot be
     /// used is no error.
     pub fn load_quantized(
         &self,

@@ -62,7 +62,7 @@ impl SparseMlp {
         Ok(Self {
             gate: Linear::load(&stored.pp("gate"), hidden, config.num_experts, Bias::Absent)?,
             num_experts_per_tok: config.num_experts_per_tok,
-            experts: load_experts(if weights.device().is_cpu() { weights } else { &stored }, hidden, config)?,
+            experts: load_experts(if weights.device().is_cuda() { &stored } else { weights }, hidden, config)?,
             shared_expert: GatedMlp::load(&weights.pp("shared_expert"), hidden, shared, Activation::Silu)?,
             shared_expert_gate: Linear::load(&stored.pp("shared_expert_gate"), hidden, 1, Bias::Absent)?,
         })

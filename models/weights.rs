@@ -94,7 +94,7 @@ impl Weights {
     pub fn quantized(self, quantization: Option<Quantization>) -> Result<Self> {
         if quantization.is_some() && !QuantizedMatrix::runs_on(&self.device) {
             bail!(
-                "quantised weights run on the CPU and on NVIDIA GPUs so far: add --device cpu, or leave them as they are"
+                "quantised weights run on the CPU, NVIDIA GPUs and Metal, not here: add --device cpu, or leave them as they are"
             )
         }
         Ok(Self { quantization, ..self })

@@ -321,12 +321,13 @@ impl Embedder {
 
     /// Embeds token sequences in one batch.
     pub(crate) fn embed_ids(&self, sequences: &[&[u32]]) -> Result<Vec<Embedding>> {
-        let batch = Batch::uncached(sequences, &self.device)?;
-        let encoded = self.model.encode(&batch, self.heads)?;
-        let dense = host(encoded.dense)?;
-        let sparse = host(encoded.sparse)?;
-        let colbert_size = encoded.colbert.as_ref().map_or(0, |colbert| colbert.elem_count() / batch.num_tokens());
-        let colbert = host(encoded.colbert)?;
+        let tokens: usize = sequences.iter().map(|ids| ids.len()).sum();
+        let (dense, sparse, colbert) = kernels::device::step(&self.device, || {
+            let batch = Batch::uncached(sequences, &self.device)?;
+            let encoded = self.model.encode(&batch, self.heads)?;
+            Ok::<_, Error>((host(encoded.dense)?, host(encoded.sparse)?, host(encoded.colbert)?))
+        })?;
+        let colbert_size = colbert.len() / tokens.max(1);
         let mut end = 0;
         let places: Vec<Range<usize>> = sequences
             .iter()

@@ -410,7 +410,7 @@ impl Engine {
                 }
             }
         };
-        Ok(if device.is_cpu() { kernels::on_pool(forward) } else { forward() }?)
+        Ok(if device.is_cpu() { kernels::on_pool(forward) } else { kernels::device::step(&device, forward) }?)
     }
 
     /// Runs a step of one token for each sequence as it was recorded.

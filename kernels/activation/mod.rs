@@ -4,7 +4,7 @@ pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg(any(test, feature = "metal"))]
-mod metal;
+pub(crate) mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -67,10 +67,11 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
 ///
 /// `x` is of another dtype.
 ///
-/// Devices: CPU, CUDA.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    on_metal!(x, backend => metal::gelu(backend, &x.contiguous()?));
     let x = if x.device().is_cpu() { as_rows(x)? } else { x.contiguous()? };
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device() {
@@ -91,7 +92,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 ///
 /// `gate` differs from `x` in shape or dtype.
 ///
-/// Devices: CPU, CUDA; Metal through candle's ops.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Qiu et al., "Gated Attention for Large Language Models", 2025.
 pub fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor> {
@@ -104,9 +105,7 @@ pub fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor> {
             x.dtype()
         )
     }
-    if x.device().is_metal() {
-        return x * (gate.neg()?.exp()? + 1.0)?.recip()?;
-    }
+    on_metal!(x, backend => metal::sigmoid_gated(backend, &as_rows(x)?, &as_rows(gate)?));
     let (x, gate) = (as_rows(x)?, as_rows(gate)?);
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device() {

@@ -56,7 +56,9 @@ fn metal_kernels_are_the_reference() -> Result<()> {
     emulated(|| {
         gated_activation_is_the_reference()?;
         hand_computed()?;
-        extreme_inputs_saturate()
+        extreme_inputs_saturate()?;
+        run_sigmoids(&Device::Cpu)?;
+        run_gelus(&Device::Cpu)
     })
 }
 
@@ -65,7 +67,8 @@ fn smoke() -> Result<()> {
     for activation in [Activation::Silu, Activation::GeluTanh] {
         run(Case { dtype: DType::F32, n: 3, width: 300, activation }, &Device::Cpu)?;
     }
-    Ok(())
+    run_sigmoid_gated(DType::F32, 3, 2, 300, &Device::Cpu)?;
+    run_gelu(DType::F32, 3, 300, 2.0, &Device::Cpu)
 }
 
 #[test]
@@ -77,6 +80,12 @@ fn metal_mutants_are_noticed() {
         ("IS_GELU ? 2 * u : gate", "IS_GELU ? u : gate"),
         ("IS_GELU ? 2 * u : gate", "IS_GELU ? gate : 2 * u"),
         ("exp(-x)", "exp(x)"),
+        ("i >= sizes.width", "i > sizes.width"),
+        ("row_start(sizes.gate, row)", "row_start(sizes.x, row)"),
+        ("exp(-logit)", "exp(logit)"),
+        ("at.x < sizes.count", "at.x + 1 < sizes.count"),
+        ("max(x, 0.0f) -", "x -"),
+        ("fma(-0.5f * x, x, exponent)", "fma(0.5f * x, x, exponent)"),
     ];
     assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
 }

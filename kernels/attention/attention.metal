@@ -28,50 +28,28 @@ INSTANTIATE("write_kv_u16", write_kv<ushort>)
 INSTANTIATE("write_kv_u32", write_kv<uint>)
 INSTANTIATE("write_kv_u128", write_kv<uint4>)
 
-// Attention over pages, a threadgroup for a query of one head, or for a part of its keys: simdgroups take keys in turn,
-// each with an online softmax of its own, and meet in threadgroup memory. No score is ever stored.
+// Attention, a threadgroup for a query of one head, or for a part of its keys: simdgroups take keys in turn, each with an
+// online softmax of its own, and meet in threadgroup memory. No score is ever stored.
 
-// Whether the keys are shared by several threadgroups; `paged_attention_merge` then joins their parts.
-constant bool IS_SPLIT [[function_constant(0)]];
+// Whether the keys are shared by several threadgroups; `attention_merge` then joins their parts.
+constant bool IS_SPLIT [[function_constant(1)]];
 
 constant constexpr uint ATTENTION_SIMDGROUPS = 4;
 
-struct AttentionSizes {
-  Rows q;
-  uint sequences, hq, hk, d, block_size, max_blocks, slots, splits, is_causal, window;
-  float scale, softcap; // 0 for none
-};
-
-// The sequence that holds a token.
-inline uint find_sequence(device const uint *cu_seqlens, uint sequences, uint token) {
-  uint low = 0, high = sequences;
-  while (high - low > 1) {
-    const uint middle = (low + high) / 2;
-    if (cu_seqlens[middle] <= token)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
-
-// What a part weighs whose scores reach `part`, beside one that reaches `largest`. A part without keys reaches
-// -INFINITY.
-inline float weight_of(float part, float largest) { return part == -INFINITY ? 0 : exp(part - largest); }
-
-// y and q [N, hq, d], q in rows; kv [2, slots, hk, d]; partial [N, hq, splits, 2 + d]: largest score, sum of weights,
+// y and q [N, hq, d], q in rows; k and v in pages or rows; partial [N, hq, splits, 2 + d]: largest score, sum of weights,
 // weighted values. group.x is the head, group.y the token, group.z the split. D bounds d, and is d if EXACT.
 template <typename T, uint D, bool EXACT>
-[[kernel]] void paged_attention(device T *y [[buffer(0)]], device const T *q [[buffer(1)]],
-                                device const T *kv [[buffer(2)]], device const uint *cu_seqlens [[buffer(3)]],
-                                device const uint *context_lens [[buffer(4)]],
-                                device const uint *block_tables [[buffer(5)]],
-                                constant AttentionSizes &sizes [[buffer(6)]],
-                                device float *partial [[buffer(7), function_constant(IS_SPLIT)]],
-                                uint3 group [[threadgroup_position_in_grid]],
-                                uint index [[thread_index_in_threadgroup]],
-                                uint lane [[thread_index_in_simdgroup]],
-                                uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+[[kernel]] void attention_rows(device T *y [[buffer(0)]], device const T *q [[buffer(1)]],
+                               device const T *k [[buffer(2)]], device const T *v [[buffer(3)]],
+                               device const uint *cu_seqlens [[buffer(4)]],
+                               device const uint *context_lens [[buffer(5)]],
+                               device const uint *block_tables [[buffer(6)]],
+                               constant AttentionSizes &sizes [[buffer(7)]],
+                               device float *partial [[buffer(8), function_constant(IS_SPLIT)]],
+                               uint3 group [[threadgroup_position_in_grid]],
+                               uint index [[thread_index_in_threadgroup]],
+                               uint lane [[thread_index_in_simdgroup]],
+                               uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   threadgroup float values[ATTENTION_SIMDGROUPS * D];
   threadgroup float maxima[ATTENTION_SIMDGROUPS];
   threadgroup float totals[ATTENTION_SIMDGROUPS];
@@ -79,11 +57,12 @@ template <typename T, uint D, bool EXACT>
   const uint head = group.x, token = group.y, d = sizes.d, shared_head = head * sizes.hk / sizes.hq;
 
   const uint sequence = find_sequence(cu_seqlens, sizes.sequences, token);
-  const uint context = context_lens[sequence], position = context - (cu_seqlens[sequence + 1] - token);
-  const uint first = position + 1 > sizes.window ? position + 1 - sizes.window : 0;
-  const uint last = sizes.is_causal != 0 ? position + 1 : context;
-  const uint share = (last - first + sizes.splits - 1) / sizes.splits;
-  const uint from = first + group.z * share, to = min(from + share, last);
+  const uint begin = cu_seqlens[sequence], end = cu_seqlens[sequence + 1], context = context_lens[sequence];
+  if (end - begin >= sizes.tiled)
+    return;
+  const Visible seen = visible(sizes, context - (end - token), context);
+  const uint share = (seen.last - seen.first + sizes.splits - 1) / sizes.splits;
+  const uint from = seen.first + group.z * share, to = min(from + share, seen.last);
 
   float query[COLUMNS], sums[COLUMNS];
   device const T *q_row = q + row_start(sizes.q, token, head);
@@ -93,20 +72,18 @@ template <typename T, uint D, bool EXACT>
     sums[c] = 0;
   }
   float largest = -INFINITY, total = 0;
-  device const uint *blocks = block_tables + ulong(sequence) * sizes.max_blocks;
+  const Keys keys = {block_tables + ulong(sequence) * sizes.max_blocks, sizes.block_size, begin};
   for (uint key = from + simdgroup; key < to; key += ATTENTION_SIMDGROUPS) {
-    const ulong slot = ulong(blocks[key / sizes.block_size]) * sizes.block_size + key % sizes.block_size;
-    device const T *k_row = kv + (slot * sizes.hk + shared_head) * d;
-    device const T *v_row = k_row + ulong(sizes.slots) * sizes.hk * d;
+    const uint at = keys.at(key);
+    device const T *k_row = k + row_start(sizes.k, at, shared_head);
+    device const T *v_row = v + row_start(sizes.v, at, shared_head);
     float score = 0;
     for (uint c = 0; c < COLUMNS; c++) {
       const uint column = c * LANES + lane;
       if (EXACT || column < d)
         score = fma(query[c], float(k_row[column]), score);
     }
-    score = simd_sum(score);
-    if (sizes.softcap != 0)
-      score = sizes.softcap * precise::tanh(score / sizes.softcap);
+    score = capped(simd_sum(score), sizes.softcap);
     const float reached = max(largest, score), kept = weight_of(largest, reached), weight = exp(score - reached);
     largest = reached;
     total = total * kept + weight;
@@ -147,18 +124,23 @@ template <typename T, uint D, bool EXACT>
 }
 
 struct MergeSizes {
-  uint splits, d;
+  uint sequences, hq, splits, d, tiled;
 };
 
-// Joins the parts of a row: group.x is the row, index runs over columns.
+// Joins the parts of a row: group.x is the head, group.y the token, index runs over columns.
 template <typename T>
-[[kernel]] void paged_attention_merge(device T *y [[buffer(0)]], device const float *partial [[buffer(1)]],
-                                      constant MergeSizes &sizes [[buffer(2)]],
-                                      uint3 group [[threadgroup_position_in_grid]],
-                                      uint3 threads [[threads_per_threadgroup]],
-                                      uint index [[thread_index_in_threadgroup]]) {
+[[kernel]] void attention_merge(device T *y [[buffer(0)]], device const float *partial [[buffer(1)]],
+                                device const uint *cu_seqlens [[buffer(2)]],
+                                constant MergeSizes &sizes [[buffer(3)]],
+                                uint3 group [[threadgroup_position_in_grid]],
+                                uint3 threads [[threads_per_threadgroup]],
+                                uint index [[thread_index_in_threadgroup]]) {
+  const uint sequence = find_sequence(cu_seqlens, sizes.sequences, group.y);
+  if (cu_seqlens[sequence + 1] - cu_seqlens[sequence] >= sizes.tiled)
+    return;
   const uint d = sizes.d, stride = 2 + d;
-  device const float *parts = partial + ulong(group.x) * sizes.splits * stride;
+  const ulong row = ulong(group.y) * sizes.hq + group.x;
+  device const float *parts = partial + row * sizes.splits * stride;
   float largest = -INFINITY, total = 0;
   for (uint i = 0; i < sizes.splits; i++)
     largest = max(largest, parts[i * stride]);
@@ -168,15 +150,15 @@ template <typename T>
     float sum = 0;
     for (uint i = 0; i < sizes.splits; i++)
       sum += weight_of(parts[i * stride], largest) * parts[i * stride + 2 + column];
-    y[ulong(group.x) * d + column] = T(sum / total);
+    y[row * d + column] = T(sum / total);
   }
 }
 
-#define D64(variant, T) INSTANTIATE("paged_attention_d64_" variant, paged_attention<T, 64, true>)
-#define D128(variant, T) INSTANTIATE("paged_attention_d128_" variant, paged_attention<T, 128, true>)
-#define D256(variant, T) INSTANTIATE("paged_attention_d256_" variant, paged_attention<T, 256, true>)
-#define UP_TO_512(variant, T) INSTANTIATE("paged_attention_any_" variant, paged_attention<T, 512, false>)
-#define MERGE(variant, T) INSTANTIATE("paged_attention_merge_" variant, paged_attention_merge<T>)
+#define D64(variant, T) INSTANTIATE("attention_rows_d64_" variant, attention_rows<T, 64, true>)
+#define D128(variant, T) INSTANTIATE("attention_rows_d128_" variant, attention_rows<T, 128, true>)
+#define D256(variant, T) INSTANTIATE("attention_rows_d256_" variant, attention_rows<T, 256, true>)
+#define UP_TO_512(variant, T) INSTANTIATE("attention_rows_any_" variant, attention_rows<T, 512, false>)
+#define MERGE(variant, T) INSTANTIATE("attention_merge_" variant, attention_merge<T>)
 FOR_FLOATS(D64)
 FOR_FLOATS(D128)
 FOR_FLOATS(D256)

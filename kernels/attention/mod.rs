@@ -84,7 +84,7 @@ impl AttentionParams {
 ///
 /// Shapes or dtypes disagree, `Hq` is not a multiple of `Hk`, or `params` has a window of 0 or one that is not causal.
 ///
-/// Devices: CPU; CUDA, `D` up to 512.
+/// Devices: CPU; CUDA and Metal, `D` up to 512.
 ///
 /// Source: Vaswani et al., "Attention Is All You Need", 2017; grouped heads after Ainslie et al., 2023.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: AttentionParams) -> Result<Tensor> {
@@ -231,12 +231,33 @@ impl CustomOp3 for Attention<'_> {
         v: &CpuStorage,
         vl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        #[cfg(test)]
+        if let Some(emulator) = crate::metal::emulator::emulator() {
+            let kv = metal::KeysAndValues::of_tokens((k, kl), (v, vl))?;
+            let out = metal::attention(&emulator, (q, ql), kv, self.batch, self.params)?;
+            return Ok((out, ql.shape().clone()));
+        }
         let out = match q {
             CpuStorage::F32(q) => CpuStorage::F32(self.run(q, ql, k.as_slice()?, kl, v.as_slice()?, vl)?),
             CpuStorage::F16(q) => CpuStorage::F16(self.run(q, ql, k.as_slice()?, kl, v.as_slice()?, vl)?),
             CpuStorage::BF16(q) => CpuStorage::BF16(self.run(q, ql, k.as_slice()?, kl, v.as_slice()?, vl)?),
             other => bail!("attention: q is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
+        Ok((out, ql.shape().clone()))
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        q: &MetalStorage,
+        ql: &Layout,
+        k: &MetalStorage,
+        kl: &Layout,
+        v: &MetalStorage,
+        vl: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        let kv = metal::KeysAndValues::of_tokens((k, kl), (v, vl))?;
+        let out = metal::attention(q.device(), (q, ql), kv, self.batch, self.params)?;
         Ok((out, ql.shape().clone()))
     }
 }
@@ -347,7 +368,8 @@ impl CustomOp2 for PagedAttention<'_> {
     fn cpu_fwd(&self, q: &CpuStorage, ql: &Layout, kv: &CpuStorage, kvl: &Layout) -> Result<(CpuStorage, Shape)> {
         #[cfg(test)]
         if let Some(emulator) = crate::metal::emulator::emulator() {
-            let out = metal::paged_attention(&emulator, (q, ql), (kv, kvl), self.batch, self.params)?;
+            let kv = metal::KeysAndValues::paged(kv, kvl)?;
+            let out = metal::attention(&emulator, (q, ql), kv, self.batch, self.params)?;
             return Ok((out, ql.shape().clone()));
         }
         let out = match (q, kv) {
@@ -368,7 +390,8 @@ impl CustomOp2 for PagedAttention<'_> {
         kv: &MetalStorage,
         kvl: &Layout,
     ) -> Result<(MetalStorage, Shape)> {
-        let out = metal::paged_attention(q.device(), (q, ql), (kv, kvl), self.batch, self.params)?;
+        let kv = metal::KeysAndValues::paged(kv, kvl)?;
+        let out = metal::attention(q.device(), (q, ql), kv, self.batch, self.params)?;
         Ok((out, ql.shape().clone()))
     }
 }

@@ -1,4 +1,4 @@
-// The gated delta rule by its recurrence. PARTS lanes hold one row of the state (K values of one of the V) in registers
+// The gated delta rule by its recurrence, for sequences too short for chunks. PARTS lanes hold one row of the state (K values of one of the V) in registers
 // from a sequence's first token to its last, so a step reads and writes the state once. The rows of a simdgroup share
 // nothing but their instructions: no threadgroup memory and no barrier. group.x counts rows in tiles, group.y is the
 // head, group.z the sequence.
@@ -8,7 +8,7 @@
 
 struct DeltaSizes {
   Rows q, k, v;
-  uint hk, hv, kd, vd;
+  uint hk, hv, kd, vd, chunked; // tokens of a sequence that goes by chunks, at least
 };
 
 // Four values of a row from `column`; nothing past `kd`, unless rows are known to be whole.
@@ -39,6 +39,8 @@ template <typename T, uint PARTS, uint CHUNKS, bool EXACT>
   const uint head = group.y, sequence = group.z, shared_head = head * sizes.hk / hv;
   const bool inside = row < vd; // the other rows still take part in shuffles
   const uint begin = cu_seqlens[sequence], end = cu_seqlens[sequence + 1];
+  if (end - begin >= sizes.chunked)
+    return;
   device float *slot = state + ((ulong(state_slots[sequence]) * hv + head) * vd + row) * kd;
 
   float4 s[CHUNKS];

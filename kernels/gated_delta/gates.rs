@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::cpu::Operand;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal", test))]
 use crate::cpu::as_rows;
 
 /// The decay and the strength of the gated delta rule's updates:
@@ -20,7 +20,7 @@ use crate::cpu::as_rows;
 ///
 /// Shapes disagree, or `a_log` or `dt_bias` is not f32.
 ///
-/// Devices: all; a kernel on the CPU and on CUDA, composed of candle's ops on Metal.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Yang et al., "Gated Delta Networks", <https://arxiv.org/abs/2412.06464>.
 pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -33,6 +33,11 @@ pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result
             bail!("gates: {name} is {:?} {:?}, expected f32 [{hv}]", constant.dims(), constant.dtype())
         }
     }
+    on_metal!(a, backend => {
+        let constants = [&a_log.contiguous()?, &dt_bias.contiguous()?];
+        let both = metal::gates(backend, &as_rows(a)?, &as_rows(b)?, constants)?;
+        Ok((both.get(0)?, both.get(1)?))
+    });
     match a.device() {
         Device::Cpu => cpu(a, b, a_log, dt_bias),
         #[cfg(feature = "cuda")]
@@ -40,7 +45,7 @@ pub fn gates(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result
             let both = cuda::gates(device, &as_rows(a)?, &as_rows(b)?, &a_log.contiguous()?, &dt_bias.contiguous()?)?;
             Ok((both.get(0)?, both.get(1)?))
         }
-        _ => composed(a, b, a_log, dt_bias),
+        other => bail!("gates: no kernel for {:?}", other.location()),
     }
 }
 
@@ -69,14 +74,6 @@ const ROWS: usize = 64;
 fn softplus(x: f32) -> f32 {
     // Above 20, ln(1 + e^x) rounds to x, and e^x would overflow in the end.
     if x > 20.0 { x } else { x.exp().ln_1p() }
-}
-
-pub(super) fn composed(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<(Tensor, Tensor)> {
-    let x = a.to_dtype(DType::F32)?.broadcast_add(dt_bias)?;
-    let softplus = (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
-    let g = softplus.broadcast_mul(&a_log.exp()?.neg()?)?;
-    let beta = (b.to_dtype(DType::F32)?.neg()?.exp()? + 1.0)?.recip()?;
-    Ok((g, beta))
 }
 
 #[cfg(feature = "cuda")]
@@ -112,6 +109,47 @@ mod cuda {
             launch.arg(&a_log.value).arg(&dt_bias.value).arg(&gates.value).arg(&n).arg(&hv);
             // SAFETY: the arguments are the kernel's, in its order, and the public function has compared their shapes.
             unsafe { launch.launch(config) }
+        })
+    }
+}
+
+#[cfg(any(test, feature = "metal"))]
+pub(super) mod metal {
+    use candle_core::{DType, Result, Tensor, bail};
+
+    use crate::cpu::Operand;
+    use crate::metal::{self, Argument, Backend, Launch, Source, float, source};
+
+    pub(crate) static SOURCE: Source = source!("gates");
+
+    /// Of a threadgroup.
+    const THREADS: usize = 128;
+
+    /// `g` and `beta` as `[2, N, Hv]`, of rows `a` and `b`; `constants` `a_log` and `dt_bias` contiguous.
+    pub fn gates<B: Backend>(backend: &B, a: &Tensor, b: &Tensor, constants: [&Tensor; 2]) -> Result<Tensor> {
+        let ((n, hv), dtype) = (a.dims2()?, a.dtype());
+        if b.dtype() != dtype {
+            bail!("gates: b is {:?}, the metal kernel takes {dtype:?} like a", b.dtype())
+        }
+        let (operands, constants) = ([a, b].map(Operand::new), constants.map(Operand::new));
+        let [(a, a_rows), (b, b_rows)] = [operands[0].metal_rows::<B>()?, operands[1].metal_rows::<B>()?];
+        metal::output(backend, (2, n, hv), DType::F32, |gates| {
+            backend.launch(Launch {
+                source: &SOURCE,
+                kernel: "gates",
+                variant: float(dtype)?,
+                constants: vec![],
+                threadgroups: [(n * hv).div_ceil(THREADS), 1, 1],
+                threads: [THREADS, 1, 1],
+                arguments: vec![
+                    Argument::Write(gates, 0),
+                    a,
+                    b,
+                    constants[0].metal::<B>()?,
+                    constants[1].metal::<B>()?,
+                    Argument::Words([&a_rows.words()[..], &b_rows.words(), &[n as u32, hv as u32]].concat()),
+                ],
+            })
         })
     }
 }

@@ -47,7 +47,8 @@ pub use gates::gates;
 /// Shapes or dtypes disagree, or a slot of the batch lies outside `state`.
 ///
 /// Devices: CPU, by the recurrence: the chunked form takes as many operations there, and the recurrence gives every
-/// token one result however the prompt was cut. CUDA and Metal likewise, `K` up to 256. On CUDA sequences of 24 tokens
+/// token one result however the prompt was cut. CUDA and Metal likewise, `K` up to 256. On Metal sequences of 24 tokens
+/// and more with `K` of 128 and `V` a multiple of 32 go in chunks over matrix units in f32. On CUDA sequences of 24 tokens
 /// and more in f16 or bf16 with `K` and `V` of 128 go in chunks over tensor cores, whose operands, the state among them,
 /// are rounded to the dtype of `q`: there results depend on the cuts within that rounding. `q`, `k` and `v` may be column
 /// ranges of one matrix.

@@ -273,6 +273,94 @@ fn portable_lanes_agree_with_the_reference() -> Result<()> {
     pool.install(|| portable(|| cases().iter().try_for_each(|case| run(case, &Device::Cpu))))
 }
 
+/// Prompts that go by chunks on Metal, whole and in part, fresh and continued, beside sequences that do not.
+fn chunks_smoke() -> Result<()> {
+    let sequences = &[Continued(3), Fresh(70), Continued(24)];
+    let case = Case { heads: (1, 2), sizes: (128, 64), sequences, offset: 1, ..BASE };
+    run(&case, &Device::Cpu)?;
+    run(&Case { gates: Gates::Extreme, sequences: &[Continued(65)], ..case }, &Device::Cpu)?;
+
+    // Small gates behind large ones: a sum in f32 would lose their digits.
+    let case = Case { heads: (1, 1), sizes: (128, 32), ..BASE };
+    let mut operands = Operands::random(&case, 64, &mut Random::new(12), &Device::Cpu)?;
+    let gates: Vec<f32> = (0..64).map(|token| if token < 32 { -77.7 } else { -0.01 }).collect();
+    operands.g = Tensor::from_vec(gates, (64, 1), &Device::Cpu)?;
+    let batch = pack(&[(0, Fresh(64))], &Device::Cpu)?;
+    let state = poisoned(&[1, 1, 32, 128], DType::F32, &Device::Cpu)?;
+    let got = operands.run(&state, &batch)?;
+    let want = operands.define(reference::recurrent, &mut vec![f32::NAN; 32 * 128], &batch)?;
+    assert_close("small gates", &values(&got)?, &want, op_limit(DType::F32));
+    Ok(())
+}
+
+#[test]
+fn metal_chunks_agree_with_the_reference() -> Result<()> {
+    let is_thorough = crate::metal::emulator::is_thorough();
+    emulated(|| {
+        chunks_smoke()?;
+        if is_thorough {
+            return mixed_steps_agree_with_the_reference();
+        }
+        let sequences = &[Fresh(150), Continued(1), Continued(128), Fresh(23)];
+        for (dtype, gates) in [(DType::F16, Gates::Typical), (DType::BF16, Gates::Extreme)] {
+            run(&Case { dtype, heads: (1, 2), sizes: (128, 32), sequences, gates, offset: 0 }, &Device::Cpu)?;
+        }
+        // Gates that a sum of f32 would lose beside the large ones before them.
+        for gates in [Gates::Constant(0.0, 1.0), Gates::Constant(-0.01, 1.0), Gates::Constant(-20.0, 1.0)] {
+            let case = Case { heads: (1, 1), sizes: (128, 32), sequences: &[Fresh(100)], gates, ..BASE };
+            run(&case, &Device::Cpu)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn mutants_of_metal_chunks_are_noticed() {
+    let barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);\n";
+    let dropped = |before: &str, after: &str| (format!("{before}{barrier}{after}"), format!("{before}{after}"));
+    let barriers = [
+        dropped("stage += STAGE) {\n    ", "    for (uint i = index"),
+        dropped("stage + c]) : 0;\n    }\n    ", ""),
+        dropped("hv + head];\n  ", "  UNROLL\n  for (uint i = 0; i < 2; i++) {\n    const uint y"),
+        dropped("exp(last + last_rest);\n  }\n  ", ""),
+        dropped("= x[y];\n    }\n  }\n  ", ""),
+        dropped("length - first, CHUNK);\n    ", "    // v - "),
+        dropped("chunk.to_output[row];\n      }\n    }\n    ", ""),
+        dropped("", "    UNROLL\n    for (uint i = 0; i < 2; i++) {\n      const uint row = own_part"),
+        dropped("= x[i][n][1];\n      }\n    }\n    ", ""),
+    ];
+    let barriers: Vec<(&str, &str)> = barriers.iter().map(|(from, to)| (from.as_str(), to.as_str())).collect();
+    let mutants = [
+        ("cu_seqlens[sequence] / CHUNK + sequence + chunk", "cu_seqlens[sequence] / CHUNK + chunk"),
+        ("CHUNK_PARTS - 1 - simdgroup", "CHUNK_PARTS - 2 - simdgroup"),
+        ("token <= min(index, tokens - 1)", "token < min(index, tokens - 1)"),
+        ("index < tokens ? beta[ulong(begin + index)", "index < tokens ? beta[ulong(begin)"),
+        ("rest += (sum - (next - taken)) + (gate - taken)", "rest += 0"),
+        ("x <= y ? exp(", "x < y ? exp("),
+        ("x < y ? kk", "x <= y ? kk"),
+        ("decay * betas[y] * k_scales[y]", "decay * k_scales[y]"),
+        ("decay * q_scales[y] * k_scales[x]", "decay * q_scales[y] * k_scales[y]"),
+        ("out.from_state[index] = decay *", "out.from_state[index] ="),
+        ("(last_rest - rests[index])) * k_scales", "(last_rest - rests[index]))  * q_scales"),
+        ("j < y; j++)\n        x[y]", "j + 1 < y; j++)\n        x[y]"),
+        ("-diagonal, sum", "diagonal, sum"),
+        ("t[y][n] * betas[x]", "t[y][n] * betas[y]"),
+        ("context_lens[sequence] != length", "context_lens[sequence] == length"),
+        ("state_slots[sequence]", "sequence"),
+        ("value - chunk.from_state[row] * memory[n]", "value - memory[n]"),
+        ("out[i][n] *= chunk.to_output[row]", "out[i][n] *= 1"),
+        ("s[r][c] *= chunk.decay[0]", "s[r][c] *= 1"),
+        ("first_k + c * SIDE + part_x, row < tokens", "first_k + c * SIDE + part_x, true"),
+        ("row_start(sizes.k, begin + token, shared_head) + c", "row_start(sizes.q, begin + token, shared_head) + c"),
+    ];
+    assert_mutants_fail(&metal::CHUNKS, &[&barriers[..], &mutants].concat(), chunks_smoke);
+}
+
+#[test]
+fn wrong_launches_of_metal_chunks_are_noticed() {
+    assert_wrong_launches_fail(chunks_smoke);
+}
+
 /// Two tokens of one head, by hand:
 ///
 /// ```text
@@ -511,32 +599,27 @@ fn padding_writes_no_state() -> Result<()> {
 
 #[test]
 fn gates_agree_with_their_definition() -> Result<()> {
-    let (n, hv) = (150, 3);
     for device in devices() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let mut random = Random::new(6);
-            // Column ranges, from far below to far above where softplus and sigmoid bend.
-            let all = random.tensor(&[n, 2 * hv + 1], 20.0, dtype, &device)?;
-            let (a, b) = (all.narrow(1, 1, hv)?, all.narrow(1, hv + 1, hv)?);
-            let a_log = random.tensor(&[hv], 1.0, DType::F32, &device)?;
-            let dt_bias = random.tensor(&[hv], 1.0, DType::F32, &device)?;
-            let want = reference::gates(&values(&a)?, &values(&b)?, &values(&a_log)?, &values(&dt_bias)?);
-            let forms = [
-                ("op", gates(&a, &b, &a_log, &dt_bias)?),
-                ("composed", super::gates::composed(&a, &b, &a_log, &dt_bias)?),
-            ];
-            for (form, (g, beta)) in forms {
-                assert_eq!((g.dims(), g.dtype()), ([n, hv].as_slice(), DType::F32));
-                assert_close(&format!("{device:?} {dtype:?} {form}: g"), &values(&g)?, &want.0, op_limit(DType::F32));
-                assert_close(
-                    &format!("{device:?} {dtype:?} {form}: beta"),
-                    &values(&beta)?,
-                    &want.1,
-                    op_limit(DType::F32),
-                );
-            }
+            gates_of(dtype, &device)?;
         }
     }
+    Ok(())
+}
+
+fn gates_of(dtype: DType, device: &Device) -> Result<()> {
+    let (n, hv) = (150, 3);
+    let mut random = Random::new(6);
+    // Column ranges, from far below to far above where softplus and sigmoid bend.
+    let all = random.tensor(&[n, 2 * hv + 1], 20.0, dtype, device)?;
+    let (a, b) = (all.narrow(1, 1, hv)?, all.narrow(1, hv + 1, hv)?);
+    let a_log = random.tensor(&[hv], 1.0, DType::F32, device)?;
+    let dt_bias = random.tensor(&[hv], 1.0, DType::F32, device)?;
+    let want = reference::gates(&values(&a)?, &values(&b)?, &values(&a_log)?, &values(&dt_bias)?);
+    let (g, beta) = gates(&a, &b, &a_log, &dt_bias)?;
+    assert_eq!((g.dims(), g.dtype()), ([n, hv].as_slice(), DType::F32));
+    assert_close(&format!("{device:?} {dtype:?}: g"), &values(&g)?, &want.0, op_limit(DType::F32));
+    assert_close(&format!("{device:?} {dtype:?}: beta"), &values(&beta)?, &want.1, op_limit(DType::F32));
     Ok(())
 }
 
@@ -553,6 +636,37 @@ fn gates_agree_with_numbers_by_hand() -> Result<()> {
         assert_close("beta", &values(&beta)?, &[0.5, 0.75, 1.0, 0.0], 1e-6);
     }
     Ok(())
+}
+
+#[test]
+fn metal_gates_agree_with_their_definition() -> Result<()> {
+    emulated(|| {
+        gates_agree_with_their_definition()?;
+        gates_agree_with_numbers_by_hand()
+    })
+}
+
+#[test]
+fn mutants_of_metal_gates_are_noticed() {
+    let mutants = [
+        ("row >= sizes.rows", "row > sizes.rows"),
+        ("a[row_start(sizes.a, row) + head]", "a[at.x]"),
+        ("b[row_start(sizes.b, row) + head]", "b[at.x]"),
+        ("at.x % sizes.heads", "0"),
+        ("x > 20 ? x", "x > 2 ? x"),
+        ("sizes.rows * sizes.heads + at.x", "sizes.heads + at.x"),
+    ];
+    assert_mutants_fail(&super::gates::metal::SOURCE, &mutants, gates_smoke);
+}
+
+/// One dtype of the table: a mutant is compiled without the others.
+fn gates_smoke() -> Result<()> {
+    gates_of(DType::F32, &Device::Cpu)
+}
+
+#[test]
+fn wrong_launches_of_metal_gates_are_noticed() {
+    assert_wrong_launches_fail(gates_smoke);
 }
 
 #[test]

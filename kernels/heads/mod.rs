@@ -3,6 +3,8 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod tests;
 
@@ -33,8 +35,8 @@ pub struct KeyValueHeads<'a> {
 /// ```
 ///
 /// `q` `[N, Hq, D]` in f32, f16 or bf16; `cos` and `sin` `[N, R/2]` in f32; `pages` as for [`write_kv`]. Without `kv`, as
-/// for layers that read another layer's pages, only the query is made. Returns `[N, Hq, D]`. On CUDA in one kernel,
-/// elsewhere op by op.
+/// for layers that read another layer's pages, only the query is made. Returns `[N, Hq, D]`. On CUDA and
+/// Metal in one kernel, elsewhere op by op.
 ///
 /// # Errors
 ///
@@ -52,6 +54,18 @@ pub fn norm_rope_write(
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = q.device() {
         return cuda::norm_rope_write(device, q, q_norm, kv, (cos, sin), pages, batch);
+    }
+    #[cfg(test)]
+    if let Some(emulator) = crate::metal::emulator::emulator()
+        && let Some(q) = metal::norm_rope_write(&emulator, q, q_norm, kv, (cos, sin), pages, batch)?
+    {
+        return Ok(q);
+    }
+    #[cfg(feature = "metal")]
+    if let candle_core::Device::Metal(device) = q.device()
+        && let Some(q) = metal::norm_rope_write(device, q, q_norm, kv, (cos, sin), pages, batch)?
+    {
+        return Ok(q);
     }
     if let Some(kv) = kv {
         let k = rope(&kv.k_norm.apply(kv.k)?, cos, sin)?;

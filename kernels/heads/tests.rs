@@ -4,6 +4,7 @@ use candle_core::{DType, Device};
 
 use super::*;
 use crate::Segment;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 #[derive(Clone, Copy, Debug)]
@@ -53,35 +54,100 @@ fn run(case: Case, device: &Device) -> Result<(Vec<f32>, Vec<f32>)> {
     Ok((values(&q)?, values(&pages)?))
 }
 
-#[test]
-fn is_its_parts_on_every_device() -> Result<()> {
-    for device in devices().into_iter().filter(|device| !device.is_cpu()) {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for (hq, hk, d, half) in
-                [(1, 1, 2, 1), (3, 1, 7, 2), (1, 1, 64, 32), (2, 1, 256, 32), (2, 2, 512, 256), (16, 8, 128, 64)]
-            {
-                for (gated, norm_values, writes, tokens) in [
-                    (false, false, true, 7),
-                    (true, false, true, 7),
-                    (false, true, true, 7),
-                    (false, false, false, 7),
-                    (true, false, true, 70),
-                    (false, true, true, 70),
-                ] {
-                    let case = Case { dtype, hq, hk, d, half, gated, norm_values, writes, tokens };
-                    let ((got_q, got_pages), (want_q, want_pages)) = (run(case, &device)?, run(case, &Device::Cpu)?);
-                    assert_close(&format!("q {case:?} {device:?}"), &got_q, &want_q, op_limit(dtype));
-                    // What no token owns stays as it was.
-                    let unwritten = |pages: &[f32]| pages.iter().map(|x| x.is_nan()).collect::<Vec<_>>();
-                    assert_eq!(unwritten(&got_pages), unwritten(&want_pages), "{case:?} {device:?}");
-                    let written = |pages: Vec<f32>| pages.into_iter().filter(|x| !x.is_nan()).collect::<Vec<_>>();
-                    let name = format!("pages {case:?} {device:?}");
-                    assert_close(&name, &written(got_pages), &written(want_pages), op_limit(dtype));
-                }
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (hq, hk, d, half) in
+            [(1, 1, 2, 1), (3, 1, 7, 2), (1, 1, 64, 32), (2, 1, 256, 32), (2, 2, 512, 256), (16, 8, 128, 64)]
+        {
+            for (gated, norm_values, writes, tokens) in [
+                (false, false, true, 7),
+                (true, false, true, 7),
+                (false, true, true, 7),
+                (false, false, false, 7),
+                (true, false, true, 70),
+                (false, true, true, 70),
+            ] {
+                cases.push(Case { dtype, hq, hk, d, half, gated, norm_values, writes, tokens });
             }
         }
     }
+    cases
+}
+
+fn check(case: Case, device: &Device, (want_q, want_pages): &(Vec<f32>, Vec<f32>)) -> Result<()> {
+    let (got_q, got_pages) = run(case, device)?;
+    assert_close(&format!("q {case:?} {device:?}"), &got_q, want_q, op_limit(case.dtype));
+    // What no token owns stays as it was.
+    let unwritten = |pages: &[f32]| pages.iter().map(|x| x.is_nan()).collect::<Vec<_>>();
+    assert_eq!(unwritten(&got_pages), unwritten(want_pages), "{case:?} {device:?}");
+    let written = |pages: &[f32]| pages.iter().copied().filter(|x| !x.is_nan()).collect::<Vec<_>>();
+    let name = format!("pages {case:?} {device:?}");
+    assert_close(&name, &written(&got_pages), &written(want_pages), op_limit(case.dtype));
     Ok(())
+}
+
+#[test]
+fn is_its_parts_on_every_device() -> Result<()> {
+    for device in devices().into_iter().filter(|device| !device.is_cpu()) {
+        for case in cases() {
+            check(case, &device, &run(case, &Device::Cpu)?)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn metal_kernel_is_its_parts() -> Result<()> {
+    let wants = cases().into_iter().map(|case| run(case, &Device::Cpu)).collect::<Result<Vec<_>>>()?;
+    emulated(|| {
+        cases().into_iter().zip(&wants).try_for_each(|(case, want)| check(case, &Device::Cpu, want))?;
+        on_the_cpu_it_is_norm_rope_and_write()
+    })
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> impl Fn() -> Result<()> {
+    let base = Case {
+        dtype: DType::F32,
+        hq: 3,
+        hk: 2,
+        d: 70,
+        half: 20,
+        gated: true,
+        norm_values: true,
+        writes: true,
+        tokens: 7,
+    };
+    let cases = [base, Case { norm_values: false, half: 35, ..base }, Case { writes: false, ..base }];
+    let wants = cases.map(|case| run(case, &Device::Cpu).expect("runs on the cpu"));
+    move || cases.iter().zip(&wants).try_for_each(|(case, want)| check(*case, &Device::Cpu, want))
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("HAS_KEYS ? sizes.k.heads : 0", "sizes.k.heads"),
+        ("row_start(sizes.q, token, head)", "(ulong(token) * hq + head) * d"),
+        ("head < hq + hk;", "head <= hq + hk;"),
+        ("row_start(sizes.v, token, head)", "row_start(sizes.k, token, head)"),
+        ("is_key ? 0 : ulong(sizes.slots)", "0"),
+        ("slot_mapping[token]", "token"),
+        ("weight = is_key ? k_weight : v_weight", "weight = k_weight"),
+        ("pairs = is_key ? pairs : 0", "pairs = pairs"),
+        ("is_normed = is_key || NORMS_VALUES", "is_normed = true"),
+        ("simd_sum(squares) / d", "simd_sum(squares)"),
+        ("i < d - pairs", "i < d - pairs - 1"),
+        ("ulong(token) * sizes.pairs", "ulong(token) * pairs + 1"),
+        ("b * c + a * s", "b * c - a * s"),
+        ("weight[i + pairs])), c", "weight[i])), c"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke());
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke());
 }
 
 #[test]

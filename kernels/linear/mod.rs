@@ -5,6 +5,8 @@ pub(crate) mod cpu;
 mod cublas;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(any(test, feature = "metal"))]
+pub(crate) mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -33,7 +35,7 @@ use crate::simd::Stored;
 ///
 /// The inner dimensions differ, or the dtypes do on a device other than the CPU.
 ///
-/// Devices: CPU; CUDA, of more than 8 rows through cuBLASLt; Metal through candle's matmul.
+/// Devices: CPU; CUDA, of more than 8 rows through cuBLASLt; Metal, of more than 8 rows through candle's matmul.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     linear_around(x, weight, None, Around::default())
 }
@@ -81,8 +83,9 @@ impl Around<'_> {
 }
 
 /// As [`linear`], or [`linear_with_bias`], with what surrounds it. On CUDA one kernel does it all, of up to 8 rows in f16
-/// and bf16 and one in f32; the norm has a kernel of its own from the second row on, and so has the gate beyond that. It
-/// rounds after the norm, before a gate with a kernel of its own, and at the end.
+/// and bf16 and one in f32; the norm has a kernel of its own from the second row on, and so has the gate beyond that. On
+/// Metal likewise, of up to 8 rows, with a kernel of its own for the norm. It rounds after the norm, before a gate with a
+/// kernel of its own, and at the end.
 ///
 /// # Errors
 ///
@@ -101,6 +104,18 @@ pub fn linear_around(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, around:
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device()
         && let Some(y) = cuda::linear(device, x, weight, bias, around)?
+    {
+        return Ok(y);
+    }
+    #[cfg(test)]
+    if let Some(emulator) = crate::metal::emulator::emulator()
+        && let Some(y) = metal::linear(&emulator, x, weight, bias, around)?
+    {
+        return Ok(y);
+    }
+    #[cfg(feature = "metal")]
+    if let candle_core::Device::Metal(device) = x.device()
+        && let Some(y) = metal::linear(device, x, weight, bias, around)?
     {
         return Ok(y);
     }

@@ -1,6 +1,7 @@
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated, suspended};
 use crate::simd::Instructions;
 use crate::simd::tests::{available, on};
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
@@ -120,13 +121,58 @@ fn around_is_its_parts((rows, inner, outer): (usize, usize, usize), dtype: DType
         let got = linear_around(&x, &rows_of(&weight)?, has_bias.then_some(&bias), around)?;
         let exactly = Around { norm: norm(&factors_exact), gate, onto: is_onto.then_some(&residual_exact) };
         let weight = rows_of(&weight_exact)?;
-        let want = linear_around(&x_exact, &weight, has_bias.then_some(&bias_exact), exactly)?;
+        let want = suspended(|| linear_around(&x_exact, &weight, has_bias.then_some(&bias_exact), exactly))?;
         assert_eq!((got.dims(), got.dtype()), (&[rows, outer][..], dtype));
         let name =
             format!("[{rows}, {inner}] by {outer} {dtype:?} {is_normed} {gate:?} {has_bias} {is_onto} {device:?}");
         assert_close(&name, &values(&got)?, &values(&want)?, 1.5 * op_limit(dtype));
     }
     Ok(())
+}
+
+#[test]
+fn metal_kernels_are_their_parts() -> Result<()> {
+    emulated(|| {
+        for dtype in FLOATS {
+            for (i, rows) in [1, 2, 3, 5, 8].into_iter().enumerate() {
+                for (j, shape) in [(64, 32), (512, 40), (96, 130), (1000, 17), (7, 3)].into_iter().enumerate() {
+                    if dtype == DType::F32 || (i + j) % 2 == 0 {
+                        around_is_its_parts((rows, shape.0, shape.1), dtype, &Device::Cpu)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> Result<()> {
+    for shape in [(1, 160, 33), (3, 64, 18), (2, 33, 5)] {
+        around_is_its_parts(shape, DType::F32, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("min(first_row + r, sizes.rows - 1)", "first_row"),
+        ("column += 4 * LANES", "column += 8 * LANES"),
+        ("half_ * outer", "half_"),
+        ("half_ == 1 && !IS_GATED", "half_ == 1"),
+        ("column + i < inner)\n      values", "true)\n      values"),
+        ("out >= outer || row", "row"),
+        ("IS_GELU ? -2 * u : -x", "-x"),
+        ("sum += float(extra[out])", "sum += float(extra[o])"),
+        ("residual[ulong(row) * outer + out]", "residual[out]"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
 }
 
 #[test]

@@ -20,6 +20,10 @@ impl Backend for MetalDevice {
         }
     }
 
+    fn wrap(storage: MetalStorage) -> Storage {
+        Storage::Metal(storage)
+    }
+
     fn allocate(&self, elements: usize, dtype: DType) -> Result<MetalStorage> {
         let buffer = self.new_buffer(elements, dtype, "taper")?;
         Ok(MetalStorage::new(buffer, self.clone(), elements, dtype))
@@ -47,6 +51,7 @@ impl Backend for MetalDevice {
                 Argument::Words(words) => {
                     encoder.set_bytes_directly(index, size_of_val(words.as_slice()), words.as_ptr().cast())
                 }
+                Argument::Absent => {}
             }
         }
         encoder.dispatch_thread_groups(size(launch.threadgroups), size(launch.threads));
@@ -90,7 +95,7 @@ fn pipeline(device: &MetalDevice, launch: &Launch<MetalStorage>) -> Result<Compu
     };
     let values = constants.iter().copied().map(Value::Bool).enumerate().collect::<Vec<_>>();
     let values = (!values.is_empty()).then(|| ConstantValues::new(values));
-    let function = library.get_function(&format!("{kernel}_{variant}"), values.as_ref()).map_err(wrap)?;
+    let function = library.get_function(&launch.function(), values.as_ref()).map_err(wrap)?;
     let pipeline = device.new_compute_pipeline_state_with_function(&function).map_err(wrap)?;
     pipelines.insert(key, pipeline.clone());
     Ok(pipeline)

@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -15,7 +17,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use crate::cpu::{Operand, dtype_of, tensor, view};
-use crate::quantized::QuantizedMatrix;
+use crate::quantized::{Quantization, QuantizedMatrix};
 use crate::simd::Stored;
 
 /// Which experts each token goes to, and how much each of them counts.
@@ -42,7 +44,7 @@ pub struct Routing {
 ///
 /// `k` is 0 or more than `E`.
 ///
-/// Devices: CPU; CUDA, up to 1024 experts.
+/// Devices: CPU; CUDA and Metal, up to 1024 experts.
 ///
 /// Source: Shazeer et al., "Outrageously Large Neural Networks", <https://arxiv.org/abs/1701.06538>; softmax before
 /// selection and weights that add up to one as in Qwen3.5.
@@ -51,6 +53,10 @@ pub fn route(logits: &Tensor, k: usize) -> Result<Routing> {
     if k == 0 || k > num_experts {
         bail!("route: {k} of {num_experts} experts, expected 1 to {num_experts}")
     }
+    on_metal!(logits, backend => {
+        let (experts, weights) = metal::route(backend, &logits.contiguous()?, k)?;
+        Ok(Routing { experts, weights })
+    });
     let op = Route { k, weights: OnceCell::new() };
     let experts = logits.contiguous()?.apply_op1_no_bwd(&op)?;
     let weights = op.weights.into_inner().expect("set by every backend");
@@ -109,6 +115,12 @@ pub enum Stack {
     /// `[E, O, I]`, contiguous, in f32, f16 or bf16 whatever the activations are.
     Dense(Tensor),
     Packed(Vec<QuantizedMatrix>),
+    /// The packed matrices one after the other, on an accelerator: what [`Experts::new`] makes of them.
+    OnDevice {
+        format: Quantization,
+        words: Tensor,
+        dims: [usize; 3],
+    },
 }
 
 impl Experts {
@@ -127,7 +139,7 @@ impl Experts {
                 down.dims()?
             )
         }
-        Ok(Self { gate_up, down, num_experts, hidden, intermediate })
+        Ok(Self { gate_up: gate_up.gathered()?, down: down.gathered()?, num_experts, hidden, intermediate })
     }
 }
 
@@ -135,6 +147,7 @@ impl Stack {
     fn dims(&self) -> Result<[usize; 3]> {
         let matrices = match self {
             Self::Dense(tensor) => return tensor.dims3().map(Into::into),
+            Self::OnDevice { dims, .. } => return Ok(*dims),
             Self::Packed(matrices) => matrices,
         };
         let Some([outer, inner]) = matrices.first().map(QuantizedMatrix::dims) else {
@@ -146,8 +159,19 @@ impl Stack {
         Ok([matrices.len(), outer, inner])
     }
 
+    /// Matrices on an accelerator in one piece.
+    fn gathered(self) -> Result<Self> {
+        let dims = self.dims()?;
+        let Self::Packed(matrices) = &self else { return Ok(self) };
+        let Some(words) = matrices.iter().map(QuantizedMatrix::on_device).collect::<Option<Vec<_>>>() else {
+            return Ok(self);
+        };
+        Ok(Self::OnDevice { format: matrices[0].format(), words: Tensor::cat(&words, 0)?, dims })
+    }
+
     fn lock(&self) -> Locked<'_> {
         match self {
+            Self::OnDevice { words, .. } => Locked::Dense(Operand::new(words)),
             Self::Dense(tensor) => Locked::Dense(Operand::new(tensor)),
             Self::Packed(matrices) => Locked::Packed(matrices),
         }
@@ -194,7 +218,7 @@ impl Locked<'_> {
 ///
 /// Shapes or dtypes disagree, or `routing` names an expert that is not there.
 ///
-/// Devices: CPU; CUDA, for experts that are not packed. There an expert that is not there counts nothing, lest the host
+/// Devices: CPU; Metal, for experts of `x`'s dtype and packed ones; CUDA, for experts that are not packed. There an expert that is not there counts nothing, lest the host
 /// wait; f16 and bf16 use tensor cores where `H` and `I` are multiples of 32 and all are of one dtype.
 ///
 /// Source: Shazeer et al., "Outrageously Large Neural Networks", <https://arxiv.org/abs/1701.06538>.
@@ -211,6 +235,9 @@ pub fn sparse_mlp(x: &Tensor, routing: &Routing, experts: &Experts) -> Result<Te
     if weights.dims() != ids.dims() || weights.dtype() != x.dtype() {
         bail!("sparse_mlp: weights are {:?} {:?}, expected {:?} [{n}, {k}]", weights.dims(), weights.dtype(), x.dtype())
     }
+    on_metal!(x, backend => {
+        metal::sparse_mlp(backend, &x.contiguous()?, &ids.contiguous()?, &weights.contiguous()?, experts)
+    });
     let op = SparseMlp { ids: &ids.contiguous()?, weights: &weights.contiguous()?, experts };
     x.contiguous()?.apply_op1_no_bwd(&op)
 }

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::activation::{Activation, gated_activation};
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated, emulator, suspended};
 use crate::quantized::{self, Quantization};
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
@@ -70,6 +71,9 @@ fn of_equal_experts_the_lower_index_comes_first() -> Result<()> {
     assert_eq!(ids(&got)?, [[1, 3, 4, 0], [0, 1, 2, 3], [5, 0, 1, 2]].concat());
     let weights = values(&got.weights)?;
     assert_eq!(weights[4..8], [0.25; 4]);
+    // More of them than a simdgroup has lanes.
+    let got = route(&Tensor::zeros((1, 70), DType::F32, &Device::Cpu)?, 40)?;
+    assert_eq!(ids(&got)?, (0..40).collect::<Vec<u32>>());
     Ok(())
 }
 
@@ -209,7 +213,9 @@ fn experts_are_the_reference() -> Result<()> {
                 let mut inputs = Inputs::new(case, dtype, stored, &mut random)?;
                 let want = inputs.reference(case)?;
                 inputs.poison_unused()?;
-                for device in devices() {
+                // Metal takes experts of the activations' dtype, which is what its models load.
+                let is_taken = |device: &Device| stored == dtype || !(device.is_metal() || emulator().is_some());
+                for device in devices().into_iter().filter(is_taken) {
                     let on = |tensor: &Tensor| framed(tensor)?.to_device(&device);
                     let Routing { experts: ids, weights } = &inputs.routing;
                     let routing = Routing { experts: ids.to_device(&device)?, weights: weights.to_device(&device)? };
@@ -228,6 +234,126 @@ fn experts_are_the_reference() -> Result<()> {
 #[test]
 fn experts_are_the_reference_with_any_dtypes() -> Result<()> {
     experts_are_the_reference()
+}
+
+/// Packed experts on Metal, where activations are not rounded, beside the reference over unpacked weights.
+fn run_packed_on_metal(case: Case, format: Quantization, dtype: DType, device: &Device) -> Result<()> {
+    let mut inputs = Inputs::new(case, dtype, DType::F32, &mut Random::new(5))?;
+    let packed = suspended(|| inputs.packed(format))?;
+    let (Stack::Packed(gate_up), Stack::Packed(down)) = (&packed.gate_up, &packed.down) else { panic!("packed above") };
+    let unpacked = |matrices: &[QuantizedMatrix]| -> Result<Tensor> {
+        let ids = |matrix: &QuantizedMatrix| Tensor::arange(0, matrix.dims()[0] as u32, &Device::Cpu);
+        let matrices = matrices.iter().map(|matrix| matrix.rows(&ids(matrix)?)).collect::<Result<Vec<_>>>()?;
+        Tensor::stack(&matrices, 0)
+    };
+    let weights = suspended(|| Ok::<_, candle_core::Error>((unpacked(gate_up)?, unpacked(down)?)))?;
+    let uploaded = |matrices: &[QuantizedMatrix]| -> Result<Stack> {
+        let matrices = matrices.iter().map(|matrix| matrix.uploaded(device)).collect::<Result<_>>()?;
+        Ok(Stack::Packed(matrices))
+    };
+    let experts = Experts::new(uploaded(gate_up)?, uploaded(down)?)?;
+    (inputs.gate_up, inputs.down) = weights;
+    let Routing { experts: ids, weights } = &inputs.routing;
+    let routing = Routing { experts: ids.to_device(device)?, weights: weights.to_device(device)? };
+    let got = sparse_mlp(&inputs.x.to_device(device)?, &routing, &experts)?;
+    assert_close(&format!("{case:?} {format:?} {device:?}"), &values(&got)?, &inputs.reference(case)?, op_limit(dtype));
+    Ok(())
+}
+
+#[test]
+fn metal_kernels_are_the_reference() -> Result<()> {
+    emulated(|| {
+        routing_is_the_reference()?;
+        routing_by_hand()?;
+        of_equal_experts_the_lower_index_comes_first()?;
+        extreme_logits_route()?;
+        experts_are_the_reference()?;
+        weights_are_applied_to_the_results()?;
+        packed_experts(&Device::Cpu)
+    })
+}
+
+fn packed_experts(device: &Device) -> Result<()> {
+    for (i, case) in CASES.into_iter().enumerate() {
+        let format = [Quantization::Q8, Quantization::Q4][i % 2];
+        run_packed_on_metal(case, format, [DType::F32, DType::BF16, DType::F16][i % 3], device)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_experts_are_the_reference_on_metal() -> Result<()> {
+    devices().iter().filter(|device| device.is_metal()).try_for_each(packed_experts)
+}
+
+/// Few and many pairs, some experts without any, rows at an offset.
+fn smoke() -> Result<()> {
+    let mut random = Random::new(6);
+    let case = Case { n: 3, hidden: 36, intermediate: 20, num_experts: 7, k: 3, pick: Pick::Random };
+    for case in [case, Case { n: 40, pick: Pick::Same, ..case }, Case { n: 45, ..case }] {
+        let mut inputs = Inputs::new(case, DType::F32, DType::F32, &mut random)?;
+        let want = inputs.reference(case)?;
+        inputs.poison_unused()?;
+        let routing =
+            Routing { experts: framed_ids(&inputs.routing.experts)?, weights: framed(&inputs.routing.weights)? };
+        let experts = dense(&framed(&inputs.gate_up)?, &framed(&inputs.down)?)?;
+        let got = sparse_mlp(&framed(&inputs.x)?, &routing, &experts)?;
+        assert_close(&format!("{case:?}"), &values(&got)?, &want, op_limit(DType::F32));
+    }
+    let logits = random.tensor(&[7, 70], 2.0, DType::F32, &Device::Cpu)?;
+    let (want_ids, want_weights) = reference::route(&values(&logits)?, 70, 40);
+    let got = route(&framed(&logits)?, 40)?;
+    assert_eq!(ids(&got)?, want_ids);
+    assert_close("weights", &values(&got.weights)?, &want_weights, op_limit(DType::F32));
+    of_equal_experts_the_lower_index_comes_first()?;
+    extreme_logits_route()
+}
+
+/// As [`framed`], for ids.
+fn framed_ids(ids: &Tensor) -> Result<Tensor> {
+    let frame = Tensor::full(1_000_000u32, (3, ids.dim(1)?), ids.device())?;
+    Tensor::cat(&[&frame, ids, &frame], 0)?.narrow(0, 3, ids.dim(0)?)
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("row >= sizes.rows", "row > sizes.rows"),
+        ("has_nan != 0 ? NAN : 0", "0"),
+        ("taken |= 1u << place / LANES", "taken |= 1u"),
+        ("(other == best && other_place < place)", "(other == best && other_place > place)"),
+        ("p > best", "p >= best"),
+        ("total += best", "total = best"),
+        ("j += LANES)\n    weights", "j += 2 * LANES)\n    weights"),
+        ("ids[pair] < expert", "ids[pair] <= expert"),
+        ("expert > sizes.experts", "expert >= sizes.experts"),
+        ("ids[pair] == expert", "ids[pair] >= expert"),
+        ("column >= sizes.hidden", "column > sizes.hidden"),
+        ("own[j] < lowest", "own[j] <= lowest"),
+        ("next = lowest + 1", "next = lowest + 2"),
+        ("pair * sizes.hidden", "place * sizes.hidden"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+/// Of the products, what experts alone ask for.
+#[test]
+fn mutants_of_metal_products_are_noticed() {
+    let mutants = [
+        ("starts[middle] / tile_rows + middle <= tile", "starts[middle] / tile_rows + middle < tile"),
+        ("(group.y - (starts[expert] / TILE_ROWS + expert))", "group.y"),
+        ("end = starts[expert + 1]", "end = sizes.rows"),
+        ("at / sizes.divisor", "at"),
+        ("matrix * outer * inner", "0 * outer * inner"),
+        ("IS_ROUTED ? order[first + row] : first + row", "first + row"),
+        ("IS_ROUTED ? order[row] : row", "row"),
+    ];
+    assert_mutants_fail(&crate::linear::metal::PRODUCTS, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
 }
 
 #[test]

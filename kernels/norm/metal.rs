@@ -1,11 +1,13 @@
-//! RMS normalisation on Metal: chooses the threads of a row.
+//! The norms on Metal: chooses the threads of a row.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{Layout, Result};
+use candle_core::{Layout, Result, Tensor};
 
-use crate::metal::{Argument, Backend, Launch, Rows, Source, float, source};
+use crate::cpu::Operand as Locked;
+use crate::metal::{self, Argument, Backend, Launch, Rows, Source, float, source};
 
 pub(super) static SOURCE: Source = source!("norm");
+pub(super) static LAYER_SOURCE: Source = source!("layer_norm");
 
 /// Neighbours that a thread takes at once, as in the kernel.
 const TAKES: usize = 4;
@@ -50,4 +52,35 @@ pub fn rms_norm<B: Backend>(
         arguments,
     })?;
     Ok(out)
+}
+
+/// `x` and `residual` `[.., D]` in rows; `weight` and `bias` `[D]` contiguous.
+pub fn add_layer_norm<B: Backend>(
+    backend: &B,
+    [x, residual]: [&Tensor; 2],
+    constants: [&Tensor; 2],
+    eps: f32,
+) -> Result<Tensor> {
+    let (dtype, d) = (x.dtype(), constants[0].elem_count());
+    let rows = x.elem_count() / d.max(1);
+    let (operands, constants) = ([x, residual].map(Locked::new), constants.map(Locked::new));
+    let [(x, x_rows), (residual, residual_rows)] = [operands[0].metal_rows::<B>()?, operands[1].metal_rows::<B>()?];
+    metal::output(backend, operands[0].layout.shape().clone(), dtype, |y| {
+        backend.launch(Launch {
+            source: &LAYER_SOURCE,
+            kernel: "add_layer_norm",
+            variant: float(dtype)?,
+            constants: vec![],
+            threadgroups: [rows, 1, 1],
+            threads: [d.div_ceil(TAKES * LANES).clamp(1, SIMDGROUPS) * LANES, 1, 1],
+            arguments: vec![
+                Argument::Write(y, 0),
+                x,
+                residual,
+                constants[0].metal::<B>()?,
+                constants[1].metal::<B>()?,
+                Argument::Words([&x_rows.words()[..], &residual_rows.words(), &[d as u32, eps.to_bits()]].concat()),
+            ],
+        })
+    })
 }

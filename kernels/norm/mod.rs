@@ -116,7 +116,7 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
 ///
 /// `residual` differs from `x` in shape or dtype, or `weight` or `bias` is not f32 `[D]`.
 ///
-/// Devices: CPU, CUDA.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Ba et al., "Layer Normalization", 2016.
 pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
@@ -136,6 +136,7 @@ pub fn add_layer_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Ten
     if let candle_core::Device::Cuda(device) = x.device() {
         return cuda::add_layer_norm(device, &x, &residual, &weight, &bias, eps as f32);
     }
+    on_metal!(x, backend => metal::add_layer_norm(backend, [&x, &residual], [&weight, &bias], eps as f32));
     x.apply_op3_no_bwd(&residual, &weight, &AddLayerNorm { bias: &bias, eps: eps as f32 })
 }
 

@@ -177,8 +177,35 @@ fn metal_kernels_are_the_reference() -> Result<()> {
         rms_norm_is_the_reference()?;
         rms_norm_reads_rows_that_lie_apart()?;
         rms_norm_gated_is_the_reference()?;
-        rms_norm_gated_splits_the_gate_like_x()
+        rms_norm_gated_splits_the_gate_like_x()?;
+        add_layer_norm_is_the_reference()
     })
+}
+
+fn layer_smoke() -> Result<()> {
+    for (rows, d, view) in [(3, 100, View::Columns), (2, 1000, View::Rows)] {
+        run_add_layer_norm(Case { dtype: DType::F32, rows, d, deviation: 1.0, view }, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn mutants_of_the_layer_norm_on_metal_are_noticed() {
+    let mutants = [
+        ("  threadgroup_barrier(mem_flags::mem_threadgroup);\n  float sum = 0;", "  float sum = 0;"),
+        ("i < simdgroups", "i + 1 < simdgroups"),
+        ("row_start(sizes.x, row)", "ulong(row) * d"),
+        ("row_start(sizes.residual, row)", "row_start(sizes.residual, 0)"),
+        ("const float value = float(a[i]) + float(b[i]) - mean", "const float value = float(a[i]) + float(b[i])"),
+        (" + bias[i]", ""),
+        ("/ d + sizes.eps", "+ sizes.eps"),
+    ];
+    assert_mutants_fail(&metal::LAYER_SOURCE, &mutants, layer_smoke);
+}
+
+#[test]
+fn wrong_launches_of_the_layer_norm_on_metal_are_noticed() {
+    assert_wrong_launches_fail(layer_smoke);
 }
 
 /// A few of the cases, where many mistakes are planted.
@@ -213,7 +240,7 @@ fn wrong_metal_launches_are_noticed() {
 
 #[test]
 fn add_layer_norm_is_the_reference() -> Result<()> {
-    for device in devices().into_iter().filter(|device| !device.is_metal()) {
+    for device in devices() {
         for case in cases() {
             run_add_layer_norm(case, &device)?;
         }

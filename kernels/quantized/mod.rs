@@ -4,6 +4,8 @@ pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dot;
+#[cfg(any(test, feature = "metal"))]
+pub(crate) mod metal;
 mod pack;
 #[cfg(test)]
 mod reference;
@@ -139,7 +141,7 @@ impl QuantizedMatrix {
 
     /// Whether there are kernels for packed weights on `device`.
     pub fn runs_on(device: &Device) -> bool {
-        device.is_cpu() || device.is_cuda()
+        device.is_cpu() || device.is_cuda() || device.is_metal()
     }
 
     /// The same weight where `device` multiplies.
@@ -148,22 +150,29 @@ impl QuantizedMatrix {
     ///
     /// The device has no memory left.
     pub fn to_device(self, device: &Device) -> Result<Self> {
-        if device.is_cpu() {
-            return Ok(self);
-        }
-        let bytes = self.as_bytes();
-        let words = crate::device::upload(device, bytes.len() / 4, DType::U32, &[bytes], |_| ())?;
-        let Self { outer, inner, .. } = self;
-        Ok(Self { outer, inner, blocks: Blocks::OnDevice(self.format(), words) })
+        if device.is_cpu() { Ok(self) } else { self.uploaded(device) }
     }
 
     /// The words of the blocks, if they are on an accelerator.
-    #[cfg(feature = "cuda")]
-    fn on_device(&self) -> Option<&Tensor> {
+    pub(crate) fn on_device(&self) -> Option<&Tensor> {
         match &self.blocks {
             Blocks::OnDevice(_, words) => Some(words),
             _ => None,
         }
+    }
+
+    pub(crate) fn uploaded(&self, device: &Device) -> Result<Self> {
+        let Self { outer, inner, .. } = *self;
+        if crate::device::takes_uploads(device) {
+            let bytes = self.as_bytes();
+            let words = crate::device::upload(device, bytes.len() / 4, DType::U32, &[bytes], |_| ())?;
+            return Ok(Self { outer, inner, blocks: Blocks::OnDevice(self.format(), words) });
+        }
+        let (words, _) = self.as_bytes().as_chunks::<4>();
+        let words: Vec<u32> = words.iter().map(|word| u32::from_ne_bytes(*word)).collect();
+        let count = words.len();
+        let blocks = Blocks::OnDevice(self.format(), Tensor::from_vec(words, count, device)?);
+        Ok(Self { outer, inner, blocks })
     }
 
     /// `[O, I]`
@@ -189,12 +198,13 @@ impl QuantizedMatrix {
     ///
     /// # Errors
     ///
-    /// An id lies beyond the last row, except on CUDA, where such a row is NaN.
+    /// An id lies beyond the last row, except on an accelerator, where such a row is NaN.
     pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = ids.device() {
             return cuda::rows(device, self, &ids.contiguous()?);
         }
+        on_metal!(ids, backend => metal::rows(backend, self, &ids.contiguous()?));
         let ids = ids.to_vec1::<u32>()?;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.outer) {
             bail!("quantized: row {id}, there are {}", self.outer)
@@ -237,8 +247,8 @@ impl QuantizedMatrix {
 /// y[n, o] = sum_i x'[n, i] * weight[o, i]
 /// ```
 ///
-/// where `x'` is `x` rounded to 8 bits: groups of 64 values share a scale, which is their greatest size over 127. On CUDA
-/// it is `x` itself.
+/// where `x'` is `x` rounded to 8 bits: groups of 64 values share a scale, which is their greatest size over 127. On an
+/// accelerator it is `x` itself.
 ///
 /// `x` `[N, I]` in f32, f16 or bf16. Returns `[N, O]` in `x`'s dtype. On the CPU products within a group are exact, groups
 /// are added in f32 in their order, so a row does not depend on the others or on threads.
@@ -247,7 +257,7 @@ impl QuantizedMatrix {
 ///
 /// The inner dimensions differ, or the weight is on another device.
 ///
-/// Devices: CPU, CUDA.
+/// Devices: CPU, CUDA, Metal.
 pub fn linear(x: &Tensor, weight: &QuantizedMatrix) -> Result<Tensor> {
     linear_around(x, weight, None, Around::default())
 }
@@ -273,6 +283,10 @@ pub fn linear_around(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>
     if let Device::Cuda(device) = x.device() {
         return cuda::quantized_linear(device, x, weight, bias, around);
     }
+    on_metal!(x, backend => around.apply(x, |x| match bias {
+        Some(bias) => metal::linear(backend, x, weight)?.broadcast_add(bias),
+        None => metal::linear(backend, x, weight),
+    }));
     if matches!(weight.blocks, Blocks::OnDevice(..)) {
         bail!("quantized linear: the weight is on an accelerator, x on {:?}", x.device().location())
     }

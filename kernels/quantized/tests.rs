@@ -1,9 +1,10 @@
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated, suspended};
 use crate::simd::Instructions;
 use crate::simd::tests::{available, on};
-use crate::testing::{Random, assert_close, devices, values};
+use crate::testing::{Random, assert_close, devices, poisoned, values};
 
 const FORMATS: [Quantization; 2] = [Quantization::Q8, Quantization::Q4];
 
@@ -120,6 +121,107 @@ fn products_are_the_reference() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A product and a look-up on Metal, where activations are not rounded, by a part of a weight of NaN's neighbours.
+fn run_on_metal(
+    format: Quantization,
+    (n, inner, outer): (usize, usize, usize),
+    dtype: DType,
+    device: &Device,
+) -> Result<()> {
+    let mut random = Random::new((n * inner + outer) as u64);
+    let (_, matrix, unpacked) = suspended(|| packed(format, [outer, inner], &mut random));
+    let matrix = matrix.uploaded(device)?;
+    let frame = poisoned(&[n, 3], dtype, device)?;
+    let x = random.tensor(&[n, inner], 1.0, dtype, device)?;
+    let x = Tensor::cat(&[&frame, &x, &frame], 1)?.narrow(1, 3, inner)?;
+    let want: Vec<f32> = values(&x)?
+        .chunks(inner)
+        .flat_map(|x| unpacked.chunks(inner).map(move |w| x.iter().zip(w).map(|(x, w)| x * w).sum::<f32>()))
+        .collect();
+    let got = linear(&x, &matrix)?;
+    assert_eq!((got.dims(), got.dtype()), (&[n, outer][..], dtype));
+    let name = format!("{format:?} [{n}, {inner}] {dtype:?} by [{outer}, {inner}]");
+    assert_close(&name, &values(&got)?, &want, crate::testing::op_limit(dtype));
+    let ids: Vec<u32> = (0..2 * outer as u32).map(|i| (i * 7 + 3) % outer as u32).collect();
+    let rows = matrix.rows(&Tensor::from_vec(ids.clone(), 2 * outer, device)?.narrow(0, 1, 2 * outer - 1)?)?;
+    let want: Vec<f32> = ids[1..].iter().flat_map(|&id| &unpacked[id as usize * inner..][..inner]).copied().collect();
+    assert_eq!(values(&rows)?, want, "rows of {name}");
+    Ok(())
+}
+
+#[test]
+fn metal_products_are_those_of_unpacked_weights() -> Result<()> {
+    let shapes =
+        [(1, 1, 1), (2, 7, 3), (3, 32, 8), (4, 33, 9), (5, 64, 17), (8, 65, 129), (9, 100, 33), (67, 300, 140)];
+    let run = |device: &Device| {
+        for format in FORMATS {
+            for (i, shape) in shapes.into_iter().enumerate() {
+                run_on_metal(format, shape, DType::F32, device)?;
+                run_on_metal(format, shape, if i % 2 == 0 { DType::F16 } else { DType::BF16 }, device)?;
+            }
+        }
+        Ok(())
+    };
+    devices().iter().filter(|device| device.is_metal()).try_for_each(run)?;
+    emulated(|| run(&Device::Cpu))
+}
+
+/// A few of the cases, where many mistakes are planted.
+fn smoke() -> Result<()> {
+    for format in FORMATS {
+        run_on_metal(format, (3, 330, 70), DType::F32, &Device::Cpu)?;
+        run_on_metal(format, (1, 100, 33), DType::F32, &Device::Cpu)?;
+    }
+    Ok(())
+}
+
+/// More rows than one pass serves: tiles.
+fn tiles_smoke() -> Result<()> {
+    FORMATS.into_iter().try_for_each(|format| run_on_metal(format, (35, 100, 70), DType::F32, &Device::Cpu))
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("  threadgroup_barrier(mem_flags::mem_threadgroup);\n  const uint out", "  const uint out"),
+        ("g += QUANTIZED_SIMDGROUPS", "g += QUANTIZED_SIMDGROUPS + 1"),
+        ("first + 4 * i + j < inner", "true"),
+        ("W::minimum(block, lane) * totals[r]", "0"),
+        ("W::scale(block, lane) * products[r]", "products[r]"),
+        ("i < QUANTIZED_SIMDGROUPS", "i + 1 < QUANTIZED_SIMDGROUPS"),
+        ("min(first_row + r, sizes.rows - 1)", "first_row"),
+        ("out < sizes.outer && first_row", "first_row"),
+        ("ids[at.y]", "at.y"),
+        ("(i % 2 * 4)", "(i % 2)"),
+        ("factor(block + 8 * PANEL, PANEL + lane)", "factor(block + 8 * PANEL, lane)"),
+        ("as_type<char4>", "as_type<uchar4>"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn mutants_of_tiles_on_metal_are_noticed() {
+    let mutants = [
+        ("step += STEP) {\n    threadgroup_barrier(mem_flags::mem_threadgroup);", "step += STEP) {"),
+        ("= four[j];\n    }\n    threadgroup_barrier(mem_flags::mem_threadgroup);", "= four[j];\n    }"),
+        ("step + column < inner) {", "true) {"),
+        ("first_out + out < outer && step", "step"),
+        ("simdgroup / 2 * ROW_PARTS", "simdgroup % 2 * ROW_PARTS"),
+        ("row >= end", "row > end"),
+        ("if (out < outer)", "if (out <= outer)"),
+        ("c < STEP; c += SIDE", "c < STEP; c += 2 * SIDE"),
+        ("(own_out + o * SIDE + part_x)", "(own_out + o * SIDE + part_y)"),
+        ("group.x * TILE_OUTS", "0"),
+    ];
+    assert_mutants_fail(&crate::linear::metal::PRODUCTS, &mutants, tiles_smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
+    assert_wrong_launches_fail(tiles_smoke);
 }
 
 /// Activations and codes at their limits: sums of products must not overflow.

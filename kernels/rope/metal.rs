@@ -1,9 +1,10 @@
 //! Rotary position embedding on Metal.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{Layout, Result};
+use candle_core::{DType, Layout, Result, Tensor};
 
-use crate::metal::{Argument, Backend, Launch, Rows, Source, float, source};
+use crate::cpu::Operand;
+use crate::metal::{self, Argument, Backend, Launch, Rows, Source, float, source};
 
 pub(super) static SOURCE: Source = source!("rope");
 
@@ -39,4 +40,26 @@ pub fn rope<B: Backend>(
         ],
     })?;
     Ok(out)
+}
+
+/// Cosines and sines as `[2, N, R/2]`, of contiguous operands.
+pub fn rotations<B: Backend>(backend: &B, positions: &Tensor, inv_freq: &Tensor) -> Result<Tensor> {
+    let (n, half) = (positions.dims1()?, inv_freq.dims1()?);
+    let operands = [positions, inv_freq].map(Operand::new);
+    metal::output(backend, (2, n, half), DType::F32, |both| {
+        backend.launch(Launch {
+            source: &SOURCE,
+            kernel: "rotations",
+            variant: "",
+            constants: vec![],
+            threadgroups: [(n * half).div_ceil(THREADS), 1, 1],
+            threads: [THREADS, 1, 1],
+            arguments: vec![
+                Argument::Write(both, 0),
+                operands[0].metal::<B>()?,
+                operands[1].metal::<B>()?,
+                Argument::Words(vec![n as u32, half as u32]),
+            ],
+        })
+    })
 }

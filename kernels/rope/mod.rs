@@ -63,7 +63,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 ///
 /// Other dtypes or ranks.
 ///
-/// Devices: CUDA; elsewhere through candle's ops.
+/// Devices: CUDA, Metal; on the CPU through candle's ops.
 pub fn rotations(positions: &Tensor, inv_freq: &Tensor) -> Result<(Tensor, Tensor)> {
     let (n, half) = (positions.dims1()?, inv_freq.dims1()?);
     if positions.dtype() != DType::U32 || inv_freq.dtype() != DType::F32 {
@@ -74,6 +74,10 @@ pub fn rotations(positions: &Tensor, inv_freq: &Tensor) -> Result<(Tensor, Tenso
         let both = cuda::rotations(device, positions, inv_freq)?;
         return Ok((both.get(0)?, both.get(1)?));
     }
+    on_metal!(positions, backend => {
+        let both = metal::rotations(backend, &positions.contiguous()?, &inv_freq.contiguous()?)?;
+        Ok((both.get(0)?, both.get(1)?))
+    });
     let angles = positions.to_dtype(DType::F32)?.reshape((n, 1))?.broadcast_mul(&inv_freq.reshape((1, half))?)?;
     Ok((angles.cos()?, angles.sin()?))
 }

@@ -29,5 +29,22 @@ template <typename T>
   }
 }
 
+struct RotationSizes {
+  uint rows, pairs;
+};
+
+// both [2, rows, pairs]: cosines, then sines; positions [rows]; inv_freq [pairs]. A thread has one angle, of which fast
+// functions would lose the digits behind some hundred turns.
+[[kernel]] void rotations(device float *both [[buffer(0)]], device const uint *positions [[buffer(1)]],
+                          device const float *inv_freq [[buffer(2)]], constant RotationSizes &sizes [[buffer(3)]],
+                          uint3 at [[thread_position_in_grid]]) {
+  const uint count = sizes.rows * sizes.pairs;
+  if (at.x >= count)
+    return;
+  const float angle = float(positions[at.x / sizes.pairs]) * inv_freq[at.x % sizes.pairs];
+  both[at.x] = precise::cos(angle);
+  both[count + at.x] = precise::sin(angle);
+}
+
 #define ROPE(variant, T) INSTANTIATE("rope_" variant, rope<T>)
 FOR_FLOATS(ROPE)

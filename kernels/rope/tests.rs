@@ -59,7 +59,10 @@ fn rope_is_the_reference() -> Result<()> {
 
 #[test]
 fn metal_kernels_are_the_reference() -> Result<()> {
-    emulated(rope_is_the_reference)
+    emulated(|| {
+        rope_is_the_reference()?;
+        rotations_are_cosines_and_sines_of_positions()
+    })
 }
 
 /// A few of the cases, where many mistakes are planted.
@@ -67,7 +70,7 @@ fn smoke() -> Result<()> {
     for (n, heads, d, half) in [(5, 3, 63, 20), (3, 2, 600, 300)] {
         run(Case { dtype: DType::F32, n, heads, d, half }, &Device::Cpu)?;
     }
-    Ok(())
+    rotations_are_cosines_and_sines_of_positions()
 }
 
 #[test]
@@ -80,6 +83,9 @@ fn metal_mutants_are_noticed() {
         ("i += threads.x", "i += threads.x + 1"),
         ("if (i >= pairs)", "if (i > pairs)"),
         ("a * c - b * s", "a * c + b * s"),
+        ("at.x >= count", "at.x > count"),
+        ("at.x % sizes.pairs", "at.x / sizes.pairs"),
+        ("both[count + at.x] = precise::sin", "both[count + at.x] = precise::cos"),
     ];
     assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
 }

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 #[cfg(test)]
 mod tests;
 
@@ -17,19 +19,20 @@ pub const NOTHING: u32 = u32::MAX;
 /// The index of the largest of the first `limit` values of each row, the lowest of equal ones; [`NOTHING`] for a row with
 /// NaN or +inf among them, or with nothing finite.
 ///
-/// `x` `[n, V]` in f32, f16 or bf16. Returns `[n]` in u32. On CUDA nothing waits for the result.
+/// `x` `[n, V]` in f32, f16 or bf16. Returns `[n]` in u32. On CUDA and Metal nothing waits for the result.
 ///
 /// # Errors
 ///
 /// `x` has another rank or dtype, or `limit` is not from 1 to `V`.
 ///
-/// Devices: CUDA; elsewhere on the host.
+/// Devices: CUDA, Metal; elsewhere on the host.
 pub fn argmax(x: &Tensor, limit: usize) -> Result<Tensor> {
     let (n, _) = check("argmax", x, limit)?;
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = x.device() {
         return cuda::argmax(device, &x.contiguous()?, limit);
     }
+    on_metal!(x, backend => metal::argmax(backend, &x.contiguous()?, limit));
     let indices: Vec<u32> = rows(x, limit)?.iter().map(|row| largest(row)).collect();
     Tensor::from_vec(indices, n, x.device())
 }

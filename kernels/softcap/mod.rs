@@ -22,23 +22,20 @@ use crate::cpu::dtype_of;
 ///
 /// `x` has another dtype, or `cap` is not a positive number.
 ///
-/// Devices: CPU, CUDA; Metal through candle's tanh.
+/// Devices: CPU, CUDA, Metal.
 ///
 /// Source: Gemma 2, <https://arxiv.org/abs/2408.00118>, section 2.
 pub fn softcap(x: &Tensor, cap: f32) -> Result<Tensor> {
     if !(cap > 0.0 && cap.is_finite()) {
         bail!("softcap: cap is {cap}, expected a positive number")
     }
-    if !x.device().is_metal() {
-        let x = x.contiguous()?;
-        #[cfg(feature = "cuda")]
-        if let candle_core::Device::Cuda(device) = x.device() {
-            return crate::activation::cuda::softcap(device, &x, cap);
-        }
-        return x.apply_op1_no_bwd(&Softcap(cap));
+    let x = x.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        return crate::activation::cuda::softcap(device, &x, cap);
     }
-    let y = (x.to_dtype(candle_core::DType::F32)? / f64::from(cap))?.tanh()?;
-    (y * f64::from(cap))?.to_dtype(x.dtype())
+    on_metal!(x, backend => crate::activation::metal::softcap(backend, &x, cap));
+    x.apply_op1_no_bwd(&Softcap(cap))
 }
 
 struct Softcap(f32);

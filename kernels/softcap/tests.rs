@@ -3,6 +3,7 @@
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::metal::emulator::emulated;
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, values};
 
@@ -24,6 +25,14 @@ fn run(device: &Device) -> Result<()> {
 #[test]
 fn softcap_is_the_reference() -> Result<()> {
     devices().iter().try_for_each(run)
+}
+
+#[test]
+fn metal_kernel_is_the_reference() -> Result<()> {
+    emulated(|| {
+        run(&Device::Cpu)?;
+        hand_computed()
+    })
 }
 
 #[test]

@@ -103,6 +103,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if per_sequence > 0 {
         row("recurrent state", format!("{} per sequence in f32", bytes_of(per_sequence as u64)));
     }
+    if device.is_metal() {
+        row("device", "Metal, whose kernels are type-checked and emulated, not yet run on Apple hardware".into());
+    }
     row("free memory", bytes_of(free as u64));
     let fits = |bytes: u64| (bytes as usize).saturating_add(per_sequence + per_window) < free;
     let packed = parts.packed.iter().flatten().find(|(_, bytes)| fits(*bytes));

@@ -17,10 +17,23 @@ typedef unsigned long ulong;
 typedef _Float16 half;
 typedef __bf16 bfloat;
 #define INFINITY (__builtin_inff())
+#define NAN (__builtin_nanf(""))
 
 namespace metal {
 template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 } // namespace metal
+#define EMULATOR_VECTORS(T)                                                                                            \
+  typedef metal::vec<T, 2> T##2;                                                                                       \
+  typedef metal::vec<T, 3> T##3;                                                                                       \
+  typedef metal::vec<T, 4> T##4;
+EMULATOR_VECTORS(float)
+EMULATOR_VECTORS(half)
+EMULATOR_VECTORS(bfloat)
+EMULATOR_VECTORS(char)
+EMULATOR_VECTORS(uchar)
+EMULATOR_VECTORS(uint)
+EMULATOR_VECTORS(ushort)
+EMULATOR_VECTORS(ulong)
 
 namespace emulator {
 
@@ -87,11 +100,22 @@ template <class T, class F> T reduce(int operation, T value, int line, F join) {
 namespace metal {
 
 inline float exp(float x) { return __builtin_expf(x); }
+template <class To, class From> To as_type(From from) { return __builtin_bit_cast(To, from); }
+inline float log(float x) { return __builtin_logf(x); }
+inline float abs(float x) { return __builtin_fabsf(x); }
+inline bool isnan(float x) { return x != x; }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 namespace precise {
+inline float cos(float x) { return __builtin_cosf(x); }
+inline float sin(float x) { return __builtin_sinf(x); }
 inline float tanh(float x) { return __builtin_tanhf(x); }
 } // namespace precise
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+template <int N> vec<float, N> fma(vec<float, N> a, vec<float, N> b, vec<float, N> c) {
+  for (int i = 0; i < N; i++)
+    c[i] = fma(a[i], b[i], c[i]);
+  return c;
+}
 template <class V> float dot(V a, V b) {
   float sum = 0;
   for (int i = 0; i < emulator::Components<V>::COUNT; i++)
@@ -117,6 +141,92 @@ template <class T> T simd_shuffle_xor(T x, ushort mask, int line = __builtin_LIN
   if (from >= lanes.all.lanes)
     emulator::fail("a shuffle reads a lane that is not there", line);
   return lanes[from];
+}
+
+// A matrix of 8 x 8 that a simdgroup has, two neighbours of a row a lane: as in Apple's headers, whose layout is not
+// documented but the one that MLX and PyTorch rely on.
+template <class T, int COLUMNS, int ROWS> struct simdgroup_matrix {
+  static_assert(COLUMNS == 8 && ROWS == 8, "8 x 8");
+  vec<T, 2> elements;
+  vec<T, 2> &thread_elements() { return elements; }
+};
+typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
+typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
+typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
+
+} // namespace metal
+
+namespace emulator {
+
+// Where the lane's two elements are, and which lane has (row, column).
+inline uint32_t matrix_row(uint32_t lane) { return (lane >> 4 & 1) * 4 + (lane >> 1 & 3); }
+inline uint32_t matrix_column(uint32_t lane) { return (lane >> 3 & 1) * 4 + (lane & 1) * 2; }
+inline uint32_t matrix_lane(uint32_t row, uint32_t column) {
+  return (row >> 2) * 16 + (column >> 2) * 8 + (row & 3) * 2 + (column >> 1 & 1);
+}
+
+template <class A, class B> struct Factors {
+  metal::vec<A, 2> a;
+  metal::vec<B, 2> b;
+};
+inline void whole_simdgroup(uint32_t lanes, int line) {
+  if (lanes != 32)
+    fail("a matrix needs 32 lanes", line);
+}
+
+} // namespace emulator
+
+namespace metal {
+
+template <class T, class A, class B, class C>
+void simdgroup_multiply_accumulate(simdgroup_matrix<T, 8, 8> &to, simdgroup_matrix<A, 8, 8> a,
+                                   simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c,
+                                   int line = __builtin_LINE()) {
+  const auto lanes = emulator::share(4, emulator::Factors<A, B>{a.elements, b.elements}, line);
+  emulator::whole_simdgroup(lanes.all.lanes, line);
+  const uint32_t lane = emulator::this_thread().lane;
+  const uint32_t row = emulator::matrix_row(lane), column = emulator::matrix_column(lane);
+  float sums[2] = {float(c.elements[0]), float(c.elements[1])};
+  for (uint32_t k = 0; k < 8; k++) {
+    const float factor = float(lanes[emulator::matrix_lane(row, k)].a[k & 1]);
+    const auto of_k = lanes[emulator::matrix_lane(k, column)].b;
+    for (int i = 0; i < 2; i++)
+      sums[i] = __builtin_fmaf(factor, float(of_k[i]), sums[i]);
+  }
+  to.elements[0] = T(sums[0]);
+  to.elements[1] = T(sums[1]);
+}
+template <class T, class A, class B>
+void simdgroup_multiply(simdgroup_matrix<T, 8, 8> &to, simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,
+                        int line = __builtin_LINE()) {
+  simdgroup_multiply_accumulate(to, a, b, simdgroup_matrix<T, 8, 8>{}, line);
+}
+template <class T, int COLUMNS, int ROWS> simdgroup_matrix<T, COLUMNS, ROWS> make_filled_simdgroup_matrix(T value) {
+  simdgroup_matrix<T, COLUMNS, ROWS> matrix;
+  matrix.elements[0] = matrix.elements[1] = value;
+  return matrix;
+}
+template <class T, class P>
+void simdgroup_load(simdgroup_matrix<T, 8, 8> &to, P from, ulong stride = 8, ulong2 origin = 0, bool transpose = false,
+                    int line = __builtin_LINE()) {
+  emulator::simdgroup_wait(5, line);
+  const uint32_t lane = emulator::this_thread().lane;
+  const uint32_t row = emulator::matrix_row(lane), column = emulator::matrix_column(lane);
+  for (uint32_t i = 0; i < 2; i++) {
+    const ulong y = origin[1] + (transpose ? column + i : row), x = origin[0] + (transpose ? row : column + i);
+    to.elements[i] = from[y * stride + x];
+  }
+}
+template <class T, class P>
+void simdgroup_store(simdgroup_matrix<T, 8, 8> matrix, P to, ulong stride = 8, ulong2 origin = 0,
+                     bool transpose = false, int line = __builtin_LINE()) {
+  emulator::simdgroup_wait(6, line);
+  const uint32_t lane = emulator::this_thread().lane;
+  const uint32_t row = emulator::matrix_row(lane), column = emulator::matrix_column(lane);
+  for (uint32_t i = 0; i < 2; i++) {
+    const ulong y = origin[1] + (transpose ? column + i : row), x = origin[0] + (transpose ? row : column + i);
+    to[y * stride + x] = matrix.elements[i];
+  }
 }
 
 } // namespace metal
@@ -180,16 +290,6 @@ template <class... P> void register_kernel(const char *name, void (*function)(P.
 }
 
 } // namespace emulator
-
-#define EMULATOR_VECTORS(T)                                                                                            \
-  typedef metal::vec<T, 2> T##2;                                                                                       \
-  typedef metal::vec<T, 3> T##3;                                                                                       \
-  typedef metal::vec<T, 4> T##4;
-EMULATOR_VECTORS(float)
-EMULATOR_VECTORS(half)
-EMULATOR_VECTORS(bfloat)
-EMULATOR_VECTORS(uint)
-EMULATOR_VECTORS(ushort)
 
 #define device EMULATOR_SPACE(1)
 #define constant const EMULATOR_SPACE(2)

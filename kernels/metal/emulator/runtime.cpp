@@ -265,6 +265,11 @@ bool fits(const Launch &launch) {
     }
     used[parameter.index] = true;
     const Argument &argument = launch.arguments[parameter.index];
+    if (argument.access == Access::ABSENT) {
+      if (!parameter.optional)
+        error = name + " is not bound";
+      continue;
+    }
     const Type &type = kernel->types[i];
     if (argument.access != type.access)
       error = name + " is bound as another kind than the kernel's parameter: read, written or words";
@@ -301,7 +306,8 @@ void run(const Launch &launch) {
     return;
   std::fill(std::begin(buffers), std::end(buffers), nullptr);
   for (size_t i = 0; i < launch.arguments.size(); i++)
-    buffers[i] = launch.arguments[i].data + launch.arguments[i].offset;
+    if (launch.arguments[i].access != Access::ABSENT)
+      buffers[i] = launch.arguments[i].data + launch.arguments[i].offset;
 
   std::mt19937 random(launch.schedule);
   std::vector<uint32_t> order(size_t(groups[0]) * groups[1] * groups[2]);

@@ -54,7 +54,7 @@ struct Parameter {
 };
 
 // What a launch binds to a buffer index.
-enum class Access : uint8_t { READ, WRITE, WORDS };
+enum class Access : uint8_t { READ, WRITE, WORDS, ABSENT };
 
 // What a parameter's type asks for; bytes of what a reference refers to.
 struct Type {

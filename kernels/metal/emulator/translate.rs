@@ -343,7 +343,7 @@ const ATTRIBUTES: [(&str, &str); 10] = [
 ];
 
 fn is_vector(word: &str) -> bool {
-    let scalars = ["float", "half", "bfloat", "uint", "ushort"];
+    let scalars = ["float", "half", "bfloat", "char", "uchar", "uint", "ushort", "ulong"];
     let scalar = word.strip_suffix(['2', '3', '4']);
     scalar.is_some_and(|scalar| scalars.contains(&scalar))
 }

@@ -1,0 +1,67 @@
+//! The whole answer of a Mac, in one command: `cargo test --release --features metal`. The kernels' own tests compare each
+//! op with its reference on the GPU; these compare each family with transformers, and the engine with itself on the CPU.
+//! Without a GPU they say that they skip.
+#![cfg(all(feature = "metal", feature = "demo"))]
+
+mod support;
+
+use candle_core::{DType, Device};
+use models::{Checkpoint, Quantization};
+use serde_json::Value;
+use taper::verify::verify;
+use taper::{DeviceChoice, EngineOptions, Llm, Message, Options, SamplingParams};
+
+fn gpu() -> Option<Device> {
+    let device = DeviceChoice::Metal.open();
+    if let Err(error) = &device {
+        eprintln!("skipped: {error}");
+    }
+    device.ok()
+}
+
+/// Every committed fixture, all families, in f32 and with bf16 weights and activations. All failures are told at once.
+#[test]
+fn every_family_agrees_with_transformers() {
+    let Some(device) = gpu() else { return };
+    let (mut compared, mut failures) = (0, Vec::new());
+    for fixture in support::fixtures() {
+        let reference = fixture.join("reference.safetensors");
+        let bf16 = support::derive_bf16(&fixture.join("f32"));
+        for (folder, dtype) in [(fixture.join("f32"), DType::F32), (bf16.path().into(), DType::BF16)] {
+            let name = format!("{} {dtype:?}", fixture.display());
+            match verify(&Checkpoint::Folder(folder), &reference, dtype, &device) {
+                Err(error) => failures.push(format!("{name}: {error}")),
+                Ok(report) => {
+                    compared += report.entries.len();
+                    let failed = report.entries.iter().filter(|entry| !entry.passed);
+                    failures.extend(failed.map(|entry| format!("{name}: {entry:?}")));
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} of {compared} arrays:\n{}", failures.len(), failures.join("\n"));
+    assert!(compared > 200, "{compared} arrays compared");
+}
+
+#[test]
+fn the_demo_knows_its_facts() {
+    if gpu().is_none() {
+        return;
+    }
+    let facts: Vec<Value> = serde_json::from_str(include_str!("../examples/demo/chat/facts.json")).expect("JSON");
+    let text = |fact: &Value, key: &str| fact[key].as_str().expect("a string").to_string();
+    let questions: Vec<Vec<Message>> = facts.iter().map(|fact| vec![Message::user(text(fact, "question"))]).collect();
+    for (dtype, quantization) in [(DType::F32, None), (DType::BF16, None), (DType::BF16, Some(Quantization::Q8))] {
+        let engine = EngineOptions { max_sequences: 64, ..EngineOptions::default() };
+        let device = DeviceChoice::Metal;
+        let options = Options { device, dtype: Some(dtype), quantization, engine, ..Options::default() };
+        let mut llm = Llm::demo(&options).expect("the demo is built in");
+        let params = SamplingParams { max_tokens: 200, ..SamplingParams::default() };
+        let mut replies = llm.reply_all(&questions, &params).expect("valid requests");
+        for piece in &mut replies {
+            piece.expect("a piece");
+        }
+        let wrong = (0..facts.len()).filter(|&i| replies.reply(i).content != text(&facts[i], "answer")).count();
+        assert_eq!(wrong, 0, "of {} facts in {dtype:?}, {quantization:?}", facts.len());
+    }
+}
