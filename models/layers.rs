@@ -111,7 +111,7 @@ impl Linear {
         match &self.weight {
             Matrix::Dense(weight) => linear_around(x, weight, self.bias.as_ref(), around),
             Matrix::Packed(weight) => around.apply(x, |x| match &self.bias {
-                Some(bias) => quantized::linear(x, weight)?.broadcast_add(bias),
+                Some(bias) => quantized::linear_with_bias(x, weight, bias),
                 None => quantized::linear(x, weight),
             }),
         }

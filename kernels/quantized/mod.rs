@@ -16,7 +16,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use self::storage::Storage;
-use crate::cpu::view;
+use crate::cpu::{Operand, view};
 use crate::memory::Mapped;
 use crate::simd::Stored;
 
@@ -207,15 +207,33 @@ impl QuantizedMatrix {
 ///
 /// Devices: CPU.
 pub fn linear(x: &Tensor, weight: &QuantizedMatrix) -> Result<Tensor> {
+    linear_and(x, weight, None)
+}
+
+/// As [`linear`], plus `bias` `[O]` of `x`'s dtype, added before the one rounding.
+///
+/// # Errors
+///
+/// As [`linear`]; also if `bias` has another length or dtype.
+pub fn linear_with_bias(x: &Tensor, weight: &QuantizedMatrix, bias: &Tensor) -> Result<Tensor> {
+    if bias.dims() != [weight.outer] || bias.dtype() != x.dtype() {
+        let (dtype, outer) = (x.dtype(), weight.outer);
+        bail!("quantized linear: bias is {:?} {:?}, expected [{outer}] {dtype:?}", bias.dims(), bias.dtype())
+    }
+    linear_and(x, weight, Some(&bias.contiguous()?))
+}
+
+fn linear_and(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
     let (_, inner) = x.dims2()?;
     if inner != weight.inner {
         bail!("quantized linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
     }
-    x.contiguous()?.apply_op1_no_bwd(&Linear { weight })
+    x.contiguous()?.apply_op1_no_bwd(&Linear { weight, bias })
 }
 
 struct Linear<'a> {
     weight: &'a QuantizedMatrix,
+    bias: Option<&'a Tensor>,
 }
 
 impl CustomOp1 for Linear<'_> {
@@ -237,6 +255,8 @@ impl CustomOp1 for Linear<'_> {
 
 impl Linear<'_> {
     fn product<X: Stored>(&self, x: &[X], layout: &Layout) -> Result<Vec<X>> {
-        Ok(cpu::linear(view(x, layout)?, self.weight))
+        let bias = self.bias.map(Operand::new);
+        let bias = bias.as_ref().map(Operand::f32).transpose()?;
+        Ok(cpu::linear(view(x, layout)?, self.weight, bias.as_deref()))
     }
 }

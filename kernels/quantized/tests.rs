@@ -122,6 +122,24 @@ fn products_are_the_reference() -> Result<()> {
     Ok(())
 }
 
+/// The bias is added before the one rounding.
+#[test]
+fn a_bias_is_added_to_the_product() -> Result<()> {
+    let mut random = Random::new(6);
+    for format in FORMATS {
+        let (_, matrix, _) = packed(format, [70, 100], &mut random);
+        for n in [1, 5] {
+            let x = random.tensor(&[n, 100], 1.0, DType::F32, &Device::Cpu)?;
+            let bias = random.tensor(&[70], 1.0, DType::F32, &Device::Cpu)?;
+            let want = bits(&linear(&x, &matrix)?.broadcast_add(&bias)?);
+            assert_eq!(bits(&linear_with_bias(&x, &matrix, &bias)?), want, "{format:?}, {n} rows");
+            assert!(linear_with_bias(&x, &matrix, &bias.narrow(0, 0, 69)?).is_err());
+            assert!(linear_with_bias(&x, &matrix, &bias.to_dtype(DType::BF16)?).is_err());
+        }
+    }
+    Ok(())
+}
+
 /// Activations and codes at their limits: sums of products must not overflow.
 #[test]
 fn the_largest_codes_add_up() -> Result<()> {
