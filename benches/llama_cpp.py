@@ -2,10 +2,10 @@
 
     python3 benches/llama_cpp.py TAPER LLAMA_BENCH FOLDER none=MODEL-bf16.gguf q8=MODEL-q8_0.gguf q4=MODEL-q4_k_m.gguf
 
-TAPER is the `taper` binary, LLAMA_BENCH that of a llama.cpp build, FOLDER a checkpoint, and each GGUF file that checkpoint
-as llama.cpp takes it, beside the format of `taper --quant` that it is compared with; a format may have several files.
-Rounds alternate between the two, so that what else the machine does meets both. Medians count, with the distance of the
-extremes over them. `taskset` in front chooses the cores, --threads says how many there are."""
+TAPER is the `taper` binary, LLAMA_BENCH that of a llama.cpp build, FOLDER a checkpoint, and each GGUF file that
+checkpoint as llama.cpp takes it, beside the format of `taper --quant` that it is compared with; a format may have
+several files. Rounds alternate between the two, so that what else the machine does meets both. Medians count, with the
+distance of the extremes over them. `taskset` in front chooses the cores, --threads says how many there are."""
 
 import argparse
 import json

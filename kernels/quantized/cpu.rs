@@ -352,8 +352,8 @@ impl Block for Q8Block {
         let scales = widen(&self.scales);
         for part in 0..OUTS / D::WIDTH {
             let mut sums = [D::unbiased(factors.offset)];
-            for step in 0..STEPS {
-                D::add(&mut sums, D::signed(D::load(&self.codes[step], part)), &x[step]);
+            for (codes, x) in self.codes.iter().zip(x) {
+                D::add(&mut sums, D::signed(D::load(codes, part)), x);
             }
             D::add_scaled(sums[0], factors.scale, &scales, part, totals);
         }
@@ -379,8 +379,8 @@ impl Block for Q8Block {
             for r in 0..R {
                 sums[r] = D::unbiased(factors[r].offset);
             }
-            for step in 0..STEPS {
-                D::add(&mut sums, D::load(&block.codes[step], part), &x[step]);
+            for (codes, x) in block.codes.iter().zip(x) {
+                D::add(&mut sums, D::load(codes, part), x);
             }
             for r in 0..R {
                 D::add_scaled(sums[r], factors[r].scale, &block.scales, part, &mut totals[r].0);
@@ -429,15 +429,15 @@ impl Block for Q4Block {
     ) {
         for part in 0..OUTS / D::WIDTH {
             let mut first = [D::small(); R];
-            for step in 0..STEPS / 2 {
-                D::add_small(&mut first, D::load(&block.codes[step], part), &x[step]);
+            for (codes, x) in block.codes.iter().zip(x).take(STEPS / 2) {
+                D::add_small(&mut first, D::load(codes, part), x);
             }
             let mut second = first;
             for r in 0..R {
                 second[r] = D::second(first[r]);
             }
-            for step in STEPS / 2..STEPS {
-                D::add_small(&mut second, D::load(&block.codes[step], part), &x[step]);
+            for (codes, x) in block.codes.iter().zip(x).skip(STEPS / 2) {
+                D::add_small(&mut second, D::load(codes, part), x);
             }
             for r in 0..R {
                 let Factors { scale, sum, .. } = factors[r];
