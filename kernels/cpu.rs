@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
@@ -183,16 +184,27 @@ pub(crate) fn with_heads(layout: &Layout, shape: &Shape) -> Layout {
     }
 }
 
-/// Fills `out`, `[rows, d]`, by `fill(first row, rows)`, on many threads when it is large enough to pay.
-pub(crate) fn fill_rows<T: Send>(out: &mut [T], d: usize, fill: impl Fn(usize, &mut [T]) + Sync) {
+/// `len` elements in rows of `d`, zero and then filled by `fill(first row, rows)`, on many threads when there are enough to
+/// pay.
+pub(crate) fn fill_rows<T: Element>(len: usize, d: usize, fill: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
     // About ten microseconds of work, as much as waking a thread costs.
     const ELEMENTS_PER_TASK: usize = 1 << 14;
     let rows = (ELEMENTS_PER_TASK / d.max(1)).max(1);
-    if out.len() <= rows * d {
-        fill(0, out)
+    let fill = |first: usize, part: &mut [MaybeUninit<T>]| {
+        part.fill(MaybeUninit::new(T::round(0.0)));
+        // SAFETY: all of it was just written.
+        fill(first, unsafe { &mut *(part as *mut [MaybeUninit<T>] as *mut [T]) })
+    };
+    let mut out = Vec::with_capacity(len);
+    let parts = &mut out.spare_capacity_mut()[..len];
+    if len <= rows * d {
+        fill(0, parts)
     } else {
-        out.par_chunks_mut(rows * d).enumerate().for_each(|(task, out)| fill(task * rows, out))
+        parts.par_chunks_mut((rows * d).max(1)).enumerate().for_each(|(task, part)| fill(task * rows, part))
     }
+    // SAFETY: the parts cover it, and each was written.
+    unsafe { out.set_len(len) };
+    out
 }
 
 /// A tensor around the storage that an in-place op produced beside its target.

@@ -62,6 +62,7 @@ pub mod memory;
 pub mod moe;
 pub mod norm;
 pub mod quantized;
+pub mod residual;
 pub mod rope;
 pub mod sampling;
 pub mod softcap;

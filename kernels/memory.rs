@@ -44,6 +44,23 @@ pub fn with_capacity<T>(capacity: usize) -> Vec<T> {
     vector
 }
 
+/// Asks the allocator to keep what is freed for what comes next, instead of giving it back to the system: every op of
+/// every step allocates its result, and pages that come back must be mapped and cleared again, which can take as long as the
+/// op itself. For a whole process, at its start. Does nothing where the allocator is not glibc's.
+pub fn keep_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        /// More than a step's largest activations: weights above it are mappings of their own.
+        const LARGEST: libc::c_int = 64 << 20;
+        // SAFETY: parameters of the allocator, which take effect on what is allocated from now on.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+            libc::mallopt(libc::M_TOP_PAD, LARGEST);
+        }
+    }
+}
+
 #[cfg(target_os = "linux")]
 fn ask_for_huge_pages(start: usize, len: usize) {
     /// Of x86-64, and of aarch64 with pages of 4 KiB; elsewhere the advice covers less, or nothing.

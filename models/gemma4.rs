@@ -17,6 +17,7 @@ use kernels::attention::AttentionParams;
 use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::{Around, linear};
+use kernels::residual::add;
 use kernels::softcap::softcap;
 use serde::Deserialize;
 use serde_json::Value;
@@ -511,12 +512,12 @@ impl DecoderLayer {
         cache: &Cache,
     ) -> Result<Tensor> {
         let mixed = self.self_attn.forward(x, &self.input_layernorm, rotations, batch, cache)?;
-        let x = (x + self.post_attention_layernorm.forward(&mixed)?)?;
+        let x = add(x, &self.post_attention_layernorm.forward(&mixed)?)?;
         let norm = Some(self.pre_feedforward_layernorm.parts());
         let y = self.mlp.forward_around(&x, Around { norm, ..Around::default() })?;
-        let mut x = (x + self.post_feedforward_layernorm.forward(&y)?)?;
+        let mut x = add(&x, &self.post_feedforward_layernorm.forward(&y)?)?;
         if let (Some(per_layer), Some(input)) = (&self.per_layer, input) {
-            x = (&x + per_layer.forward(&x, input)?)?;
+            x = add(&x, &per_layer.forward(&x, input)?)?;
         }
         x * self.layer_scalar
     }

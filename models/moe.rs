@@ -6,6 +6,7 @@
 use candle_core::{Result, Tensor, bail};
 use kernels::activation::{Activation, sigmoid_gated};
 use kernels::moe::{Experts, Stack, route, sparse_mlp};
+use kernels::residual::add;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -75,7 +76,7 @@ impl SparseMlp {
         let y = sparse_mlp(x, &route(&logits, self.num_experts_per_tok)?, &self.experts)?;
         let shared = self.shared_expert.forward(x)?;
         let gate = self.shared_expert_gate.forward(x)?.broadcast_as(shared.shape())?;
-        y + sigmoid_gated(&shared, &gate)?
+        add(&y, &sigmoid_gated(&shared, &gate)?)
     }
 }
 

@@ -12,6 +12,7 @@ use kernels::conv::causal_conv1d;
 use kernels::gated_delta::{gated_delta_rule, gates};
 use kernels::heads::KeyValueHeads;
 use kernels::linear::Around;
+use kernels::residual::add;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -317,7 +318,7 @@ impl Mlp {
             Self::Dense(mlp) => {
                 mlp.forward_around(x, Around { norm: Some(norm.parts()), onto: Some(x), ..Around::default() })
             }
-            Self::Sparse(mlp) => x + mlp.forward(&norm.forward(x)?, observe)?,
+            Self::Sparse(mlp) => add(x, &mlp.forward(&norm.forward(x)?, observe)?),
         }
     }
 }

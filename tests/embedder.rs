@@ -172,7 +172,7 @@ fn a_text_does_not_depend_on_its_batch() {
 /// random weights: of a trained model more is left.
 #[test]
 fn packed_weights_give_almost_the_same() {
-    for (quantization, least) in [(Quantization::Q8, 0.999), (Quantization::Q4, 0.85)] {
+    for (quantization, least) in [(Quantization::Q8, 0.998), (Quantization::Q4, 0.85)] {
         for family in ["bge_m3", "qwen3_embedding"] {
             let (folder, reference) = reference(family);
             let texts = texts(&reference);

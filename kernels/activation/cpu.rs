@@ -11,8 +11,7 @@ pub fn gated_activation<T: Stored>(gate_up: &[T], layout: &Layout, activation: A
     let (n, width) = layout.shape().dims2()?;
     let width = width / 2;
     let rows = RowStarts::new(layout)?;
-    let mut out = vec![T::round(0.0); n * width];
-    fill_rows(&mut out, width, |first, out| {
+    let out = fill_rows(n * width, width, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(width.max(1))) {
             let (gate, up) = gate_up[rows.start(row)..][..2 * width].split_at(width);
             dispatch(Row { gate, up, activation, out });
@@ -25,8 +24,7 @@ pub fn gated_activation<T: Stored>(gate_up: &[T], layout: &Layout, activation: A
 pub fn gelu<T: Stored>(x: &[T], layout: &Layout) -> Result<Vec<T>> {
     let d = layout.dims().last().copied().unwrap_or(0);
     let rows = RowStarts::new(layout)?;
-    let mut out = vec![T::round(0.0); layout.shape().elem_count()];
-    fill_rows(&mut out, d, |first, out| {
+    let out = fill_rows(layout.shape().elem_count(), d, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
             dispatch(Gelu { x: &x[rows.start(row)..][..d], out });
         }
@@ -38,8 +36,7 @@ pub fn gelu<T: Stored>(x: &[T], layout: &Layout) -> Result<Vec<T>> {
 pub fn sigmoid_gated<T: Stored>((x, xl): (&[T], &Layout), (gate, gl): (&[T], &Layout)) -> Result<Vec<T>> {
     let d = xl.dims().last().copied().unwrap_or(0);
     let (x_rows, gate_rows) = (RowStarts::new(xl)?, RowStarts::new(gl)?);
-    let mut out = vec![T::round(0.0); xl.shape().elem_count()];
-    fill_rows(&mut out, d, |first, out| {
+    let out = fill_rows(xl.shape().elem_count(), d, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
             let (x, gate) = (&x[x_rows.start(row)..][..d], &gate[gate_rows.start(row)..][..d]);
             dispatch(SigmoidGated { x, gate, out });

@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -22,22 +23,26 @@ pub fn linear<X: Stored, W: Stored>(
     bias: Option<&[f32]>,
     (n, inner, outer): (usize, usize, usize),
 ) -> Vec<X> {
-    let mut out = vec![X::round(0.0); n * outer];
-    if inner > 0 {
-        let product = Product { x, weight, bias, n, inner, outer, out: Shared::new(&mut out) };
-        match n {
-            0 => {}
-            1 => product.stream::<1, 8>(),
-            2 => product.stream::<2, 6>(),
-            3 | 5 | 6 | 9 => product.stream::<3, 3>(),
-            4..=STREAMED_ROWS => product.stream::<4, 3>(),
-            _ => match instructions() {
-                #[cfg(target_arch = "x86_64")]
-                Instructions::Avx512 => product.block::<Wide, 12, 32>(),
-                _ => product.block::<Narrow, 6, 16>(),
-            },
-        }
+    if inner == 0 {
+        return vec![X::round(0.0); n * outer];
     }
+    let mut out = Vec::with_capacity(n * outer);
+    let shared = Shared::new(&mut out.spare_capacity_mut()[..n * outer]);
+    let product = Product { x, weight, bias, n, inner, outer, out: shared };
+    match n {
+        0 => {}
+        1 => product.stream::<1, 8>(),
+        2 => product.stream::<2, 6>(),
+        3 | 5 | 6 | 9 => product.stream::<3, 3>(),
+        4..=STREAMED_ROWS => product.stream::<4, 3>(),
+        _ => match instructions() {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => product.block::<Wide, 12, 32>(),
+            _ => product.block::<Narrow, 6, 16>(),
+        },
+    }
+    // SAFETY: every output of every row was written.
+    unsafe { out.set_len(n * outer) };
     out
 }
 
@@ -63,7 +68,7 @@ struct Product<'a, X, W> {
     n: usize,
     inner: usize,
     outer: usize,
-    out: Shared<'a, X>,
+    out: Shared<'a, MaybeUninit<X>>,
 }
 
 impl<X: Stored, W: Stored> Product<'_, X, W> {
@@ -164,12 +169,23 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
     fn write(&self, row: usize, first: usize, values: &[f32]) {
         // SAFETY: every task has outputs of its own.
         let out = unsafe { self.out.part(row * self.outer + first, values.len()) };
-        match self.bias {
-            Some(bias) => {
-                let values = values.iter().zip(&bias[first..]);
-                out.iter_mut().zip(values).for_each(|(out, (value, bias))| *out = X::round(value + bias))
+        write_rounded(out, values, self.bias.map(|bias| &bias[first..]));
+    }
+}
+
+/// Rounds `values`, and their bias if there is one.
+#[inline(always)]
+pub(crate) fn write_rounded<X: Stored>(out: &mut [MaybeUninit<X>], values: &[f32], bias: Option<&[f32]>) {
+    match bias {
+        Some(bias) => {
+            for (out, (value, bias)) in out.iter_mut().zip(values.iter().zip(bias)) {
+                out.write(X::round(value + bias));
             }
-            None => out.iter_mut().zip(values).for_each(|(out, &value)| *out = X::round(value)),
+        }
+        None => {
+            for (out, &value) in out.iter_mut().zip(values) {
+                out.write(X::round(value));
+            }
         }
     }
 }

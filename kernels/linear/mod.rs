@@ -18,6 +18,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use crate::activation::{Activation, gated_activation};
 use crate::cpu::{Operand, view};
 use crate::norm::Norm;
+use crate::residual::add;
 use crate::simd::Stored;
 
 /// A linear layer:
@@ -76,7 +77,7 @@ impl Around<'_> {
             None => y,
         };
         match self.onto {
-            Some(residual) => residual + y,
+            Some(residual) => add(residual, &y),
             None => Ok(y),
         }
     }

@@ -80,9 +80,8 @@ pub enum Stack<'a> {
 /// `x` `[N, hidden]`, `ids`, each below the number of experts, and `weights` `[N, k]`; returns `[N, hidden]`.
 pub fn sparse_mlp<X: Stored>(x: &[X], ids: &[u32], weights: &[f32], experts: &Experts) -> Vec<X> {
     let hidden = experts.hidden;
-    let mut out = vec![X::round(0.0); x.len()];
     if ids.is_empty() || x.is_empty() {
-        return out;
+        return vec![X::round(0.0); x.len()];
     }
     let k = ids.len() * hidden / x.len();
     let groups = groups(ids, experts.num_experts);
@@ -105,12 +104,11 @@ pub fn sparse_mlp<X: Stored>(x: &[X], ids: &[u32], weights: &[f32], experts: &Ex
             found[token] += 1;
         }
     }
-    fill_rows(&mut out, hidden, |first, out| {
+    fill_rows(x.len(), hidden, |first, out| {
         for (terms, out) in terms[first * k..].chunks_exact(k).zip(out.chunks_exact_mut(hidden)) {
             dispatch(Row { terms, out });
         }
-    });
-    out
+    })
 }
 
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
@@ -146,7 +144,7 @@ impl Stack<'_> {
             Self::F32(weights) => dense(x, weights, expert, shape),
             Self::F16(weights) => dense(x, weights, expert, shape),
             Self::BF16(weights) => dense(x, weights, expert, shape),
-            Self::Packed(matrices) => quantized::cpu::linear(x, &matrices[expert]),
+            Self::Packed(matrices) => quantized::cpu::linear(x, &matrices[expert], None),
         }
     }
 }

@@ -14,11 +14,10 @@ pub fn rms_norm<T: Stored>(
 ) -> Result<CpuStorage> {
     let weight = &*read_f32(weight.0, weight.1)?;
     let d = weight.len();
-    let mut out = vec![T::round(0.0); x.1.shape().elem_count()];
-    let (x, rows) = (x.0.as_slice::<T>()?, RowStarts::new(x.1)?);
+    let (x, rows, len) = (x.0.as_slice::<T>()?, RowStarts::new(x.1)?, x.1.shape().elem_count());
     let gate =
         gate.map(|(gate, layout)| Ok::<_, Error>((gate.as_slice::<T>()?, RowStarts::new(layout)?))).transpose()?;
-    fill_rows(&mut out, d, |first, out| {
+    let out = fill_rows(len, d, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
             let x = &x[rows.start(row)..][..d];
             let gate = gate.as_ref().map(|(gate, rows)| &gate[rows.start(row)..][..d]);
@@ -38,10 +37,9 @@ pub fn add_layer_norm<T: Stored>(
 ) -> Result<CpuStorage> {
     let weight = &*read_f32(weight.0, weight.1)?;
     let d = weight.len();
-    let mut out = vec![T::round(0.0); x.1.shape().elem_count()];
-    let (x, rows) = (x.0.as_slice::<T>()?, RowStarts::new(x.1)?);
+    let (x, rows, len) = (x.0.as_slice::<T>()?, RowStarts::new(x.1)?, x.1.shape().elem_count());
     let (residual, residual_rows) = (residual.0.as_slice::<T>()?, RowStarts::new(residual.1)?);
-    fill_rows(&mut out, d, |first, out| {
+    let out = fill_rows(len, d, |first, out| {
         let mut sum = vec![0.0; d];
         for (row, out) in (first..).zip(out.chunks_exact_mut(d.max(1))) {
             let x = &x[rows.start(row)..][..d];

@@ -7,6 +7,7 @@
 
 use std::cell::Cell;
 use std::hint::black_box;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use half::bf16;
@@ -15,24 +16,29 @@ use rayon::prelude::*;
 use super::dot::{self, Affine, Dot, Four};
 use super::{Blocks, Codes, GROUP, OUTS, Q4Block, Q8Block, QuantizedMatrix, STEPS};
 use crate::cpu::Shared;
+use crate::linear::cpu::write_rounded;
+use crate::linear::tile::pieces;
 use crate::simd::{Instructions, Kernel, LANES, Lanes, Stored, dispatch, instructions, load, prefetch};
 
-/// `x` `[n, inner]`; returns `[n, outer]`.
-pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix) -> Vec<X> {
+/// `x` `[n, inner]`, `bias` `[outer]`; returns `[n, outer]`.
+pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix, bias: Option<&[f32]>) -> Vec<X> {
     let QuantizedMatrix { outer, inner, ref blocks } = *weight;
     if inner == 0 {
         return vec![X::round(0.0); x.len()];
     }
     let n = x.len() / inner;
-    let mut out = vec![X::round(0.0); n * outer];
+    let mut out = Vec::with_capacity(n * outer);
+    let shared = Shared::new(&mut out.spare_capacity_mut()[..n * outer]);
     let instructions = instructions();
     let x = Rounded::new(x, inner, tile_rows(instructions));
-    let product = Product { x: &x, n, inner, outer, instructions, out: Shared::new(&mut out) };
+    let product = Product { x: &x, bias, n, inner, outer, instructions, out: shared };
     match blocks {
         Blocks::Q8(blocks) => product.run(blocks),
         Blocks::Q4(blocks) => product.run(blocks),
         Blocks::OnDevice(..) => unreachable!("the callers multiply on the CPU"),
     }
+    // SAFETY: every output of every row was written.
+    unsafe { out.set_len(n * outer) };
     out
 }
 
@@ -136,11 +142,16 @@ impl<X: Stored> Kernel for Round<'_, X> {
                 for values in values.as_chunks_mut::<LANES>().0 {
                     V::load(values).mul(V::splat(inverse)).add(V::splat(ROUND)).store(values);
                 }
-                let codes = values.map(|value| value.to_bits() as i8);
-                let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+                let (mut codes, mut sum) = ([0; GROUP], 0);
+                for i in 0..GROUP {
+                    codes[i] = values[i].to_bits() as i8;
+                    sum += i32::from(codes[i]);
+                }
                 self.factors[group * rows + row] = Factors { scale, sum: scale * sum as f32, offset: -128 * sum };
-                let target = self.codes[group * STEPS * rows + row..].iter_mut().step_by(rows);
-                target.zip(codes.as_chunks().0).for_each(|(target, codes)| *target = *codes);
+                let target = &mut self.codes[group * STEPS * rows..][..STEPS * rows];
+                for (target, codes) in target.chunks_exact_mut(rows).zip(codes.as_chunks().0) {
+                    target[row] = *codes;
+                }
             }
         }
     }
@@ -148,11 +159,12 @@ impl<X: Stored> Kernel for Round<'_, X> {
 
 struct Product<'a, X> {
     x: &'a Rounded,
+    bias: Option<&'a [f32]>,
     n: usize,
     inner: usize,
     outer: usize,
     instructions: Instructions,
-    out: Shared<'a, X>,
+    out: Shared<'a, MaybeUninit<X>>,
 }
 
 impl<X: Stored> Product<'_, X> {
@@ -169,9 +181,7 @@ impl<X: Stored> Product<'_, X> {
             let (part, first) = (index / tasks, index % tasks * task);
             let rows = part * rows..self.n.min((part + 1) * rows);
             let mut scratch = SCRATCH.take();
-            if rows.len() > 1 && scratch.len() < groups {
-                scratch.resize(groups, Unpacked::ZERO);
-            }
+            scratch.resize(rows.len());
             for panel in first..panels.min(first + task) {
                 let (blocks, ahead) = (&blocks[panel * groups..(panel + 1) * groups], &blocks[panel * groups..]);
                 let scratch = &mut scratch;
@@ -182,13 +192,13 @@ impl<X: Stored> Product<'_, X> {
         });
     }
 
-    /// Rounds the outputs of a panel in row `row`.
+    /// Rounds the outputs of a panel in row `row`, and their bias if there is one.
     #[inline(always)]
     fn write(&self, row: usize, panel: usize, totals: &[f32; OUTS]) {
         let first = panel * OUTS;
         // SAFETY: every task has outputs and rows of its own.
         let out = unsafe { self.out.part(row * self.outer + first, OUTS.min(self.outer - first)) };
-        out.iter_mut().zip(totals).for_each(|(out, &total)| *out = X::round(total));
+        write_rounded(out, totals, self.bias.map(|bias| &bias[first..]));
     }
 }
 
@@ -206,9 +216,35 @@ impl Unpacked {
     const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; STEPS], scales: [0.0; OUTS], minima: [0.0; OUTS] };
 }
 
+/// Groups of a panel that all rows meet before the next: unpacked they take 18 KiB, which stay in the first-level cache.
+const STRETCH: usize = 8;
+
+/// A row's outputs of a panel, on cache lines: no vector straddles two.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Totals([f32; OUTS]);
+
+/// What several rows need of a panel.
+#[derive(Default)]
+struct Scratch {
+    /// `[STRETCH]`
+    blocks: Vec<Unpacked>,
+    /// `[rows]`
+    totals: Vec<Totals>,
+}
+
+impl Scratch {
+    fn resize(&mut self, rows: usize) {
+        if self.totals.len() < rows {
+            self.blocks.resize(STRETCH, Unpacked::ZERO);
+            self.totals.resize(rows, Totals([0.0; OUTS]));
+        }
+    }
+}
+
 thread_local! {
-    /// A thread's unpacked panel, kept between calls.
-    static SCRATCH: Cell<Vec<Unpacked>> = const { Cell::new(Vec::new()) };
+    /// A thread's, kept between calls.
+    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch { blocks: Vec::new(), totals: Vec::new() }) };
 }
 
 /// Bytes that are asked for ahead of use: about as many as memory delivers within its latency.
@@ -223,7 +259,7 @@ struct Sweep<'a, B, X> {
     ahead: &'a [B],
     panel: usize,
     rows: Range<usize>,
-    scratch: &'a mut [Unpacked],
+    scratch: &'a mut Scratch,
 }
 
 impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
@@ -232,16 +268,22 @@ impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
         if self.rows.len() == 1 {
             return self.row::<D>(self.rows.start);
         }
-        for rows in tiles(self.rows.clone(), D::ROWS) {
-            match rows.len() {
-                12 if D::ROWS >= 12 => self.tile::<D, 12>(rows.start),
-                8 if D::ROWS >= 8 => self.tile::<D, 8>(rows.start),
-                6 if D::ROWS >= 6 => self.tile::<D, 6>(rows.start),
-                4 if D::ROWS >= 4 => self.tile::<D, 4>(rows.start),
-                3 if D::ROWS >= 3 => self.tile::<D, 3>(rows.start),
-                2 => self.tile::<D, 2>(rows.start),
-                _ => self.tile::<D, 1>(rows.start),
+        self.scratch.totals[..self.rows.len()].fill(Totals([0.0; OUTS]));
+        for groups in pieces(0..self.blocks.len(), STRETCH) {
+            for rows in tiles(self.rows.clone(), D::ROWS) {
+                match rows.len() {
+                    12 if D::ROWS >= 12 => self.tile::<D, 12>(rows.start, groups.clone()),
+                    8 if D::ROWS >= 8 => self.tile::<D, 8>(rows.start, groups.clone()),
+                    6 if D::ROWS >= 6 => self.tile::<D, 6>(rows.start, groups.clone()),
+                    4 if D::ROWS >= 4 => self.tile::<D, 4>(rows.start, groups.clone()),
+                    3 if D::ROWS >= 3 => self.tile::<D, 3>(rows.start, groups.clone()),
+                    2 => self.tile::<D, 2>(rows.start, groups.clone()),
+                    _ => self.tile::<D, 1>(rows.start, groups.clone()),
+                }
             }
+        }
+        for (row, totals) in self.rows.clone().zip(&self.scratch.totals) {
+            self.product.write(row, self.panel, &totals.0);
         }
     }
 }
@@ -252,27 +294,25 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
         let (x, factors) = self.operands::<1>(row);
         let mut totals = [0.0; OUTS];
         for (group, block) in self.blocks.iter().enumerate() {
-            self.fetch(group);
+            fetch(self.ahead, group);
             block.add::<D>(&x[group], factors[group][0], &mut totals);
         }
         self.product.write(row, self.panel, &totals);
     }
 
     #[inline(always)]
-    fn tile<D: Dot, const R: usize>(&mut self, row: usize) {
+    fn tile<D: Dot, const R: usize>(&mut self, row: usize, groups: Range<usize>) {
         let (x, factors) = self.operands::<R>(row);
-        let mut totals = [[0.0; OUTS]; R];
-        for group in 0..self.blocks.len() {
-            if row == self.rows.start {
-                self.fetch(group);
-                self.blocks[group].unpack::<D>(&mut self.scratch[group]);
+        let first = row - self.rows.start;
+        let Scratch { blocks, totals } = &mut *self.scratch;
+        let totals: &mut [Totals; R] = &mut totals[first..].as_chunks_mut().0[0];
+        for (group, block) in groups.zip(blocks) {
+            if first == 0 {
+                fetch(self.ahead, group);
+                self.blocks[group].unpack::<D>(block);
             }
             // The compiler would keep totals in registers that the sums need.
-            let totals = black_box(&mut totals);
-            B::add_unpacked::<D, R>(&self.scratch[group], &x[group], &factors[group], totals);
-        }
-        for (totals, row) in totals.iter().zip(row..) {
-            self.product.write(row, self.panel, totals);
+            B::add_unpacked::<D, R>(block, &x[group], &factors[group], black_box(&mut *totals));
         }
     }
 
@@ -284,12 +324,12 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
         let codes = codes[start * STEPS..][..count * STEPS].as_chunks().0.as_chunks().0;
         (codes, factors[start..][..count].as_chunks().0)
     }
+}
 
-    #[inline(always)]
-    fn fetch(&self, group: usize) {
-        if let Some(ahead) = self.ahead.get(group + AHEAD.div_ceil(size_of::<B>())) {
-            prefetch(std::slice::from_ref(ahead));
-        }
+#[inline(always)]
+fn fetch<B>(blocks: &[B], group: usize) {
+    if let Some(ahead) = blocks.get(group + AHEAD.div_ceil(size_of::<B>())) {
+        prefetch(std::slice::from_ref(ahead));
     }
 }
 
@@ -303,7 +343,7 @@ trait Block: Sync {
         block: &Unpacked,
         x: &[[Four; R]; STEPS],
         factors: &[Factors; R],
-        totals: &mut [[f32; OUTS]; R],
+        totals: &mut [Totals; R],
     );
 }
 
@@ -313,8 +353,8 @@ impl Block for Q8Block {
         let scales = widen(&self.scales);
         for part in 0..OUTS / D::WIDTH {
             let mut sums = [D::unbiased(factors.offset)];
-            for step in 0..STEPS {
-                D::add(&mut sums, D::signed(D::load(&self.codes[step], part)), &x[step]);
+            for (codes, x) in self.codes.iter().zip(x) {
+                D::add(&mut sums, D::signed(D::load(codes, part)), x);
             }
             D::add_scaled(sums[0], factors.scale, &scales, part, totals);
         }
@@ -333,18 +373,18 @@ impl Block for Q8Block {
         block: &Unpacked,
         x: &[[Four; R]; STEPS],
         factors: &[Factors; R],
-        totals: &mut [[f32; OUTS]; R],
+        totals: &mut [Totals; R],
     ) {
         for part in 0..OUTS / D::WIDTH {
             let mut sums = [D::unbiased(0); R];
             for r in 0..R {
                 sums[r] = D::unbiased(factors[r].offset);
             }
-            for step in 0..STEPS {
-                D::add(&mut sums, D::load(&block.codes[step], part), &x[step]);
+            for (codes, x) in block.codes.iter().zip(x) {
+                D::add(&mut sums, D::load(codes, part), x);
             }
             for r in 0..R {
-                D::add_scaled(sums[r], factors[r].scale, &block.scales, part, &mut totals[r]);
+                D::add_scaled(sums[r], factors[r].scale, &block.scales, part, &mut totals[r].0);
             }
         }
     }
@@ -386,24 +426,24 @@ impl Block for Q4Block {
         block: &Unpacked,
         x: &[[Four; R]; STEPS],
         factors: &[Factors; R],
-        totals: &mut [[f32; OUTS]; R],
+        totals: &mut [Totals; R],
     ) {
         for part in 0..OUTS / D::WIDTH {
             let mut first = [D::small(); R];
-            for step in 0..STEPS / 2 {
-                D::add_small(&mut first, D::load(&block.codes[step], part), &x[step]);
+            for (codes, x) in block.codes.iter().zip(x).take(STEPS / 2) {
+                D::add_small(&mut first, D::load(codes, part), x);
             }
             let mut second = first;
             for r in 0..R {
                 second[r] = D::second(first[r]);
             }
-            for step in STEPS / 2..STEPS {
-                D::add_small(&mut second, D::load(&block.codes[step], part), &x[step]);
+            for (codes, x) in block.codes.iter().zip(x).skip(STEPS / 2) {
+                D::add_small(&mut second, D::load(codes, part), x);
             }
             for r in 0..R {
                 let Factors { scale, sum, .. } = factors[r];
                 let affine = Affine { factor: scale, sum, scales: &block.scales, minima: &block.minima };
-                D::add_affine(D::total([first[r], second[r]]), affine, part, &mut totals[r]);
+                D::add_affine(D::total([first[r], second[r]]), affine, part, &mut totals[r].0);
             }
         }
     }

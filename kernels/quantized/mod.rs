@@ -20,7 +20,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use self::storage::Storage;
-use crate::cpu::view;
+use crate::cpu::{Operand, view};
 use crate::linear::Around;
 use crate::memory::Mapped;
 use crate::simd::Stored;
@@ -262,8 +262,8 @@ pub fn linear(x: &Tensor, weight: &QuantizedMatrix) -> Result<Tensor> {
     linear_around(x, weight, None, Around::default())
 }
 
-/// As [`linear`], plus `bias` `[O]` of `x`'s dtype, with what surrounds it. On CUDA bias and residual are added within the
-/// product.
+/// As [`linear`], plus `bias` `[O]` of `x`'s dtype, with what surrounds it. The bias is added before the one rounding; on CUDA
+/// the residual too.
 ///
 /// # Errors
 ///
@@ -290,17 +290,13 @@ pub fn linear_around(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>
     if matches!(weight.blocks, Blocks::OnDevice(..)) {
         bail!("quantized linear: the weight is on an accelerator, x on {:?}", x.device().location())
     }
-    around.apply(x, |x| {
-        let y = x.contiguous()?.apply_op1_no_bwd(&Linear { weight })?;
-        match bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
-    })
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    around.apply(x, |x| x.contiguous()?.apply_op1_no_bwd(&Linear { weight, bias: bias.as_ref() }))
 }
 
 struct Linear<'a> {
     weight: &'a QuantizedMatrix,
+    bias: Option<&'a Tensor>,
 }
 
 impl CustomOp1 for Linear<'_> {
@@ -322,6 +318,8 @@ impl CustomOp1 for Linear<'_> {
 
 impl Linear<'_> {
     fn product<X: Stored>(&self, x: &[X], layout: &Layout) -> Result<Vec<X>> {
-        Ok(cpu::linear(view(x, layout)?, self.weight))
+        let bias = self.bias.map(Operand::new);
+        let bias = bias.as_ref().map(Operand::f32).transpose()?;
+        Ok(cpu::linear(view(x, layout)?, self.weight, bias.as_deref()))
     }
 }

@@ -123,6 +123,25 @@ fn products_are_the_reference() -> Result<()> {
     Ok(())
 }
 
+/// The bias is added before the one rounding.
+#[test]
+fn a_bias_is_added_to_the_product() -> Result<()> {
+    let mut random = Random::new(6);
+    for format in FORMATS {
+        let (_, matrix, _) = packed(format, [70, 100], &mut random);
+        for n in [1, 5] {
+            let x = random.tensor(&[n, 100], 1.0, DType::F32, &Device::Cpu)?;
+            let bias = random.tensor(&[70], 1.0, DType::F32, &Device::Cpu)?;
+            let with_bias = |bias: &Tensor| linear_around(&x, &matrix, Some(bias), Around::default());
+            let want = bits(&linear(&x, &matrix)?.broadcast_add(&bias)?);
+            assert_eq!(bits(&with_bias(&bias)?), want, "{format:?}, {n} rows");
+            assert!(with_bias(&bias.narrow(0, 0, 69)?).is_err());
+            assert!(with_bias(&bias.to_dtype(DType::BF16)?).is_err());
+        }
+    }
+    Ok(())
+}
+
 /// A product and a look-up on Metal, where activations are not rounded, by a part of a weight of NaN's neighbours.
 fn run_on_metal(
     format: Quantization,

@@ -9,8 +9,7 @@ use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
 pub fn rope<T: Stored>(x: &[T], layout: &Layout, cos: &[f32], sin: &[f32], half: usize) -> Result<Vec<T>> {
     let (_, heads, d) = layout.shape().dims3()?;
     let rows = RowStarts::new(layout)?;
-    let mut out = vec![T::round(0.0); layout.shape().elem_count()];
-    fill_rows(&mut out, d, |first, out| {
+    let out = fill_rows(layout.shape().elem_count(), d, |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(d)) {
             let angles = row / heads * half;
             let (cos, sin) = (&cos[angles..][..half], &sin[angles..][..half]);

@@ -8,8 +8,7 @@ use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
 /// `x` contiguous.
 pub fn softcap<T: Stored>(x: &[T], layout: &Layout, cap: f32) -> Result<Vec<T>> {
     let x = view(x, layout)?;
-    let mut out = vec![T::round(0.0); x.len()];
-    fill_rows(&mut out, LANES, |first, out| dispatch(Piece { x: &x[first * LANES..][..out.len()], cap, out }));
+    let out = fill_rows(x.len(), LANES, |first, out| dispatch(Piece { x: &x[first * LANES..][..out.len()], cap, out }));
     Ok(out)
 }
 
