@@ -186,6 +186,15 @@ fn layer_smoke() -> Result<()> {
     for (rows, d, view) in [(3, 100, View::Columns), (2, 1000, View::Rows)] {
         run_add_layer_norm(Case { dtype: DType::F32, rows, d, deviation: 1.0, view }, &Device::Cpu)?;
     }
+    // A sum does not show which of its terms is which, unless they lie otherwise.
+    let mut random = Random::new(4);
+    let mut tensor = |shape: &[usize]| random.tensor(shape, 1.0, DType::F32, &Device::Cpu);
+    let (x, residual) = (tensor(&[3, 60])?.narrow(1, 5, 40)?, tensor(&[3, 40])?);
+    let (weight, bias) = (tensor(&[40])?, tensor(&[40])?);
+    let want =
+        reference::add_layer_norm(&values(&x)?, &values(&residual)?, &values(&weight)?, &values(&bias)?, EPS as f32);
+    let got = values(&add_layer_norm(&x, &residual, &weight, &bias, EPS)?)?;
+    assert_close("add_layer_norm of rows that lie otherwise", &got, &want, op_limit(DType::F32));
     Ok(())
 }
 
