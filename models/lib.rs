@@ -251,8 +251,8 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// As [`Config::load`]; also if a weight is NaN or infinite, or the device has no kernels for packed weights. A cache that cannot be
-    /// used is no error.
+    /// As [`Config::load`]; also if a weight is NaN or infinite, or the device has no kernels for packed weights. A cache
+    /// that cannot be used is no error.
     pub fn load_quantized(
         &self,
         checkpoint: &Checkpoint,

@@ -2,16 +2,17 @@
 //!
 //! A step asks the scheduler what runs, makes the copies that prefix reuse needs, runs one forward pass over prompt
 //! chunks and decoding sequences alike, and samples where a sequence's last token has run. Everything else (streaming,
-//! conversations, many prompts at once) is a loop over [`Engine::step`].
+//! conversations, many prompts at once) is a loop over [`Engine::step`]. A GPU that replays decode steps and may choose the
+//! tokens itself is given the next one before the host has seen this one's: [`Engine::step`] then returns what an earlier
+//! call has queued.
 
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use kernels::device::Download;
 use kernels::sampling::{Draw, Draws, NOTHING, argmax, sample};
-use kernels::{Batch, NO_BLOCK, Segment};
+use kernels::{Batch, Segment};
 use models::{Cache, CacheConfig, CacheSpec, CausalLm, cache};
-use serde::{Deserialize, Serialize};
 
 use crate::device::{available_memory, default_step};
 use crate::prefix_cache::Prefix;
@@ -19,6 +20,7 @@ use crate::recorded::{Inputs, Recordings, Runner, Step};
 use crate::sampler::{self, Logprobs, Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Copy, Limits, Plan, Scheduler, Window, Work};
 use crate::sequence::{Reuse, Sequence, SequenceId};
+use crate::snapshot::{Snapshot, SnapshotLayout, index_of, pick_blocks};
 use crate::{Error, Result};
 
 /// How an engine shares its memory and its steps. The defaults suit one person at one machine.
@@ -131,7 +133,8 @@ pub struct Stats {
 /// What a sequence computed stays in the cache until its memory is needed. A new prompt shares the blocks of the
 /// longest prefix that the cache knows. A recurrent state cannot be cut back, so models with recurrent layers resume
 /// at checkpoints of it: where an earlier sequence ended, every `checkpoint_interval` tokens of a prompt, and at a
-/// request's `stable_len`. Sliding layers forget what their window has passed, and resume at the same places. On the CPU a reply is the same to the bit whether its prefix came from the cache or not.
+/// request's `stable_len`. Sliding layers forget what their window has passed, and resume at the same places. On the CPU a
+/// reply is the same to the bit whether its prefix came from the cache or not.
 pub struct Engine {
     model: Box<dyn CausalLm>,
     cache: Cache,
@@ -565,74 +568,6 @@ fn accept(sampler: &mut Sampler, token: u32) -> Result<Sampled> {
     }
     sampler.accept(token);
     Ok(Sampled { token, logprobs: None })
-}
-
-/// A part of the cache on the host.
-#[derive(Debug)]
-pub(crate) struct Snapshot {
-    pub layout: SnapshotLayout,
-    /// As [`Cache::export`] gives them.
-    pub tensors: HashMap<String, Tensor>,
-}
-
-/// Where a snapshot's tensors belong. Blocks and slots of the prefixes are indices into them.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct SnapshotLayout {
-    /// Tokens per block.
-    block_size: usize,
-    num_blocks: usize,
-    num_window_blocks: usize,
-    num_slots: usize,
-    prefixes: Vec<Prefix>,
-}
-
-impl SnapshotLayout {
-    /// Refuses what no engine would have written: a snapshot may come from a file.
-    fn check(&self, block_size: usize, vocab_size: usize) -> Result<()> {
-        let fail = |message: String| Err(Error::Request(format!("saved cache: {message}")));
-        if self.block_size != block_size {
-            return fail(format!("blocks of {} tokens, the engine has blocks of {block_size}", self.block_size));
-        }
-        for prefix in &self.prefixes {
-            let len = prefix.tokens.len();
-            let Prefix { blocks, window_blocks, .. } = prefix;
-            let held = |index: u32| index == NO_BLOCK || (index as usize) < self.num_window_blocks;
-            let consistent = blocks.len() == len.div_ceil(block_size)
-                && blocks.iter().all(|&index| (index as usize) < self.num_blocks)
-                && (window_blocks.is_empty() || window_blocks.len() == blocks.len())
-                && window_blocks.iter().all(|&index| held(index))
-                && prefix
-                    .states
-                    .iter()
-                    .all(|&(position, index)| (1..=len).contains(&position) && (index as usize) < self.num_slots);
-            if !consistent {
-                return fail(format!("a prefix of {len} tokens does not match its blocks and states"));
-            }
-            if let Some(token) = prefix.tokens.iter().find(|&&token| token as usize >= vocab_size) {
-                return fail(format!("token {token}, the model has {vocab_size} of them"));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Replaces the blocks of a prefix of `len` tokens by their indices in `picked`, where each stands with its tokens.
-fn pick_blocks(blocks: &mut [u32], len: usize, block_size: usize, picked: &mut Vec<(u32, usize)>) {
-    for (depth, block) in blocks.iter_mut().enumerate().filter(|(_, block)| **block != NO_BLOCK) {
-        let index = index_of(picked, (*block, 0), |(block, _)| *block);
-        let rows = &mut picked[index as usize].1;
-        *rows = block_size.min(len - depth * block_size).max(*rows);
-        *block = index;
-    }
-}
-
-/// Where something of this id stands in `known`; it is added if it is new.
-fn index_of<T>(known: &mut Vec<T>, new: T, id: impl Fn(&T) -> u32) -> u32 {
-    let index = known.iter().position(|it| id(it) == id(&new)).unwrap_or_else(|| {
-        known.push(new);
-        known.len() - 1
-    });
-    index as u32
 }
 
 /// How many blocks and slots an engine gets.

@@ -41,6 +41,7 @@ mod scheduler;
 mod sequence;
 mod service;
 mod session;
+mod snapshot;
 #[cfg(test)]
 mod testing;
 mod text;

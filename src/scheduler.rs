@@ -3,8 +3,9 @@
 //! Only numbers here, no tensors: [`Scheduler::plan`] says what the engine must copy and run, and the engine reports
 //! back with [`Scheduler::complete`], [`Scheduler::push`] and [`Scheduler::finish`]. A sequence that decodes runs one
 //! token; what is left of the step's budget goes to prompts in equal shares, so that a short prompt does not wait for a
-//! long one, or to some of them where shares would be too small to be worth a step. When blocks run out, cached prefixes go first, the least recently used one
-//! before others; then the youngest sequence is preempted and computed again later, with the same tokens.
+//! long one, or to some of them where shares would be too small to be worth a step. When blocks run out, cached prefixes go
+//! first, the least recently used one before others; then the youngest sequence is preempted and computed again later, with
+//! the same tokens.
 //!
 //! # Layers with a window
 //!

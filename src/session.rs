@@ -16,9 +16,9 @@ use ring::digest::{Context, SHA256};
 use safetensors::tensor::{SafeTensors, View, serialize_to_file};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Snapshot, SnapshotLayout};
 use crate::message::{Message, Tool};
 use crate::sampler::SamplingParams;
+use crate::snapshot::{Snapshot, SnapshotLayout};
 use crate::{Error, Result, atomic};
 
 /// A conversation with all its branches, as it is written to disk.

@@ -341,6 +341,20 @@ fn a_short_prompt_does_not_wait_for_a_long_one() {
 }
 
 #[test]
+fn many_prompts_run_a_few_at_a_time() {
+    let limits = Limits { num_blocks: 2000, max_tokens_per_step: 1024, max_sequences: 9, ..roomy(false) };
+    let mut run = Run::new(limits);
+    run.add(0, (0..5000).collect(), 0, 1);
+    for id in 1..9 {
+        run.add(id, (id as u32 * 1000..id as u32 * 1000 + 600).collect(), 0, 1);
+    }
+    let work = run.scheduler.plan().work;
+    let tokens = |id: u64| work.iter().find(|work| work.id.0 == id).map_or(0, |work| work.tokens.len());
+    // The oldest goes on although it is the longest; the others take turns.
+    assert_eq!((0..9).map(tokens).collect::<Vec<_>>(), [256, 256, 256, 256, 0, 0, 0, 0, 0]);
+}
+
+#[test]
 fn cancelling_frees_everything_but_the_prefix() {
     let mut run = Run::new(roomy(true));
     run.add(0, (0..50).collect(), 0, 5);
