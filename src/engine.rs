@@ -457,7 +457,9 @@ impl Engine {
             }
             _ => false,
         };
-        if !flight.ids.iter().all(goes_on) || !self.scheduler.can_go_on(&flight.ids) {
+        // The step under way may have been the one that could not be recorded.
+        let is_recorded = self.recordings.are_used(self.device());
+        if !is_recorded || !flight.ids.iter().all(goes_on) || !self.scheduler.can_go_on(&flight.ids) {
             return Ok(None);
         }
         let Some(draws) = self.draws(&flight.ids, 1) else { return Ok(None) };
