@@ -41,6 +41,7 @@ mod scheduler;
 mod sequence;
 mod service;
 mod session;
+mod sizes;
 mod snapshot;
 #[cfg(test)]
 mod testing;

@@ -1,15 +1,14 @@
 //! What only a GPU can show: the engine on CUDA beside itself. Without a GPU these tests say that they skip.
 #![cfg(all(feature = "cuda", feature = "demo"))]
 
+mod support;
+
 use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
 use models::{Checkpoint, Config};
-use serde_json::Value;
-use taper::{
-    DeviceChoice, Engine, EngineOptions, Llm, Message, ModelLimits, Options, Request, SamplingParams, SequenceId,
-};
+use taper::{DeviceChoice, Engine, EngineOptions, ModelLimits, Options, Request, SamplingParams, SequenceId};
 
 fn gpu() -> Option<Device> {
     let device = DeviceChoice::Cuda.open();
@@ -159,19 +158,9 @@ fn the_demo_knows_its_facts() {
     if gpu().is_none() {
         return;
     }
-    let facts: Vec<Value> = serde_json::from_str(include_str!("../examples/demo/chat/facts.json")).expect("JSON");
-    let text = |fact: &Value, key: &str| fact[key].as_str().expect("a string").to_string();
-    let questions: Vec<Vec<Message>> = facts.iter().map(|fact| vec![Message::user(text(fact, "question"))]).collect();
     for dtype in [DType::F32, DType::BF16] {
         let engine = EngineOptions { max_sequences: 64, ..EngineOptions::default() };
         let options = Options { device: DeviceChoice::Cuda, dtype: Some(dtype), engine, ..Options::default() };
-        let mut llm = Llm::demo(&options).expect("the demo is built in");
-        let params = SamplingParams { max_tokens: 200, ..SamplingParams::default() };
-        let mut replies = llm.reply_all(&questions, &params).expect("valid requests");
-        for piece in &mut replies {
-            piece.expect("a piece");
-        }
-        let wrong = (0..facts.len()).filter(|&i| replies.reply(i).content != text(&facts[i], "answer")).count();
-        assert_eq!(wrong, 0, "of {} facts in {dtype:?}", facts.len());
+        assert_eq!(support::wrong_facts(&options), vec![] as Vec<String>, "{dtype:?}");
     }
 }

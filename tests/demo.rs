@@ -1,7 +1,9 @@
 //! The built-in models through the public interface: every fact they were taught, a conversation, thinking, a tool.
 #![cfg(feature = "demo")]
 
-use serde_json::{Value, json};
+mod support;
+
+use serde_json::json;
 use taper::embedding::{Weights, score, top_k};
 use taper::{
     Channel, ChatStream, Embedder, EmbedderOptions, Llm, Message, Options, Quantization, SamplingParams, Tool,
@@ -34,20 +36,8 @@ fn packed_weights_know_the_facts() {
     assert!(wrong.len() <= 8, "{} wrong: {wrong:?}", wrong.len());
 }
 
-/// The questions that a model packed so does not answer word for word.
 fn wrong_facts(quantization: Option<Quantization>) -> Vec<String> {
-    let facts: Vec<Value> = serde_json::from_str(include_str!("../examples/demo/chat/facts.json")).expect("JSON");
-    assert_eq!(facts.len(), 233);
-    let text = |fact: &Value, key: &str| fact[key].as_str().expect("a string").to_string();
-    let questions: Vec<Vec<Message>> = facts.iter().map(|fact| vec![Message::user(text(fact, "question"))]).collect();
-    let options = Options { quantization, ..Options::default() };
-    let mut llm = Llm::demo(&options).expect("the demo is built in");
-    let mut replies = llm.reply_all(&questions, &greedy()).expect("valid requests");
-    for piece in &mut replies {
-        piece.expect("a piece");
-    }
-    let wrong = facts.iter().enumerate().filter(|(index, fact)| replies.reply(*index).content != text(fact, "answer"));
-    wrong.map(|(index, fact)| format!("{} {}", text(fact, "question"), replies.reply(index).content)).collect()
+    support::wrong_facts(&Options { quantization, ..Options::default() })
 }
 
 #[test]

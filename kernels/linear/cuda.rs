@@ -4,7 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::{Around, cublas};
-use crate::activation::{Activation, gated_activation};
+use crate::activation::Activation;
 use crate::cpu::{Operand, as_rows};
 use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, floats, modules};
 
@@ -50,14 +50,7 @@ pub(crate) fn many_rows(
     bias: Option<&Tensor>,
     around: Around,
 ) -> Result<Option<Tensor>> {
-    let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
-    let onto = around.onto.filter(|_| around.gate.is_none());
-    let Some(y) = cublas::linear(device, normed.as_ref().unwrap_or(x), weight, bias, onto)? else { return Ok(None) };
-    Ok(Some(match (around.gate, around.onto) {
-        (Some(activation), Some(onto)) => (onto + gated_activation(&y, activation)?)?,
-        (Some(activation), None) => gated_activation(&y, activation)?,
-        (None, _) => y,
-    }))
+    around.apply_to_sum(x, |x, onto| cublas::linear(device, x, weight, bias, onto))
 }
 
 fn few_rows(

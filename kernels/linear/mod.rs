@@ -68,10 +68,14 @@ impl Around<'_> {
     ///
     /// As the norm, the product, the activation and the sum.
     pub fn apply(&self, x: &Tensor, product: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
-        let y = match self.norm {
+        self.behind(match self.norm {
             Some(norm) => product(&norm.apply(x)?)?,
             None => product(x)?,
-        };
+        })
+    }
+
+    /// Goes step by step behind a product.
+    fn behind(&self, y: Tensor) -> Result<Tensor> {
         let y = match self.gate {
             Some(activation) => gated_activation(&y, activation)?,
             None => y,
@@ -79,6 +83,22 @@ impl Around<'_> {
         match self.onto {
             Some(residual) => add(residual, &y),
             None => Ok(y),
+        }
+    }
+
+    /// Goes around a `product` that adds the residual itself, which it is given unless a gate stands between. `None` if
+    /// there is no such product.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn apply_to_sum(
+        &self,
+        x: &Tensor,
+        product: impl FnOnce(&Tensor, Option<&Tensor>) -> Result<Option<Tensor>>,
+    ) -> Result<Option<Tensor>> {
+        let normed = self.norm.map(|norm| norm.apply(x)).transpose()?;
+        let x = normed.as_ref().unwrap_or(x);
+        match self.gate {
+            Some(_) => product(x, None)?.map(|y| self.behind(y)).transpose(),
+            None => product(x, self.onto),
         }
     }
 }
@@ -125,9 +145,17 @@ pub fn linear_around(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, around:
             let bias = bias.map(Tensor::contiguous).transpose()?;
             x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Linear { bias: bias.as_ref() })
         }
-        Some(bias) => x.contiguous()?.matmul(&weight.t()?)?.broadcast_add(bias),
-        None => x.contiguous()?.matmul(&weight.t()?),
+        bias => by_candle(x, weight, bias),
     })
+}
+
+/// The product alone through candle's ops.
+pub(crate) fn by_candle(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let y = x.contiguous()?.matmul(&weight.t()?)?;
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
+    }
 }
 
 struct Linear<'a> {

@@ -7,7 +7,7 @@ use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 use super::{GROUP, OUTS, Quantization, QuantizedMatrix};
 use crate::cpu::{Operand, as_rows};
 use crate::cuda::{self, EarlyLaunch, Floats, Kernel, floats, modules};
-use crate::linear::{Around, cuda as linear};
+use crate::linear::{Around, by_candle, cuda as linear};
 
 /// By format, in f16 and in bf16.
 static LINEAR: [[Kernel; 2]; 2] = [
@@ -53,12 +53,10 @@ pub fn quantized_linear(
 ) -> Result<Tensor> {
     let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
     let x = as_rows(normed.as_ref().unwrap_or(x))?;
-    let rest = Around { norm: None, ..around };
-    let takes_onto = around.gate.is_none();
-    match few_rows(device, &x, weight, bias, around.onto.filter(|_| takes_onto))? {
-        Some(y) if takes_onto => Ok(y),
-        Some(y) => rest.apply(&y, |y| Ok(y.clone())),
-        None => many_rows(device, &x, weight, bias, rest),
+    let around = Around { norm: None, ..around };
+    match around.apply_to_sum(&x, |x, onto| few_rows(device, x, weight, bias, onto))? {
+        Some(y) => Ok(y),
+        None => many_rows(device, &x, weight, bias, around),
     }
 }
 
@@ -75,13 +73,7 @@ fn many_rows(
     if let Some(y) = linear::many_rows(device, x, &weight, bias, around)? {
         return Ok(y);
     }
-    around.apply(x, |x| {
-        let y = x.contiguous()?.matmul(&weight.t()?)?;
-        match bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
-    })
+    around.apply(x, |x| by_candle(x, &weight, bias))
 }
 
 fn few_rows(

@@ -133,12 +133,22 @@ pub fn sample(x: &Tensor, limit: usize, draws: &Draws) -> Result<Tensor> {
     }
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = x.device()
-        && limit <= cuda::MAX_LIMIT
+        && samples_on(x.device(), limit)
     {
         return cuda::sample(device, &x.contiguous()?, limit, &draws.words);
     }
     let indices: Vec<u32> = rows(x, limit)?.iter().zip(&draws.host).map(|(row, draw)| drawn(row, draw)).collect();
     Tensor::from_vec(indices, n, x.device())
+}
+
+/// Whether [`sample`] of the first `limit` values runs on `device`, and not on the host.
+pub fn samples_on(device: &Device, limit: usize) -> bool {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return limit <= cuda::MAX_LIMIT;
+    }
+    let _ = (device, limit);
+    false
 }
 
 fn check(op: &str, x: &Tensor, limit: usize) -> Result<(usize, usize)> {

@@ -11,6 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use models::{Checkpoint, Config, Quantization};
 use serde_json::{Value, json};
 use taper::verify::verify;
+#[cfg(feature = "demo")]
+use taper::{Llm, Message, Options, SamplingParams};
 use tempfile::TempDir;
 
 /// Loads a language model, packed or not, for what loading says.
@@ -26,6 +28,23 @@ pub fn assert_agrees(folder: &Path, fixture: &Path) {
     let reference = fixture.join("reference.safetensors");
     let report = verify(&Checkpoint::Folder(folder.into()), &reference, DType::F32, &Device::Cpu);
     assert!(report.expect("a reference").passed());
+}
+
+/// The questions that the demo, loaded so, does not answer word for word.
+#[cfg(feature = "demo")]
+pub fn wrong_facts(options: &Options) -> Vec<String> {
+    let facts: Vec<Value> = serde_json::from_str(include_str!("../../examples/demo/chat/facts.json")).expect("JSON");
+    assert_eq!(facts.len(), 233);
+    let text = |fact: &Value, key: &str| fact[key].as_str().expect("a string").to_string();
+    let questions: Vec<Vec<Message>> = facts.iter().map(|fact| vec![Message::user(text(fact, "question"))]).collect();
+    let mut llm = Llm::demo(options).expect("the demo is built in");
+    let params = SamplingParams { temperature: 0.0, max_tokens: 200, ..SamplingParams::default() };
+    let mut replies = llm.reply_all(&questions, &params).expect("valid requests");
+    for piece in &mut replies {
+        piece.expect("a piece");
+    }
+    let wrong = facts.iter().enumerate().filter(|(index, fact)| replies.reply(*index).content != text(fact, "answer"));
+    wrong.map(|(index, fact)| format!("{} {}", text(fact, "question"), replies.reply(index).content)).collect()
 }
 
 /// The folder of one fixture: `f32/` (a checkpoint), `reference.safetensors`, `reference.json`.
