@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor, bail};
 
+use crate::device::numbers;
+
 /// Stands in a block table for a block that a window has left behind and that holds nothing any more.
 pub const NO_BLOCK: u32 = u32::MAX;
 
@@ -297,8 +299,7 @@ impl InplaceOp1 for Overwrite {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut candle_core::CudaStorage, _: &Layout) -> Result<()> {
-        let device = storage.device.clone();
-        device.memcpy_htod(&self.0, storage.as_cuda_slice_mut::<u32>()?)
+        crate::cuda::overwrite(&self.0, storage)
     }
 }
 
@@ -400,8 +401,7 @@ impl Arrays {
         }
         let width = self.width().max(width);
         let all = self.concatenated(width);
-        let len = all.len();
-        let all = Tensor::from_vec(all, len, device)?;
+        let all = numbers(all, device)?;
         let mut start = 0;
         let mut view = |len: usize| -> Result<Tensor> {
             start += len;

@@ -20,10 +20,10 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape,
 
 use crate::cpu::Operand;
 
-mod download;
+mod pinned;
 mod recording;
 mod upload;
-pub(crate) use download::Download;
+pub(crate) use pinned::{Download, numbers, overwrite};
 pub(crate) use recording::{Recorded, measure};
 pub(crate) use upload::upload;
 
@@ -115,6 +115,8 @@ pub(crate) use floats;
 pub(crate) struct EarlyLaunch<'a> {
     device: &'a CudaDevice,
     function: &'a CudaFunction,
+    /// Blocks of a cluster, along the first dimension of the grid.
+    cluster: usize,
     arguments: Vec<*mut c_void>,
 }
 
@@ -124,7 +126,13 @@ impl<'a> EarlyLaunch<'a> {
     }
 
     pub fn of(device: &'a CudaDevice, function: &'a CudaFunction) -> Self {
-        Self { device, function, arguments: Vec::with_capacity(24) }
+        Self { device, function, cluster: 1, arguments: Vec::with_capacity(24) }
+    }
+
+    /// Has so many blocks side by side run at once and reach each other's shared memory, from compute capability 9.0 on.
+    pub fn in_clusters(&mut self, blocks: usize) -> &mut Self {
+        self.cluster = blocks;
+        self
     }
 
     /// The kernel's next argument.
@@ -144,10 +152,20 @@ impl<'a> EarlyLaunch<'a> {
     pub unsafe fn launch(&mut self, config: LaunchConfig) -> Result<()> {
         let stream = self.device.cuda_stream();
         stream.context().bind_to_thread().w()?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let mut cluster = sys::CUlaunchAttributeValue { pad: [0; 64] };
+        cluster.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: self.cluster as u32, y: 1, z: 1 };
+        let mut attributes = [
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            ),
+            attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster),
+        ];
+        let count = match (Gpu::of(self.device)?.is_hopper, self.cluster) {
+            (false, _) => 0,
+            (true, 1) => 1,
+            (true, _) => 2,
         };
         let config = sys::CUlaunchConfig {
             gridDimX: config.grid_dim.0,
@@ -158,8 +176,8 @@ impl<'a> EarlyLaunch<'a> {
             blockDimZ: config.block_dim.2,
             sharedMemBytes: config.shared_mem_bytes,
             hStream: stream.cu_stream(),
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(Gpu::of(self.device)?.starts_early),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count,
         };
         let function = self.function.cu_function();
         // SAFETY: the caller's promise; the arguments are borrowed until here.
@@ -174,9 +192,9 @@ pub(crate) struct Gpu {
     pub multiprocessors: usize,
     /// Bytes of shared memory that a block can have, and a multiprocessor has.
     pub shared: [usize; 2],
+    /// Whether it runs the code for compute capability 9.0: warp-group products, clusters, and kernels that begin before
+    /// the one ahead of them in the stream has ended.
     pub is_hopper: bool,
-    /// Whether a kernel may begin before the one ahead of it in the stream has ended.
-    pub starts_early: bool,
 }
 
 impl Gpu {
@@ -193,7 +211,6 @@ impl Gpu {
                     get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
                 ],
                 is_hopper: generation == 9,
-                starts_early: generation >= 9,
             })
         })
     }

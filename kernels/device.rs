@@ -1,6 +1,6 @@
 //! Accelerators: how one is opened for these kernels, what memory it has left, and what goes there and back.
 
-use candle_core::{DType, Device, Result, Shape, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, WithDType, bail};
 
 /// The first CUDA GPU, with a stream of its own. Nothing else may use the device's memory from another stream: candle
 /// does not order streams by events here, which costs more than a small kernel takes. Freed memory stays with the
@@ -62,42 +62,51 @@ pub fn upload(
     }
 }
 
-/// Numbers on their way from a device to the host, which does not wait for what the device has been given since.
-pub struct Download(Way);
-
-enum Way {
-    #[cfg(feature = "cuda")]
-    Cuda(crate::cuda::Download),
-    There(Vec<u32>),
+/// A tensor `[n]` of `numbers`, which a device takes without waiting for what it was given before.
+pub(crate) fn numbers(numbers: Vec<u32>, device: &Device) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::numbers(device, &numbers),
+        _ => Tensor::new(numbers, device),
+    }
 }
 
-impl Download {
-    /// `numbers` `[n]` in u32, as they are behind what was queued so far.
+/// Values on their way from a device to the host, which does not wait for what the device has been given since.
+pub struct Download<T>(Way<T>);
+
+enum Way<T> {
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::Download),
+    There(Vec<T>),
+}
+
+impl<T: WithDType> Download<T> {
+    /// The elements of `values`, as they are behind what was queued so far.
     ///
     /// # Errors
     ///
-    /// Another dtype or rank, or the device refuses.
-    pub fn new(numbers: &Tensor) -> Result<Self> {
-        if numbers.dtype() != DType::U32 || numbers.rank() != 1 {
-            bail!("download: {:?} {:?}, expected u32 [n]", numbers.dtype(), numbers.dims())
+    /// They are of another dtype than `T`, or the device refuses.
+    pub fn new(values: &Tensor) -> Result<Self> {
+        if values.dtype() != T::DTYPE {
+            bail!("download: {:?}, expected {:?}", values.dtype(), T::DTYPE)
         }
         #[cfg(feature = "cuda")]
-        if let Device::Cuda(device) = numbers.device() {
-            return crate::cuda::Download::new(device, &numbers.contiguous()?).map(Way::Cuda).map(Self);
+        if let Device::Cuda(device) = values.device() {
+            return crate::cuda::Download::new(device, &values.contiguous()?).map(Way::Cuda).map(Self);
         }
-        numbers.to_vec1().map(Way::There).map(Self)
+        values.flatten_all()?.to_vec1().map(Way::There).map(Self)
     }
 
-    /// The numbers, when they are there.
+    /// The values, when they are there.
     ///
     /// # Errors
     ///
     /// What the device was given before has failed.
-    pub fn wait(self) -> Result<Vec<u32>> {
+    pub fn wait(self) -> Result<Vec<T>> {
         match self.0 {
             #[cfg(feature = "cuda")]
             Way::Cuda(download) => download.wait(),
-            Way::There(numbers) => Ok(numbers),
+            Way::There(values) => Ok(values),
         }
     }
 }

@@ -5,8 +5,9 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use kernels::Batch;
+use kernels::device::Download;
 use models::{Checkpoint, Config, Encoder, EncoderTraits, Heads, PackCache, Packing, Quantization};
 use rayon::prelude::*;
 use serde_json::Value;
@@ -223,10 +224,16 @@ impl Embedder {
         self.embed_texts(&texts)
     }
 
+    /// A device has the next batch while the host finishes one.
     fn embed_texts(&self, texts: &[Text]) -> Result<Vec<Embedding>> {
         let batches = self.pack(texts);
-        let done = batches.iter().map(|batch| self.run(batch, texts)).collect::<Result<Vec<_>>>()?;
-        Ok(in_order(&batches, done))
+        let (mut done, mut under_way) = (Vec::with_capacity(batches.len()), None);
+        for batch in &batches {
+            let next = self.launch(ids(batch, texts))?;
+            done.extend(under_way.replace(next).map(|before| self.land(before)).transpose()?);
+        }
+        done.extend(under_way.map(|last| self.land(last)).transpose()?);
+        Ok(in_order(&batches, done, texts))
     }
 
     /// As [`Embedder::embed_prompted`], with a batch on every thread: faster for small models on the CPU, for as many
@@ -241,8 +248,8 @@ impl Embedder {
         }
         let texts = self.tokenize(prompt, texts)?;
         let batches = self.pack(&texts);
-        let done = batches.par_iter().map(|batch| self.run(batch, &texts)).collect::<Result<Vec<_>>>()?;
-        Ok(in_order(&batches, done))
+        let done = batches.par_iter().map(|batch| self.land(self.launch(ids(batch, &texts))?));
+        Ok(in_order(&batches, done.collect::<Result<_>>()?, &texts))
     }
 
     /// Embeds any number of texts as they come, a bounded number at a time. After an error there are no more.
@@ -310,23 +317,27 @@ impl Embedder {
         batches
     }
 
-    fn run(&self, batch: &[usize], texts: &[Text]) -> Result<Vec<Embedding>> {
-        let ids: Vec<&[u32]> = batch.iter().map(|&index| texts[index].ids.as_slice()).collect();
-        let mut embeddings = self.embed_ids(&ids)?;
-        for (embedding, &index) in embeddings.iter_mut().zip(batch) {
-            embedding.truncated = texts[index].truncated;
-        }
-        Ok(embeddings)
-    }
-
     /// Embeds token sequences in one batch.
     pub(crate) fn embed_ids(&self, sequences: &[&[u32]]) -> Result<Vec<Embedding>> {
-        let tokens: usize = sequences.iter().map(|ids| ids.len()).sum();
-        let (dense, sparse, colbert) = kernels::device::step(&self.device, || {
-            let batch = Batch::uncached(sequences, &self.device)?;
+        self.land(self.launch(sequences.to_vec())?)
+    }
+
+    fn launch<'a>(&self, sequences: Vec<&'a [u32]>) -> Result<UnderWay<'a>> {
+        kernels::device::step(&self.device, || {
+            let batch = Batch::uncached(&sequences, &self.device)?;
             let encoded = self.model.encode(&batch, self.heads)?;
-            Ok::<_, Error>((host(encoded.dense)?, host(encoded.sparse)?, host(encoded.colbert)?))
-        })?;
+            let [dense, sparse, colbert] = [encoded.dense, encoded.sparse, encoded.colbert]
+                .map(|values| values.map(|values| Download::new(&values.to_dtype(DType::F32)?)).transpose());
+            Ok(UnderWay { sequences, dense: dense?, sparse: sparse?, colbert: colbert? })
+        })
+    }
+
+    fn land(&self, batch: UnderWay) -> Result<Vec<Embedding>> {
+        let sequences = batch.sequences;
+        let [dense, sparse, colbert] =
+            [batch.dense, batch.sparse, batch.colbert].map(|values| values.map_or(Ok(vec![]), Download::wait));
+        let (dense, sparse, colbert) = (dense?, sparse?, colbert?);
+        let tokens: usize = sequences.iter().map(|ids| ids.len()).sum();
         let colbert_size = colbert.len() / tokens.max(1);
         let mut end = 0;
         let places: Vec<Range<usize>> = sequences
@@ -373,19 +384,23 @@ struct Text {
     truncated: usize,
 }
 
-/// The results of `batches`, each of which holds indices of texts, in the order of the texts.
-fn in_order(batches: &[Vec<usize>], done: Vec<Vec<Embedding>>) -> Vec<Embedding> {
-    let mut ordered: Vec<_> = batches.iter().flatten().copied().zip(done.into_iter().flatten()).collect();
-    ordered.sort_by_key(|(index, _)| *index);
-    ordered.into_iter().map(|(_, embedding)| embedding).collect()
+/// A batch that the device was given, and what comes back.
+struct UnderWay<'a> {
+    sequences: Vec<&'a [u32]>,
+    dense: Option<Download<f32>>,
+    sparse: Option<Download<f32>>,
+    colbert: Option<Download<f32>>,
 }
 
-/// The values on the host, in f32; none of no tensor.
-fn host(tensor: Option<Tensor>) -> Result<Vec<f32>> {
-    match tensor {
-        Some(tensor) => Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
-        None => Ok(vec![]),
-    }
+fn ids<'a>(batch: &[usize], texts: &'a [Text]) -> Vec<&'a [u32]> {
+    batch.iter().map(|&index| texts[index].ids.as_slice()).collect()
+}
+
+/// The results of `batches`, each of which holds indices of `texts`, in the order of the texts.
+fn in_order(batches: &[Vec<usize>], done: Vec<Vec<Embedding>>, texts: &[Text]) -> Vec<Embedding> {
+    let mut ordered: Vec<_> = batches.iter().flatten().copied().zip(done.into_iter().flatten()).collect();
+    ordered.sort_by_key(|(index, _)| *index);
+    ordered.into_iter().map(|(index, embedding)| Embedding { truncated: texts[index].truncated, ..embedding }).collect()
 }
 
 /// The largest weight of each id that has a positive one and is not special, ascending by id.

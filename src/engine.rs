@@ -527,7 +527,7 @@ struct Flight {
     ids: Vec<SequenceId>,
     /// `[ids]`, on the device.
     chosen: Tensor,
-    tokens: Download,
+    tokens: Download<u32>,
 }
 
 /// The segments of a plan, and the block tables of layers with a window if there are any.

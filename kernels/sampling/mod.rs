@@ -12,6 +12,7 @@ use std::cmp::Ordering;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::batch::Overwrite;
+use crate::device::numbers;
 
 /// Stands for a row that leaves nothing to choose from.
 pub const NOTHING: u32 = u32::MAX;
@@ -82,9 +83,7 @@ impl Draws {
     ///
     /// A `top_k` is not from 1 to [`MAX_K`], or the device has no memory left.
     pub fn new(draws: &[Draw], device: &Device) -> Result<Self> {
-        let words = Self::words_of(draws)?;
-        let len = words.len();
-        Ok(Self { words: Tensor::from_vec(words, len, device)?, host: draws.to_vec() })
+        Ok(Self { words: numbers(Self::words_of(draws)?, device)?, host: draws.to_vec() })
     }
 
     /// Puts as many others in their place, at the same address.
