@@ -7,8 +7,12 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
+use kernels::testing::Random;
 use models::{Checkpoint, Config};
-use taper::{DeviceChoice, Engine, EngineOptions, ModelLimits, Options, Request, SamplingParams, SequenceId};
+use taper::{
+    DeviceChoice, Embedder, EmbedderOptions, Embedding, Engine, EngineOptions, ModelLimits, Options, Request,
+    SamplingParams, SequenceId,
+};
 
 fn gpu() -> Option<Device> {
     let device = DeviceChoice::Cuda.open();
@@ -132,24 +136,71 @@ fn steps_that_do_not_wait_are_those_that_do() {
     }
 }
 
+/// How far apart the log-probabilities of two replies are, on average, and over how many tokens: until the tokens differ,
+/// after a near tie, and what follows is another text.
+fn apart(a: &Reply, b: &Reply) -> (f64, usize) {
+    let common = a.iter().zip(b).take_while(|((token, _), (other, _))| token == other);
+    let differences =
+        common.map(|((_, bits), (_, others))| f64::from((f32::from_bits(bits[0]) - f32::from_bits(others[0])).abs()));
+    let (sum, count) = differences.fold((0.0, 0), |(sum, count), difference| (sum + difference, count + 1));
+    (sum / f64::max(count as f64, 1.0), count)
+}
+
 #[test]
 fn replies_in_company_are_the_lone_ones_within_the_rounding() {
     let Some(device) = gpu() else { return };
+    let mut random = Random::new(7);
+    let requests: Vec<Request> = (0..64)
+        .map(|_| {
+            let prompt = (0..1 + random.below(150)).map(|_| 3 + random.below(200) as u32).collect();
+            let max_tokens = 4 + random.below(12);
+            let params =
+                SamplingParams { max_tokens, logprobs: Some(1), ignore_eos: true, ..SamplingParams::default() };
+            Request { prompt, stable_len: 0, params }
+        })
+        .collect();
     for fixture in FIXTURES {
-        let requests = requests(8);
-        let options = EngineOptions::default();
-        let together = replies(fixture, DType::F32, &device, &options, &requests);
-        for (request, together) in requests.iter().zip(together) {
-            let alone = replies(fixture, DType::F32, &device, &options, std::slice::from_ref(request)).remove(0);
-            for ((token, bits), (lone_token, lone_bits)) in together.iter().zip(&alone) {
-                if token != lone_token {
-                    break; // a near tie; what follows is another text
-                }
-                let difference = (f32::from_bits(bits[0]) - f32::from_bits(lone_bits[0])).abs();
-                assert!(difference < 1e-3, "{fixture}: log-probabilities {difference} apart");
-            }
-            assert_eq!(together[0].0, alone[0].0, "{fixture}");
-        }
+        let options = EngineOptions { max_sequences: 64, ..EngineOptions::default() };
+        let of = |dtype, requests: &[Request]| replies(fixture, dtype, &device, &options, requests);
+        let lone = |dtype| requests.iter().flat_map(|request| of(dtype, std::slice::from_ref(request))).collect();
+        let (exact, rounded): (Vec<Reply>, Vec<Reply>) = (lone(DType::F32), lone(DType::BF16));
+        let mean = |a: &[Reply], b: &[Reply]| {
+            let (sum, count) = a
+                .iter()
+                .zip(b)
+                .map(|(a, b)| apart(a, b))
+                .fold((0.0, 0), |(sum, count), (mean, len)| (sum + mean * len as f64, count + len));
+            assert!(count > 256, "{fixture}: {count} tokens in common");
+            sum / count as f64
+        };
+        let difference = mean(&of(DType::F32, &requests), &exact);
+        assert!(difference < 1e-4, "{fixture}: log-probabilities {difference} apart");
+        // Company may cost no more than the dtype does.
+        let (difference, rounding) = (mean(&of(DType::BF16, &requests), &rounded), mean(&rounded, &exact));
+        assert!(difference < rounding, "{fixture}: log-probabilities {difference} apart in bf16, {rounding} from f32");
+    }
+}
+
+/// The host finishes one batch of texts while the GPU has the next.
+#[test]
+fn texts_of_many_batches_are_those_of_one() {
+    let Some(_) = gpu() else { return };
+    let texts: Vec<String> = (0..200).map(|i| format!("Text {i} {}", "of several words ".repeat(i * 7 % 23))).collect();
+    let embed = |batch_tokens| {
+        let options = EmbedderOptions {
+            device: DeviceChoice::Cuda,
+            dtype: Some(DType::F32),
+            batch_tokens: Some(batch_tokens),
+            ..EmbedderOptions::default()
+        };
+        let embedder = Embedder::demo(&options).expect("the demo");
+        embedder.embed(&texts).expect("embeddings")
+    };
+    for (a, b) in embed(128).iter().zip(&embed(100_000)) {
+        assert_eq!((a.tokens, a.sparse.len()), (b.tokens, b.sparse.len()));
+        let all = |embedding: &Embedding| [&embedding.dense[..], &embedding.colbert.values].concat();
+        let far = all(a).iter().zip(&all(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-5, "{far} apart");
     }
 }
 

@@ -102,6 +102,7 @@ static FLASH_WGMMA: Sizes = sizes!(FLASH_WGMMA, "flash_wgmma");
 static FLASH_MMA: Sizes = sizes!(FLASH_MMA, "flash_mma");
 static PAGED_DECODE: Sizes = sizes!(PAGED_DECODE, "paged_decode");
 static PAGED_DECODE_ENTERING: Sizes = sizes!(PAGED_DECODE, "paged_decode", "_entering");
+static PAGED_DECODE_CLUSTER: Sizes = sizes!(PAGED_DECODE, "paged_decode", "_entering_cluster");
 static ANY_D128: Floats = floats!(ATTENTION_ANY, "attention_any_d128");
 static ANY_D512: Floats = floats!(ATTENTION_ANY, "attention_any_d512");
 static MERGE_SCALAR: Floats = floats!(ATTENTION_ANY, "attention_merge_scalar");
@@ -134,8 +135,8 @@ fn planes(address: u64, [blocks, block_size, hk, d]: [usize; 4], dtype: DType) -
     [address, address + plane].map(|address| Keys { address, strides: [(hk * d) as u32, d as u32] })
 }
 
-/// The way of a step's heads to attention, as `Entering` in `paged_decode.cu`: what a projection gives of keys and values,
-/// or no addresses; angles; weights and epsilons of the norms of query, key and value.
+/// The way of a step's heads to attention, as `Entering` in `paged_decode.cu`: what a projection gives of keys and
+/// values, or no addresses; angles; weights and epsilons of the norms of query, key and value.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Entering {
@@ -462,6 +463,11 @@ impl Call<'_> {
     }
 
     fn decode(&self, size: usize, entering: Option<&Entering>) -> Result<()> {
+        if let Some(entering) = entering
+            && self.decode_in_clusters(size, entering)?
+        {
+            return Ok(());
+        }
         let (warps, shared) = decode_block(self.gpu, size, self.dtype);
         let (kernels, shared) = match entering {
             Some(_) => (&PAGED_DECODE_ENTERING, shared + entered_bytes(size)),
@@ -482,6 +488,37 @@ impl Call<'_> {
             // SAFETY: as for `launch`; who enters heads has compared the shapes behind its addresses too.
             unsafe { launch.launch(config) }
         })
+    }
+
+    /// A context in parts by the blocks of a cluster, which fit beside those of other kernels: of few sequences, unless
+    /// their contexts may be long. Whether it was so.
+    fn decode_in_clusters(&self, size: usize, entering: &Entering) -> Result<bool> {
+        const MOST_BLOCKS: usize = 8;
+        const LONGEST_PART: usize = 512;
+        let (warps, stages) = match SIZES[size] {
+            512 => (2, 2),
+            256 => (4, 2),
+            _ => (4, 3),
+        };
+        let shared = decode_pipelines(size, warps, stages, self.dtype) + entered_bytes(size);
+        let heads = self.step.hk as usize * self.group().div_ceil(DECODE_ROWS);
+        let blocks = heads * self.step.num_sequences as usize;
+        let slots = self.gpu.multiprocessors * (self.gpu.shared[1] / (shared + 1024));
+        let longest = (self.step.max_blocks * self.step.block_size).min(self.step.window) as usize;
+        let most = MOST_BLOCKS.min(slots / blocks).min(longest / KEYS_OF_SPLIT).max(1);
+        let parts = 1 << most.ilog2();
+        if !self.gpu.is_hopper || parts == 1 || longest > parts * LONGEST_PART {
+            return Ok(false);
+        }
+        let step = Step { splits: parts as u32, ..self.step };
+        // A build for other GPUs has no such kernel.
+        let Ok(kernel) = self.of(&PAGED_DECODE_CLUSTER, size).on_sharing(self.device, shared) else { return Ok(false) };
+        let config = config([parts, heads, step.num_sequences as usize], warps * 32, shared)?;
+        let mut launch = EarlyLaunch::of(self.device, kernel);
+        launch.in_clusters(parts).arg(&step).arg(entering);
+        // SAFETY: as for `launch`; who enters heads has compared the shapes behind its addresses too.
+        unsafe { launch.launch(config) }?;
+        Ok(true)
     }
 
     fn any(&self) -> Result<()> {
@@ -581,11 +618,13 @@ fn config(grid: [usize; 3], threads: usize, shared: usize) -> Result<LaunchConfi
 
 /// Warps of a block of `paged_decode`, and bytes of their pipelines: 192 KiB, or half as much for smaller GPUs.
 fn decode_block(gpu: &Gpu, size: usize, dtype: DType) -> (usize, usize) {
-    const STAGES: usize = 3;
-    const KEYS: usize = 16;
-    let pipeline = STAGES * 2 * KEYS * SIZES[size] * dtype.size_in_bytes();
     let warps = if gpu.shared[0] >= 192 << 10 { 1024 } else { 512 } / SIZES[size];
-    (warps, warps * pipeline)
+    (warps, decode_pipelines(size, warps, 3, dtype))
+}
+
+fn decode_pipelines(size: usize, warps: usize, stages: usize, dtype: DType) -> usize {
+    const KEYS: usize = 16;
+    warps * stages * 2 * KEYS * SIZES[size] * dtype.size_in_bytes()
 }
 
 /// Rows that a block of `paged_decode` takes.

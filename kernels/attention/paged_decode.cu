@@ -5,11 +5,18 @@
 // rows of a matrix and the heads of a group its 8 columns:
 //   scores [16 keys, 8 rows] = K Q^T        sums [D columns, 8 rows] += V^T weights
 // Queries may come as a projection gives them, with the token's key and value, which are not in their pages yet.
+//
+// The time of a short context is that of one thing after the other. So keys and values of earlier tokens are fetched
+// before the kernel ahead has ended; and blocks that share a context form a cluster and merge what they have in each
+// other's shared memory, where a merge of many splits has a kernel of its own.
 #include "attention/attention.cuh"
 #include "heads/heads.cuh"
 #include "mma.cuh"
 
-constexpr int ROWS = 8, KEYS = 16, STAGES = 3;
+constexpr int ROWS = 8, KEYS = 16;
+// Of a warp's pipeline; and the warps of a block of a cluster, few, so that it fits beside other kernels' blocks.
+template <int D, bool IN_CLUSTER> constexpr int STAGES_OF = IN_CLUSTER && D > 128 ? 2 : 3;
+template <int D> constexpr int CLUSTER_WARPS = D > 256 ? 2 : 4;
 // Rows of the sums of a warp are as far apart as this many more values than they are long, to lie in different banks.
 constexpr int PADDING = 4;
 
@@ -22,10 +29,36 @@ struct Entering {
   uint32_t half;
 };
 
+// A slot of a key that is not there, whose place is filled with zeros, and of one that another warp brings.
+constexpr int NO_KEY = -1, ENTERS = -2;
+
+// Waits until all threads of the cluster have come, and what they have written to shared memory can be seen.
+__device__ inline void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What the block of that rank has where this one has `own`.
+template <typename V> __device__ inline const V &in_block(const V &own, uint32_t rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(&own), "r"(rank));
+  return *reinterpret_cast<const V *>(address);
+}
+
+constexpr uint32_t MOST_BLOCKS = 8; // of a cluster
+
+// The mean of values by their weights, `total` in all.
+template <typename T, int N>
+__device__ void store(const Step &step, size_t at, const Pack<float, N> &sum, float total, T) {
+  Pack<T, N> y;
+#pragma unroll
+  for (int j = 0; j < N; j++)
+    y.values[j] = narrow<T>(total == 0 ? 0 : sum.values[j] / total);
+  *reinterpret_cast<Pack<T, N> *>(static_cast<T *>(step.y) + at) = y;
+}
+
 // blockIdx.x is the split, .y the key head and which rows of it, .z the sequence. Shared memory holds a pipeline for
-// each warp.
-template <typename T, int D> __device__ void decode(const Step &step, const Entering *entering) {
-  constexpr int CHUNKS = D / 8, TILE = KEYS * D * sizeof(T);
+// each warp. The splits are blocks of a cluster, or there is one, or their sums go to memory.
+template <typename T, int D, bool IN_CLUSTER> __device__ void decode(const Step &step, const Entering *entering) {
+  constexpr int CHUNKS = D / 8, TILE = KEYS * D * sizeof(T), STAGES = STAGES_OF<D, IN_CLUSTER>;
   extern __shared__ __align__(1024) uint8_t shared[];
   let_next_start();
   const Sequence sequence(step, blockIdx.z);
@@ -46,47 +79,15 @@ template <typename T, int D> __device__ void decode(const Step &step, const Ente
   const T *keys = static_cast<const T *>(step.k) + head * step.k_head;
   const T *values = static_cast<const T *>(step.v) + head * step.v_head;
   const uint32_t pipeline = shared_address(shared) + warp * STAGES * 2 * TILE;
+  // Keys of earlier tokens were there before the step. The new one may be on its way through this kernel.
+  const bool fetches_early = entering && entering->k;
   // The lane's key of a tile: half of the lanes do for all 16.
-  const auto place_of = [&](int tile) {
+  const auto place_of = [&](int tile, bool is_early) {
     const int position = tile * KEYS + int(lane % KEYS);
-    const bool is_seen = tile < end && position >= first_seen && position < sequence.context;
-    return is_seen ? int(sequence.slot(step, position)) : -1;
+    if (tile >= end || position < first_seen || position >= sequence.context)
+      return NO_KEY;
+    return is_early && position == sequence.past ? ENTERS : int(sequence.slot(step, position));
   };
-  const int first = begin + int(warp), stride = warps;
-  int place = place_of(first);
-  wait_for_inputs();
-  if (begin >= end && step.splits > 1) {
-    if (threadIdx.x < rows) {
-      float *empty = statistics + ((first_place + threadIdx.x) * step.splits + blockIdx.x) * 2;
-      empty[0] = -INFINITY;
-      empty[1] = 0;
-    }
-    return;
-  }
-
-  T *const entered = reinterpret_cast<T *>(shared + warps * STAGES * 2 * TILE); // [ROWS, D]
-  if (entering) {
-    // The block that has the last tile brings the new key and value to their pages, and then reads them there.
-    constexpr int N = D / 32;
-    const Turning<N> turning(entering->cos, entering->sin, sequence.start, entering->half);
-    const bool writes = entering->k && end == first_tile + tiles;
-    const size_t page = sequence.slot(step, sequence.past), column = lane * N;
-    for (uint32_t i = warp; i < rows + (writes ? 2 : 0); i += warps) {
-      const bool is_query = i < rows, is_key = i == rows;
-      const T *from = static_cast<const T *>(is_query ? step.q : is_key ? entering->k : entering->v);
-      from += is_query ? sequence.start * size_t(step.q_token) + (head * group + first_row + i) * step.q_head
-              : is_key ? sequence.start * size_t(entering->k_token) + head * entering->k_head
-                       : sequence.start * size_t(entering->v_token) + head * entering->v_head;
-      const HeadNorm norm = is_query ? entering->q_norm : is_key ? entering->k_norm : entering->v_norm;
-      T *to = is_query ? entered + i * D
-              : is_key ? const_cast<T *>(keys) + page * step.k_token
-                       : const_cast<T *>(values) + page * step.v_token;
-      const auto from_lane = *reinterpret_cast<const Pack<T, N> *>(from + column);
-      *reinterpret_cast<Pack<T, N> *>(to + column) = enter_head<T, N>(from_lane, norm, turning, !is_query && !is_key);
-    }
-    __syncthreads();
-  }
-
   const auto copy = [&](int stage, int place) {
     constexpr int ROWS_OF_COPY = CHUNKS < 32 ? 32 / CHUNKS : 1;
     const uint32_t to = pipeline + stage * 2 * TILE;
@@ -96,13 +97,86 @@ template <typename T, int D> __device__ void decode(const Step &step, const Ente
       const int row = i + lane / CHUNKS % ROWS_OF_COPY;
       const int slot = __shfl_sync(0xffffffff, place, row);
       const size_t k_row = size_t(max(slot, 0)) * step.k_token, v_row = size_t(max(slot, 0)) * step.v_token;
+      if (slot != ENTERS)
 #pragma unroll
-      for (int chunk = lane % CHUNKS; chunk < CHUNKS; chunk += 32) {
-        copy_async(to + swizzled<D>(row, chunk), keys + k_row + chunk * 8, slot >= 0);
-        copy_async(to + TILE + swizzled<D>(row, chunk), values + v_row + chunk * 8, slot >= 0);
-      }
+        for (int chunk = lane % CHUNKS; chunk < CHUNKS; chunk += 32) {
+          copy_async(to + swizzled<D>(row, chunk), keys + k_row + chunk * 8, slot >= 0);
+          copy_async(to + TILE + swizzled<D>(row, chunk), values + v_row + chunk * 8, slot >= 0);
+        }
     }
   };
+  const int first = begin + int(warp), stride = warps;
+  // Tiles are copied STAGES - 1 turns before they are used.
+  const auto fetch_first = [&] {
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; i++) {
+      if (const int tile = first + i * stride; tile < end)
+        copy(i, place_of(tile, fetches_early));
+      commit_copies();
+    }
+  };
+  if (fetches_early)
+    fetch_first();
+  int place = place_of(first + (STAGES - 1) * stride, false);
+  const size_t new_page = sequence.slot(step, sequence.past);
+  wait_for_inputs();
+  if (!IN_CLUSTER && begin >= end && step.splits > 1) {
+    if (threadIdx.x < rows) {
+      float *empty = statistics + ((first_place + threadIdx.x) * step.splits + blockIdx.x) * 2;
+      empty[0] = -INFINITY;
+      empty[1] = 0;
+    }
+    return;
+  }
+  if (!fetches_early)
+    fetch_first();
+
+  T *const entered = reinterpret_cast<T *>(shared + warps * STAGES * 2 * TILE); // [ROWS, D]
+  if (entering) {
+    // The block that has the last tile brings the new key and value to their pages, and to the tile if that was fetched
+    // without them.
+    constexpr int N = D / 32, PIECE = N < 8 ? N : 8, AT_ONCE = 2;
+    const Turning<N> turning(entering->cos, entering->sin, sequence.start, entering->half);
+    const bool writes = entering->k && end == first_tile + tiles;
+    const uint32_t count = rows + (writes ? 2 : 0), column = lane * N;
+    const uint32_t last_tile = end - 1 - begin, last_row = sequence.past % KEYS;
+    uint8_t *const tile = last_tile / warps < STAGES - 1
+                              ? shared + (last_tile % warps * STAGES + last_tile / warps) * 2 * TILE
+                              : nullptr;
+    for (uint32_t base = warp; base < count; base += AT_ONCE * warps) {
+      Pack<T, N> heads[AT_ONCE];
+#pragma unroll
+      for (int n = 0; n < AT_ONCE; n++)
+        if (const uint32_t i = base + n * warps; i < count) {
+          const T *from = i < rows ? static_cast<const T *>(step.q) + sequence.start * size_t(step.q_token) +
+                                         (head * group + first_row + i) * step.q_head
+                          : i == rows ? static_cast<const T *>(entering->k) +
+                                            sequence.start * size_t(entering->k_token) + head * entering->k_head
+                                      : static_cast<const T *>(entering->v) +
+                                            sequence.start * size_t(entering->v_token) + head * entering->v_head;
+          heads[n] = *reinterpret_cast<const Pack<T, N> *>(from + column);
+        }
+#pragma unroll
+      for (int n = 0; n < AT_ONCE; n++)
+        if (const uint32_t i = base + n * warps; i < count) {
+          const bool is_query = i < rows, is_key = i == rows;
+          const HeadNorm norm = is_query ? entering->q_norm : is_key ? entering->k_norm : entering->v_norm;
+          const auto from_lane = enter_head<T, N>(heads[n], norm, turning, !is_query && !is_key);
+          T *const to = is_query ? entered + i * D
+                        : is_key ? const_cast<T *>(keys) + new_page * step.k_token
+                                 : const_cast<T *>(values) + new_page * step.v_token;
+          *reinterpret_cast<Pack<T, N> *>(to + column) = from_lane;
+          if (!is_query && tile)
+#pragma unroll
+            for (int at = 0; at < N; at += PIECE) {
+              const uint32_t into = swizzled<D>(last_row, (column + at) / 8) + (column + at) % 8 * sizeof(T);
+              *reinterpret_cast<Pack<T, PIECE> *>(tile + (is_key ? 0 : TILE) + into) =
+                  reinterpret_cast<const Pack<T, PIECE> *>(&from_lane)[at / PIECE];
+            }
+        }
+    }
+    __syncthreads();
+  }
 
   // Row lane / 4 of the queries, as the second operand of a product; rows beyond the group are zero.
   uint32_t queries[D / 16][2];
@@ -120,15 +194,12 @@ template <typename T, int D> __device__ void decode(const Step &step, const Ente
 
   // Of rows lane % 4 * 2 and the next; weights are those of the lane's keys until the end.
   float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {}, sums[D / 16][4] = {};
-  // Tiles are copied STAGES - 1 turns before they are used.
-  for (int i = 0, ahead = first; ahead < end + (STAGES - 1) * stride; i++, ahead += stride) {
+  for (int tile = first, i = STAGES - 1; tile < end; tile += stride, i++) {
+    const int ahead = tile + (STAGES - 1) * stride, stage = (i + 1) % STAGES;
     if (ahead < end)
       copy(i % STAGES, place);
     commit_copies();
-    place = place_of(ahead + stride);
-    const int tile = ahead - (STAGES - 1) * stride, stage = (i + 1) % STAGES;
-    if (tile < first)
-      continue;
+    place = place_of(ahead + stride, false);
     wait_for_copies<STAGES - 1>();
     __syncwarp();
     const uint32_t k = pipeline + stage * 2 * TILE, v = k + TILE;
@@ -199,6 +270,8 @@ template <typename T, int D> __device__ void decode(const Step &step, const Ente
   }
   __syncthreads();
   constexpr int VALUES = 4;
+  float *const block_sums = all_statistics + warps * ROWS * 2; // [ROWS, D]
+  float *const block_statistics = block_sums + ROWS * D;       // [ROWS, 2]
   for (uint32_t i = threadIdx.x; i < rows * D / VALUES; i += blockDim.x) {
     const uint32_t row = i / (D / VALUES), column = i % (D / VALUES) * VALUES;
     float largest = -INFINITY, total = 0;
@@ -216,12 +289,14 @@ template <typename T, int D> __device__ void decode(const Step &step, const Ente
         sum.values[j] += factor * part.values[j];
     }
     const size_t place = first_place + row, part = place * step.splits + blockIdx.x;
-    if (step.splits == 1) {
-      Pack<T, VALUES> y;
-#pragma unroll
-      for (int j = 0; j < VALUES; j++)
-        y.values[j] = narrow<T>(total == 0 ? 0 : sum.values[j] / total);
-      *reinterpret_cast<Pack<T, VALUES> *>(static_cast<T *>(step.y) + place * D + column) = y;
+    if (IN_CLUSTER) {
+      *reinterpret_cast<Pack<float, VALUES> *>(block_sums + row * D + column) = sum;
+      if (column == 0) {
+        block_statistics[row * 2] = largest;
+        block_statistics[row * 2 + 1] = total;
+      }
+    } else if (step.splits == 1) {
+      store(step, place * D + column, sum, total, T());
     } else {
       *reinterpret_cast<Pack<float, VALUES> *>(step.partial + part * D + column) = sum;
       if (column == 0) {
@@ -230,16 +305,54 @@ template <typename T, int D> __device__ void decode(const Step &step, const Ente
       }
     }
   }
+  if (!IN_CLUSTER)
+    return;
+  synchronize_cluster();
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < rows * D / VALUES; i += step.splits * blockDim.x) {
+    const uint32_t row = i / (D / VALUES), column = i % (D / VALUES) * VALUES;
+    float maxima[MOST_BLOCKS], weights[MOST_BLOCKS], largest = -INFINITY, total = 0;
+    Pack<float, VALUES> parts[MOST_BLOCKS], sum = {};
+#pragma unroll
+    for (uint32_t b = 0; b < MOST_BLOCKS; b++)
+      if (b < step.splits) {
+        maxima[b] = in_block(block_statistics[row * 2], b);
+        weights[b] = in_block(block_statistics[row * 2 + 1], b);
+        parts[b] = in_block(*reinterpret_cast<const Pack<float, VALUES> *>(block_sums + row * D + column), b);
+        largest = fmaxf(largest, maxima[b]);
+      }
+#pragma unroll
+    for (uint32_t b = 0; b < MOST_BLOCKS; b++)
+      if (b < step.splits) {
+        const float factor = rescale(maxima[b], largest);
+        total += factor * weights[b];
+#pragma unroll
+        for (int j = 0; j < VALUES; j++)
+          sum.values[j] += factor * parts[b].values[j];
+      }
+    store(step, (first_place + row) * D + column, sum, total, T());
+  }
+  synchronize_cluster(); // others have read this block's sums
 }
 
+// Images for other GPUs have no clusters.
+#if __CUDA_ARCH__ >= 900
+#define PAGED_DECODE_CLUSTER(D, T, name)                                                                               \
+  extern "C" __global__ void __launch_bounds__(CLUSTER_WARPS<D> * 32)                                                  \
+      name(const __grid_constant__ Step step, const __grid_constant__ Entering entering) {                             \
+    decode<T, D, true>(step, &entering);                                                                               \
+  }
+#else
+#define PAGED_DECODE_CLUSTER(D, T, name)
+#endif
 #define PAGED_DECODE(D, T, name)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(1024 / D * 32) name(const __grid_constant__ Step step) {      \
-    decode<T, D>(step, nullptr);                                                                                       \
+  extern "C" __global__ void __launch_bounds__(1024 / D * 32) name(const __grid_constant__ Step step) {                \
+    decode<T, D, false>(step, nullptr);                                                                                \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(1024 / D * 32)                                                          \
       name##_entering(const __grid_constant__ Step step, const __grid_constant__ Entering entering) {                  \
-    decode<T, D>(step, &entering);                                                                                     \
-  }
+    decode<T, D, false>(step, &entering);                                                                              \
+  }                                                                                                                    \
+  PAGED_DECODE_CLUSTER(D, T, name##_entering_cluster)
 #define PAGED_DECODE_OF(D)                                                                                             \
   PAGED_DECODE(D, __half, paged_decode_d##D##_f16)                                                                     \
   PAGED_DECODE(D, __nv_bfloat16, paged_decode_d##D##_bf16)

@@ -184,9 +184,10 @@ fn attending_is_its_parts() -> Result<()> {
                 (2, 2, 128, 3, None),
                 (2, 1, 40, 20, None),
             ] {
-                for writes in [true, false] {
+                // Short contexts, whose keys are fetched at once, and one with many turns.
+                let lengths: [&[usize]; 2] = [&[0, 5, 37, 700], &[2900]];
+                for (pasts, writes) in lengths.into_iter().flat_map(|pasts| [(pasts, true), (pasts, false)]) {
                     let mut random = Random::new((hq * d + half) as u64);
-                    let pasts = [0usize, 5, 37, 700];
                     let tables: Vec<Vec<u32>> = {
                         let blocks = random.permutation(pasts.iter().map(|past| past / BLOCK_SIZE + 1).sum());
                         let mut rest = blocks.as_slice();

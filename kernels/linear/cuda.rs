@@ -19,14 +19,21 @@ static TILES: [[Kernel; 2]; 2] = [
 /// Of a block, as in the kernels, and bytes of weights that each has under way.
 const WARPS: usize = 8;
 const RING_BYTES: usize = 6 << 10;
-/// Of x in shared memory.
-const MAX_ROW_BYTES: usize = 48 << 10;
 /// Outputs of a block on the matrix units, and rows.
 const TILE: usize = 16;
 const MAX_ROWS: usize = 8;
 /// What a block has beside its dynamic shared memory, of one row and on the matrix units: its static one, and what the GPU
 /// takes.
 const OTHER_SHARED: [usize; 2] = [2 << 10, 10 << 10];
+
+/// As the kernels number it.
+pub(crate) fn activation(gate: Option<Activation>) -> u32 {
+    match gate {
+        None => 0,
+        Some(Activation::Silu) => 1,
+        Some(Activation::GeluTanh) => 2,
+    }
+}
 
 /// The product with what surrounds it; `None` where no kernel takes it.
 pub fn linear(
@@ -71,8 +78,7 @@ fn few_rows(
             DType::F16 | DType::BF16 => inner.is_multiple_of(if on_tiles { 32 } else { 8 }),
             DType::F32 => !on_tiles && inner.is_multiple_of(4),
             _ => false,
-        }
-        && inner * dtype.size_in_bytes() <= MAX_ROW_BYTES;
+        };
     if !takes || inner == 0 || weight_rows == 0 {
         return Ok(None);
     }
@@ -111,25 +117,26 @@ fn few_rows(
         let shared = WARPS * RING_BYTES + inner * dtype.size_in_bytes();
         (ROW[usize::from(is_gated)].of(dtype)?, WARPS, shared)
     };
-    // As many blocks as run at once, each with several outputs in turn: their rings never run dry.
-    let gpu = Gpu::of(device)?;
-    let resident = gpu.multiprocessors * (gpu.shared[1] / (shared + OTHER_SHARED[usize::from(on_tiles)])).max(1);
-    let config = LaunchConfig {
-        shared_mem_bytes: shared as u32,
-        ..cuda::grid(outer.div_ceil(outputs_per_block).min(resident), (WARPS * 32, 1))?
-    };
-    let activation = match around.gate {
-        None => 0u32,
-        Some(Activation::Silu) => 1,
-        Some(Activation::GeluTanh) => 2,
-    };
+    let (gpu, other) = (Gpu::of(device)?, OTHER_SHARED[usize::from(on_tiles)]);
+    let most_shared = gpu.shared[0] - other;
+    if shared > most_shared {
+        return Ok(None);
+    }
+    // As many blocks as run at once, each with several outputs in turn: their rings never run dry. So few that each could
+    // have a multiprocessor for itself take half of its memory, or they would crowd on those that are free first.
+    let resident = gpu.multiprocessors * (gpu.shared[1] / (shared + other)).max(1);
+    let blocks = outer.div_ceil(outputs_per_block).min(resident);
+    let spread = if blocks <= gpu.multiprocessors { gpu.shared[1] / 2 } else { 0 };
+    let shared = shared.max(spread.min(most_shared));
+    let config = LaunchConfig { shared_mem_bytes: shared as u32, ..cuda::grid(blocks, (WARPS * 32, 1))? };
+    let activation = activation(around.gate);
     let eps = fused_norm.map_or(0.0, |norm| norm.eps as f32);
     let [rows, inner, outer] = [rows, inner, outer].map(|size| size as u32);
     let [norm_weight, bias] = [&norm_weight, &bias].map(|address| address.as_ref().map_or(0, |address| address.value));
     let (onto, onto_stride) = onto.as_ref().map_or((0, 0), |onto| (onto.address.value, onto.strides[0]));
     let y = cuda::output(device, shape.clone(), dtype, |y| {
         let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
-        let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, WARPS * RING_BYTES + MAX_ROW_BYTES)?);
+        let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, most_shared)?);
         launch.arg(&x.address.value).arg(&x.strides[0]).arg(&norm_weight).arg(&eps).arg(&weight.value).arg(&bias);
         launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&outer).arg(&activation);
         // SAFETY: the arguments are the kernel's, in its order; shapes, dtypes and alignment were compared above.

@@ -1,82 +1,73 @@
 // Products of few rows with a weight matrix, at the speed of reading the matrix once: what comes before the product (a
 // norm of x, if it is one row) and behind it (a bias, the gate of an MLP, the residual stream) is done on the way.
+#include "linear/behind.cuh"
 #include "mma.cuh"
 
 constexpr int WARPS = 8;
 
-enum Activation : uint32_t { NONE, SILU, GELU_TANH };
-
-__device__ float activate(float x, uint32_t activation) {
-  // 0.5 (1 + tanh(z)) = sigmoid(2 z)
-  return x / (1 + expf(-(activation == SILU ? x : 1.5957691216f * fmaf(0.044715f * x * x, x, x))));
-}
-
 struct Operands {
   uint32_t rows, inner, outer; // x [rows, inner], y [rows, outer]
-  uint32_t x_stride, residual_stride;
-  uint32_t activation; // not NONE: weight is [2 outer, inner], gates before what they multiply
+  uint32_t x_stride;
 };
-
-// What an output becomes behind its sums.
-template <typename T>
-__device__ void finish(T *y, const T *bias, const T *residual, const Operands &o, uint32_t row, uint32_t output,
-                       float sum, float up) {
-  if (o.activation != NONE) {
-    sum = activate(sum, o.activation) * up;
-  } else {
-    if (bias)
-      sum += widen(bias[output]);
-    if (residual)
-      sum += widen(residual[row * size_t(o.residual_stride) + output]);
-  }
-  y[row * size_t(o.outer) + output] = narrow<T>(sum);
-}
 
 // Bytes of weights that a warp has under way: a ring in shared memory of what its lanes will read, each what it fetched.
 // They do not depend on x, so the first are fetched while the kernel before this one ends.
 constexpr int RING_BYTES = 6 << 10;
 
 // x [inner] to shared memory, normalised if norm is not null, rounded as a norm by itself would round. All threads of the
-// block call it.
+// block call it. What does not depend on x is fetched while the kernel before this one ends.
 template <typename T, int N>
 __device__ void take_row(Pack<T, N> *to, const T *x, const float *norm, float eps, uint32_t inner) {
   __shared__ float warps[WARPS];
   const uint32_t packs = inner / N;
+  const bool has_first = threadIdx.x < packs;
+  const auto factors_of = [&](uint32_t pack) { return reinterpret_cast<const Pack<float, N> *>(norm)[pack]; };
+  Pack<float, N> first_factors = {};
+  if (norm && has_first)
+    first_factors = factors_of(threadIdx.x);
+  wait_for_inputs();
+
   float squares = 0;
-#pragma unroll 4
-  for (uint32_t pack = threadIdx.x; pack < packs; pack += WARPS * 32) {
+  const auto take = [&](uint32_t pack) {
     const auto values = reinterpret_cast<const Pack<T, N> *>(x)[pack];
 #pragma unroll
     for (int j = 0; j < N; j++)
       squares = fmaf(widen(values.values[j]), widen(values.values[j]), squares);
-    to[pack] = values;
-  }
-  squares = sum_lanes(squares, 32);
-  if (threadIdx.x % 32 == 0)
-    warps[threadIdx.x / 32] = squares;
-  __syncthreads();
-  if (!norm)
-    return;
-  squares = 0;
-  for (int warp = 0; warp < WARPS; warp++)
-    squares += warps[warp];
-  const float scale = 1 / sqrtf(squares / inner + eps);
-  for (uint32_t pack = threadIdx.x; pack < packs; pack += WARPS * 32) {
-    auto values = to[pack];
-    const auto factors = reinterpret_cast<const Pack<float, N> *>(norm)[pack];
+    return values;
+  };
+  Pack<T, N> first = {};
+  if (has_first)
+    first = take(threadIdx.x);
+#pragma unroll 4
+  for (uint32_t pack = threadIdx.x + WARPS * 32; pack < packs; pack += WARPS * 32)
+    to[pack] = take(pack);
+  if (norm) {
+    squares = sum_lanes(squares, 32);
+    if (threadIdx.x % 32 == 0)
+      warps[threadIdx.x / 32] = squares;
+    __syncthreads();
+    squares = 0;
+    for (int warp = 0; warp < WARPS; warp++)
+      squares += warps[warp];
+    const float scale = 1 / sqrtf(squares / inner + eps);
+    const auto normalise = [&](Pack<T, N> &values, const Pack<float, N> &factors) {
 #pragma unroll
-    for (int j = 0; j < N; j++)
-      values.values[j] = narrow<T>(widen(values.values[j]) * scale * factors.values[j]);
-    to[pack] = values;
+      for (int j = 0; j < N; j++)
+        values.values[j] = narrow<T>(widen(values.values[j]) * scale * factors.values[j]);
+    };
+    normalise(first, first_factors);
+    for (uint32_t pack = threadIdx.x + WARPS * 32; pack < packs; pack += WARPS * 32)
+      normalise(to[pack], factors_of(pack));
   }
+  if (has_first)
+    to[threadIdx.x] = first;
   __syncthreads();
 }
 
 // One row. A warp takes one output after the other, or a gate and what it multiplies. Its lanes take packs of N values,
 // 32 N apart, turn by turn.
 template <typename T, int N, bool GATED>
-__device__ void stream(const T *x, const float *norm, float eps, const T *weight, const T *bias, const T *residual, T *y,
-                       Operands o) {
+__device__ void stream(const T *x, const float *norm, float eps, const T *weight, Behind<T> behind, Operands o) {
   constexpr int PIECES = GATED ? 2 : 1, STAGES = RING_BYTES / 512 / PIECES;
   extern __shared__ uint4 shared[];
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -102,7 +93,6 @@ __device__ void stream(const T *x, const float *norm, float eps, const T *weight
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++)
     fetch(stage);
-  wait_for_inputs();
   auto *const row = reinterpret_cast<Pack<T, N> *>(shared + WARPS * (RING_BYTES / 16));
   take_row<T, N>(row, x, norm, eps, o.inner);
 
@@ -129,7 +119,7 @@ __device__ void stream(const T *x, const float *norm, float eps, const T *weight
     for (int i = 0; i < PIECES; i++)
       sums[i] = sum_lanes(sums[i], 32);
     if (lane == 0)
-      finish(y, bias, residual, o, 0, output, sums[0], sums[PIECES - 1]);
+      behind.finish(0, output, sums[0], sums[PIECES - 1]);
   }
 }
 
@@ -137,7 +127,7 @@ __device__ void stream(const T *x, const float *norm, float eps, const T *weight
 // the inner dimension. A lane's 16 bytes of a row, 8 values, are what two steps of 16 take from it;
 // which values meet in a step does not matter as long as both operands agree.
 template <typename T, bool GATED>
-__device__ void stream_tiles(const T *x, const T *weight, const T *bias, const T *residual, T *y, Operands o) {
+__device__ void stream_tiles(const T *x, const T *weight, Behind<T> behind, Operands o) {
   constexpr int KINDS = GATED ? 2 : 1, PIECES = 2 * KINDS, STAGES = RING_BYTES / 512 / PIECES;
   extern __shared__ uint4 shared[];
   __shared__ float parts[WARPS][KINDS][8][17];
@@ -208,7 +198,7 @@ __device__ void stream_tiles(const T *x, const T *weight, const T *bias, const T
       for (int kind = 0; kind < KINDS; kind++)
         for (int w = 0; w < WARPS; w++)
           total[kind] += parts[w][kind][row][threadIdx.x % 16];
-      finish(y, bias, residual, o, row, output, total[0], total[1]);
+      behind.finish(row, output, total[0], total[1]);
     }
     __syncthreads(); // the parts have been read
   }
@@ -217,11 +207,12 @@ __device__ void stream_tiles(const T *x, const T *weight, const T *bias, const T
 #define ARGUMENTS(T)                                                                                                   \
   const T *x, uint32_t x_stride, const float *norm, float eps, const T *weight, const T *bias, const T *residual,      \
       uint32_t residual_stride, T *y, uint32_t rows, uint32_t inner, uint32_t outer, uint32_t activation
-#define OPERANDS {rows, inner, outer, x_stride, residual_stride, activation}
+#define BEHIND {y, bias, residual, residual_stride, outer, activation}
+#define OPERANDS {rows, inner, outer, x_stride}
 
 #define STREAM(name, T, GATED)                                                                                         \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) name(ARGUMENTS(T)) {                                        \
-    stream<T, 16 / sizeof(T), GATED>(x, norm, eps, weight, bias, residual, y, OPERANDS);                               \
+    stream<T, 16 / sizeof(T), GATED>(x, norm, eps, weight, BEHIND, OPERANDS);                                          \
   }
 #define PLAIN(name, T) STREAM(name, T, false)
 #define GATED(name, T) STREAM(name, T, true)
@@ -230,7 +221,7 @@ FOR_FLOATS(GATED, linear_gated)
 
 #define TILES(name, T, GATED)                                                                                          \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) name(ARGUMENTS(T)) {                                        \
-    stream_tiles<T, GATED>(x, weight, bias, residual, y, OPERANDS);                                                    \
+    stream_tiles<T, GATED>(x, weight, BEHIND, OPERANDS);                                                               \
   }
 TILES(linear_tiles_f16, __half, false)
 TILES(linear_tiles_gated_f16, __half, true)

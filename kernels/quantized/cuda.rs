@@ -6,20 +6,26 @@ use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::{GROUP, OUTS, Quantization, QuantizedMatrix};
 use crate::cpu::{Operand, as_rows};
-use crate::cuda::{self, EarlyLaunch, Floats, Kernel, floats, modules};
+use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, floats, modules};
 use crate::linear::{Around, by_candle, cuda as linear};
 
-/// By format, in f16 and in bf16.
-static LINEAR: [[Kernel; 2]; 2] = [
-    [
-        Kernel::new(&modules::QUANTIZED, "quantized_linear_q8_f16"),
-        Kernel::new(&modules::QUANTIZED, "quantized_linear_q8_bf16"),
-    ],
-    [
-        Kernel::new(&modules::QUANTIZED, "quantized_linear_q4_f16"),
-        Kernel::new(&modules::QUANTIZED, "quantized_linear_q4_bf16"),
-    ],
-];
+macro_rules! kernels {
+    ($name:literal) => {
+        [
+            [
+                Kernel::new(&modules::QUANTIZED, concat!($name, "_q8_f16")),
+                Kernel::new(&modules::QUANTIZED, concat!($name, "_q8_bf16")),
+            ],
+            [
+                Kernel::new(&modules::QUANTIZED, concat!($name, "_q4_f16")),
+                Kernel::new(&modules::QUANTIZED, concat!($name, "_q4_bf16")),
+            ],
+        ]
+    };
+}
+
+/// Plain and gated, by format, in f16 and in bf16.
+static LINEAR: [[[Kernel; 2]; 2]; 2] = [kernels!("quantized_linear"), kernels!("quantized_linear_gated")];
 /// By format.
 static ROWS: [Floats; 2] = [floats!(QUANTIZED, "quantized_rows_q8"), floats!(QUANTIZED, "quantized_rows_q4")];
 static UNPACK: [Floats; 2] = [floats!(QUANTIZED, "quantized_unpack_q8"), floats!(QUANTIZED, "quantized_unpack_q4")];
@@ -29,8 +35,8 @@ const WARPS: usize = 16;
 const MAX_ROWS: usize = 8;
 const PAD: usize = 8;
 const UNPACKING_WARPS: usize = 4;
-/// Of x in shared memory, at most: what every GPU from 8.0 on grants beside the rest.
-const MAX_SHARED: usize = 80 << 10;
+/// What a block has beside x in shared memory, plain and gated.
+const OTHER_SHARED: [usize; 2] = [18 << 10, 35 << 10];
 
 fn of(weight: &QuantizedMatrix) -> usize {
     usize::from(weight.format() == Quantization::Q4)
@@ -51,10 +57,15 @@ pub fn quantized_linear(
     bias: Option<&Tensor>,
     around: Around,
 ) -> Result<Tensor> {
+    if let Some(y) = few_rows(device, x, weight, bias, around)? {
+        return Ok(y);
+    }
     let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
     let x = as_rows(normed.as_ref().unwrap_or(x))?;
     let around = Around { norm: None, ..around };
-    match around.apply_to_sum(&x, |x, onto| few_rows(device, x, weight, bias, onto))? {
+    let few =
+        around.apply_to_sum(&x, |x, onto| few_rows(device, x, weight, bias, Around { onto, ..Around::default() }))?;
+    match few {
         Some(y) => Ok(y),
         None => many_rows(device, &x, weight, bias, around),
     }
@@ -76,48 +87,61 @@ fn many_rows(
     around.apply(x, |x| by_candle(x, &weight, bias))
 }
 
+/// With the norm of one row, and a gate whose halves are whole panels.
 fn few_rows(
     device: &CudaDevice,
     x: &Tensor,
     weight: &QuantizedMatrix,
     bias: Option<&Tensor>,
-    onto: Option<&Tensor>,
+    around: Around,
 ) -> Result<Option<Tensor>> {
-    let ((rows, inner), [outer, _], dtype) = (x.dims2()?, weight.dims(), x.dtype());
-    let groups = inner.div_ceil(GROUP);
+    let ((rows, inner), [weight_rows, _], dtype) = (x.dims2()?, weight.dims(), x.dtype());
+    let (groups, kinds) = (inner.div_ceil(GROUP), if around.gate.is_some() { 2 } else { 1 });
+    let outer = weight_rows / kinds;
+    let most_shared = Gpu::of(device)?.shared[0] - OTHER_SHARED[kinds - 1];
     let shared = rows * ((groups * GROUP + PAD) * dtype.size_in_bytes() + groups * size_of::<f32>());
-    if rows > MAX_ROWS || !matches!(dtype, DType::F16 | DType::BF16) || shared > MAX_SHARED || !inner.is_multiple_of(8)
-    {
+    let takes = (1..=MAX_ROWS).contains(&rows)
+        && matches!(dtype, DType::F16 | DType::BF16)
+        && inner.is_multiple_of(8)
+        && shared <= most_shared
+        && (around.norm.is_none() || rows == 1)
+        && (kinds == 1 || (outer.is_multiple_of(OUTS) && bias.is_none() && around.onto.is_none()));
+    if !takes {
         return Ok(None);
     }
     let shape = Shape::from((rows, outer));
-    if let Some(onto) = onto
+    if let Some(onto) = around.onto
         && (onto.shape() != &shape || onto.dtype() != dtype)
     {
         bail!("quantized linear: onto is {:?} {:?}, expected {dtype:?} {:?}", onto.dims(), onto.dtype(), shape.dims())
     }
-    let (bias, onto) = (bias.map(Tensor::contiguous).transpose()?, onto.map(as_rows).transpose()?);
+    let x = as_rows(x)?;
+    let norm_weight = around.norm.map(|norm| norm.weight.contiguous()).transpose()?;
+    let (bias, onto) = (bias.map(Tensor::contiguous).transpose()?, around.onto.map(as_rows).transpose()?);
     let stream = device.cuda_stream();
-    let (x, weights) = (Operand::new(x), Operand::new(words(weight)?));
-    let [bias, onto] = [&bias, &onto].map(|tensor| tensor.as_ref().map(Operand::new));
+    let (x, weights) = (Operand::new(&x), Operand::new(words(weight)?));
+    let [norm_weight, bias, onto] = [&norm_weight, &bias, &onto].map(|tensor| tensor.as_ref().map(Operand::new));
     let (x, weights) = (x.cuda_rows(&stream)?, weights.cuda(&stream)?);
-    if !x.are_aligned(16, dtype) {
+    let norm_weight = norm_weight.as_ref().map(|weight| weight.cuda(&stream)).transpose()?;
+    if !x.are_aligned(16, dtype) || norm_weight.as_ref().is_some_and(|weight| !weight.is_aligned(16)) {
         return Ok(None);
     }
     let bias = bias.as_ref().map(|bias| bias.cuda(&stream)).transpose()?;
     let onto = onto.as_ref().map(|onto| onto.cuda_rows(&stream)).transpose()?;
-    let kernel = &LINEAR[of(weight)][usize::from(dtype == DType::BF16)];
-    let bias = bias.as_ref().map_or(0, |bias| bias.value);
+    let kernel = &LINEAR[kinds - 1][of(weight)][usize::from(dtype == DType::BF16)];
+    let [norm_weight, bias] = [&norm_weight, &bias].map(|address| address.as_ref().map_or(0, |address| address.value));
+    let eps = around.norm.map_or(0.0, |norm| norm.eps as f32);
     let (onto, onto_stride) = onto.as_ref().map_or((0, 0), |onto| (onto.address.value, onto.strides[0]));
+    let activation = linear::activation(around.gate);
     let config = LaunchConfig { shared_mem_bytes: shared as u32, ..cuda::grid(outer.div_ceil(OUTS), (WARPS * 32, 1))? };
-    let [rows, inner, outer] = [rows, inner, outer].map(|size| size as u32);
+    let [rows, inner, weight_rows] = [rows, inner, weight_rows].map(|size| size as u32);
     let y = cuda::output(device, shape.clone(), dtype, |y| {
         let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
-        let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, MAX_SHARED)?);
-        launch.arg(&x.address.value).arg(&x.strides[0]).arg(&weights.value).arg(&bias);
-        launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&outer);
+        let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, most_shared)?);
+        launch.arg(&x.address.value).arg(&x.strides[0]).arg(&norm_weight).arg(&eps).arg(&weights.value).arg(&bias);
+        launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&weight_rows).arg(&activation);
         // SAFETY: the arguments are the kernel's, in its order; shapes, dtypes and alignment were compared above, and the
-        // words are the blocks of `outer` by `inner` weights.
+        // words are the blocks of `weight_rows` by `inner` weights.
         unsafe { launch.launch(config) }
     })?;
     Ok(Some(y))
