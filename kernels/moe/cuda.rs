@@ -5,9 +5,11 @@ use candle_core::cuda_backend::cudarc::driver::{LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{CudaStorage, DType, Layout, Result, Shape, Tensor, bail};
 
-use super::{SparseMlp, Stack};
+use super::{Experts, Routing, SparseMlp, Stack, sparse_mlp};
+use crate::activation::Activation;
 use crate::cpu::Operand;
 use crate::cuda::{self, Address, Floats, Kernel, floats, modules};
+use crate::quantized::cuda as quantized;
 
 /// For up to 256 and up to 1024 experts.
 static ROUTE: [(usize, Floats); 2] = [(256, floats!(MOE, "moe_route_256")), (1024, floats!(MOE, "moe_route_1024"))];
@@ -63,6 +65,8 @@ const FEW: usize = 4;
 const FEW_EXPERTS: usize = 32;
 /// Pairs for each expert from which tiles are faster than streams.
 const MANY: usize = 2;
+/// Pairs for each packed expert up to which they are read pair by pair.
+const FEW_PACKED: usize = 4;
 
 /// Experts u32 and weights, `[N, k]`.
 pub fn route(logits: &CudaStorage, layout: &Layout, k: usize) -> Result<(CudaStorage, CudaStorage)> {
@@ -109,7 +113,7 @@ impl SparseMlp<'_> {
     /// `x` `[N, H]`, contiguous.
     pub(super) fn run_cuda(&self, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
         let (Stack::Dense(gate_up), Stack::Dense(down)) = (&self.experts.gate_up, &self.experts.down) else {
-            bail!("sparse_mlp: experts are packed, the cuda kernels take f32, f16 and bf16")
+            bail!("sparse_mlp: experts are on the cpu, x is not")
         };
         let (device, dtype, (n, k)) = (&x.device, x.dtype(), self.ids.dims2()?);
         let (hidden, intermediate) = (self.experts.hidden, self.experts.intermediate);
@@ -150,6 +154,62 @@ impl SparseMlp<'_> {
         }
         drop(call);
         Ok(out)
+    }
+}
+
+/// As `sparse_mlp`, for packed experts: few pairs read theirs one by one, many find all of them unpacked. `None` if they are
+/// not packed.
+pub fn packed(device: &CudaDevice, x: &Tensor, routing: &Routing, experts: &Experts) -> Result<Option<Tensor>> {
+    let &Experts { ref gate_up, ref down, num_experts, hidden, intermediate } = experts;
+    let (Some(gate_up), Some(down)) = (gate_up.on_device(), down.on_device()) else { return Ok(None) };
+    let (ids, (n, k), dtype) = (routing.experts.contiguous()?, routing.experts.dims2()?, x.dtype());
+    let x = x.contiguous()?;
+    if n > 0 && n * k <= FEW_PACKED * num_experts && hidden.is_multiple_of(8) {
+        let activated = gate_up.chosen(device, &x, &ids, k, Some(Activation::Silu))?;
+        let terms = activated.map(|activated| down.chosen(device, &activated, &ids, 1, None)).transpose()?;
+        if let Some(terms) = terms.flatten() {
+            return combined(device, &terms, &ids, &routing.weights.contiguous()?, [num_experts, hidden]).map(Some);
+        }
+    }
+    let stacks = (gate_up.unpacked(device, dtype)?, down.unpacked(device, dtype)?);
+    let (gate_up, down) = (Stack::Dense(stacks.0), Stack::Dense(stacks.1));
+    sparse_mlp(&x, routing, &Experts { gate_up, down, num_experts, hidden, intermediate }).map(Some)
+}
+
+/// The weighted sums of `terms` `[N k, H]` in f16 or bf16.
+fn combined(
+    device: &CudaDevice,
+    terms: &Tensor,
+    ids: &Tensor,
+    weights: &Tensor,
+    [num_experts, hidden]: [usize; 2],
+) -> Result<Tensor> {
+    let ((n, k), dtype) = (ids.dims2()?, terms.dtype());
+    let stream = device.cuda_stream();
+    let operands = [terms, ids, weights].map(Operand::new);
+    let [terms, ids, weights] = operands.each_ref().map(|operand| operand.cuda(&stream));
+    let (terms, ids, weights) = (terms?, ids?, weights?);
+    let shape = Shape::from((n, hidden));
+    let blocks = n * (hidden / 8).div_ceil(THREADS);
+    let [num_experts, hidden, k] = [num_experts, hidden, k].map(|size| size as u32);
+    cuda::output(device, shape.clone(), dtype, |y| {
+        let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
+        let mut launch = stream.launch_builder(COMBINE[usize::from(dtype == DType::BF16)].on(device)?);
+        launch.arg(&terms.value).arg(&ids.value).arg(&weights.value).arg(&y.value);
+        launch.arg(&num_experts).arg(&hidden).arg(&k);
+        // SAFETY: the arguments are the kernel's, in its order; the callers' shapes fit each other.
+        unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w().map(drop)
+    })
+}
+
+impl Stack {
+    fn on_device(&self) -> Option<quantized::Stack<'_>> {
+        match self {
+            &Self::OnDevice { format, ref words, dims: [count, outer, inner] } => {
+                Some(quantized::Stack { words, format, count, dims: [outer, inner] })
+            }
+            _ => None,
+        }
     }
 }
 

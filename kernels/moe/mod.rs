@@ -218,8 +218,9 @@ impl Locked<'_> {
 ///
 /// Shapes or dtypes disagree, or `routing` names an expert that is not there.
 ///
-/// Devices: CPU; Metal, for experts of `x`'s dtype and packed ones; CUDA, for experts that are not packed. There an expert that is not there counts nothing, lest the host
-/// wait; f16 and bf16 use tensor cores where `H` and `I` are multiples of 32 and all are of one dtype.
+/// Devices: CPU; Metal, for experts of `x`'s dtype and packed ones; CUDA. There an expert that is not there counts nothing,
+/// lest the host wait; f16 and bf16 use tensor cores where `H` and `I` are multiples of 32 and all are of one dtype; and
+/// packed experts are unpacked for many tokens, which takes the memory of a layer's experts in `x`'s dtype.
 ///
 /// Source: Shazeer et al., "Outrageously Large Neural Networks", <https://arxiv.org/abs/1701.06538>.
 pub fn sparse_mlp(x: &Tensor, routing: &Routing, experts: &Experts) -> Result<Tensor> {
@@ -238,6 +239,12 @@ pub fn sparse_mlp(x: &Tensor, routing: &Routing, experts: &Experts) -> Result<Te
     on_metal!(x, backend => {
         metal::sparse_mlp(backend, &x.contiguous()?, &ids.contiguous()?, &weights.contiguous()?, experts)
     });
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device()
+        && let Some(y) = cuda::packed(device, x, routing, experts)?
+    {
+        return Ok(y);
+    }
     let op = SparseMlp { ids: &ids.contiguous()?, weights: &weights.contiguous()?, experts };
     x.contiguous()?.apply_op1_no_bwd(&op)
 }

@@ -236,8 +236,8 @@ fn experts_are_the_reference_with_any_dtypes() -> Result<()> {
     experts_are_the_reference()
 }
 
-/// Packed experts on Metal, where activations are not rounded, beside the reference over unpacked weights.
-fn run_packed_on_metal(case: Case, format: Quantization, dtype: DType, device: &Device) -> Result<()> {
+/// Packed experts on an accelerator, where activations are not rounded, beside the reference over unpacked weights.
+fn run_packed(case: Case, format: Quantization, dtype: DType, device: &Device) -> Result<()> {
     let mut inputs = Inputs::new(case, dtype, DType::F32, &mut Random::new(5))?;
     let packed = suspended(|| inputs.packed(format))?;
     let (Stack::Packed(gate_up), Stack::Packed(down)) = (&packed.gate_up, &packed.down) else { panic!("packed above") };
@@ -276,14 +276,14 @@ fn metal_kernels_are_the_reference() -> Result<()> {
 fn packed_experts(device: &Device) -> Result<()> {
     for (i, case) in CASES.into_iter().enumerate() {
         let format = [Quantization::Q8, Quantization::Q4][i % 2];
-        run_packed_on_metal(case, format, [DType::F32, DType::BF16, DType::F16][i % 3], device)?;
+        run_packed(case, format, [DType::F32, DType::BF16, DType::F16][i % 3], device)?;
     }
     Ok(())
 }
 
 #[test]
-fn packed_experts_are_the_reference_on_metal() -> Result<()> {
-    devices().iter().filter(|device| device.is_metal()).try_for_each(packed_experts)
+fn packed_experts_are_the_reference_on_accelerators() -> Result<()> {
+    devices().iter().filter(|device| !device.is_cpu()).try_for_each(packed_experts)
 }
 
 /// Few and many pairs, some experts without any, rows at an offset.

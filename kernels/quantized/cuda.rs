@@ -1,11 +1,13 @@
 //! Products with packed weights on CUDA: few rows on the matrix units as the weight streams by, many with the weight
 //! unpacked first.
 
+use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
-use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use super::{GROUP, OUTS, Quantization, QuantizedMatrix};
-use crate::cpu::{Operand, as_rows};
+use crate::activation::Activation;
+use crate::cpu::{Operand, as_rows, tensor};
 use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, floats, modules};
 use crate::linear::{Around, by_candle, cuda as linear};
 
@@ -26,6 +28,7 @@ macro_rules! kernels {
 
 /// Plain and gated, by format, in f16 and in bf16.
 static LINEAR: [[[Kernel; 2]; 2]; 2] = [kernels!("quantized_linear"), kernels!("quantized_linear_gated")];
+static CHOSEN: [[[Kernel; 2]; 2]; 2] = [kernels!("quantized_chosen"), kernels!("quantized_chosen_gated")];
 /// By format.
 static ROWS: [Floats; 2] = [floats!(QUANTIZED, "quantized_rows_q8"), floats!(QUANTIZED, "quantized_rows_q4")];
 static UNPACK: [Floats; 2] = [floats!(QUANTIZED, "quantized_unpack_q8"), floats!(QUANTIZED, "quantized_unpack_q4")];
@@ -38,8 +41,8 @@ const UNPACKING_WARPS: usize = 4;
 /// What a block has beside x in shared memory, plain and gated.
 const OTHER_SHARED: [usize; 2] = [18 << 10, 35 << 10];
 
-fn of(weight: &QuantizedMatrix) -> usize {
-    usize::from(weight.format() == Quantization::Q4)
+fn of(format: Quantization) -> usize {
+    usize::from(format == Quantization::Q4)
 }
 
 fn words(weight: &QuantizedMatrix) -> Result<&Tensor> {
@@ -80,7 +83,9 @@ fn many_rows(
     bias: Option<&Tensor>,
     around: Around,
 ) -> Result<Tensor> {
-    let weight = unpacked(device, weight, x.dtype())?;
+    let (dims, packed) = (weight.dims(), words(weight)?);
+    let weight =
+        cuda::output(device, (dims[0], dims[1]), x.dtype(), |y| unpack(device, packed, weight.format(), dims, y))?;
     if let Some(y) = linear::many_rows(device, x, &weight, bias, around)? {
         return Ok(y);
     }
@@ -128,7 +133,7 @@ fn few_rows(
     }
     let bias = bias.as_ref().map(|bias| bias.cuda(&stream)).transpose()?;
     let onto = onto.as_ref().map(|onto| onto.cuda_rows(&stream)).transpose()?;
-    let kernel = &LINEAR[kinds - 1][of(weight)][usize::from(dtype == DType::BF16)];
+    let kernel = &LINEAR[kinds - 1][of(weight.format())][usize::from(dtype == DType::BF16)];
     let [norm_weight, bias] = [&norm_weight, &bias].map(|address| address.as_ref().map_or(0, |address| address.value));
     let eps = around.norm.map_or(0.0, |norm| norm.eps as f32);
     let (onto, onto_stride) = onto.as_ref().map_or((0, 0), |onto| (onto.address.value, onto.strides[0]));
@@ -147,23 +152,98 @@ fn few_rows(
     Ok(Some(y))
 }
 
-/// The weight `[O, I]` in `dtype`.
-fn unpacked(device: &CudaDevice, weight: &QuantizedMatrix, dtype: DType) -> Result<Tensor> {
-    let [outer, inner] = weight.dims();
-    let shape = Shape::from((outer, inner));
+/// Packed weights `[O, I]` of one format, one after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Stack<'a> {
+    pub words: &'a Tensor,
+    pub format: Quantization,
+    pub count: usize,
+    pub dims: [usize; 2],
+}
+
+impl Stack<'_> {
+    /// Row `i` of the result is row `i / share` of `x` `[N, I]`, contiguous, times the weight `ids[i]`, and undefined for an
+    /// id beyond them. A gate takes the halves of the product. `None` where no kernel takes it.
+    pub fn chosen(
+        self,
+        device: &CudaDevice,
+        x: &Tensor,
+        ids: &Tensor,
+        share: usize,
+        gate: Option<Activation>,
+    ) -> Result<Option<Tensor>> {
+        let Self { words, format, count, dims: [weight_rows, inner] } = self;
+        let (rows, kinds, dtype) = (ids.elem_count(), if gate.is_some() { 2 } else { 1 }, x.dtype());
+        let (outer, groups) = (weight_rows / kinds, inner.div_ceil(GROUP));
+        let shared = (groups * GROUP + PAD) * dtype.size_in_bytes() + groups * size_of::<f32>();
+        let most_shared = Gpu::of(device)?.shared[0] - OTHER_SHARED[kinds - 1];
+        let takes = matches!(dtype, DType::F16 | DType::BF16)
+            && (1..=usize::from(u16::MAX)).contains(&rows)
+            && inner.is_multiple_of(8)
+            && outer.is_multiple_of(OUTS)
+            && shared <= most_shared;
+        let stream = device.cuda_stream();
+        let [x, words, ids] = [x, words, ids].map(Operand::new);
+        let (x, words, ids) = (x.cuda(&stream)?, words.cuda(&stream)?, ids.cuda(&stream)?);
+        if !takes || !x.is_aligned(16) {
+            return Ok(None);
+        }
+        let kernel = &CHOSEN[kinds - 1][of(format)][usize::from(dtype == DType::BF16)];
+        let mut config = cuda::grid(outer / OUTS, (WARPS * 32, 1))?;
+        (config.grid_dim.1, config.shared_mem_bytes) = (rows as u32, shared as u32);
+        let [inner, weight_rows, count, share] = [inner, weight_rows, count, share].map(|size| size as u32);
+        let activation = linear::activation(gate);
+        let shape = Shape::from((rows, outer));
+        let y = cuda::output(device, shape.clone(), dtype, |y| {
+            let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
+            let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, most_shared)?);
+            launch.arg(&x.value).arg(&words.value).arg(&ids.value).arg(&y.value).arg(&inner).arg(&weight_rows);
+            launch.arg(&count).arg(&share).arg(&activation);
+            // SAFETY: the arguments are the kernel's, in its order; a row of blocks has a row of the result, and `words` are
+            // the blocks of `count` weights.
+            unsafe { launch.launch(config) }
+        })?;
+        Ok(Some(y))
+    }
+
+    /// All of them, `[count, O, I]` in `dtype`. Not for a kernel that fetches weights before the one ahead has ended. A
+    /// recording gives the memory back, large as it is, when the tensor is dropped.
+    pub fn unpacked(self, device: &CudaDevice, dtype: DType) -> Result<Tensor> {
+        let Self { words, format, count, dims: [outer, inner] } = self;
+        let unpacked = |words: &Tensor, dims: [usize; 2]| {
+            let mut storage = cuda::uninit(device, &Shape::from((dims[0], dims[1])), dtype)?;
+            unpack(device, words, format, dims, &mut storage)?;
+            Ok::<_, candle_core::Error>(tensor(Storage::Cuda(storage), (dims[0], dims[1])))
+        };
+        if outer.is_multiple_of(OUTS) {
+            return unpacked(words, [count * outer, inner])?.reshape((count, outer, inner));
+        }
+        let len = words.elem_count() / count;
+        let of = |i| unpacked(&words.narrow(0, i * len, len)?, [outer, inner]);
+        Tensor::stack(&(0..count).map(of).collect::<Result<Vec<_>>>()?, 0)
+    }
+}
+
+/// Writes the weight `[O, I]` to `y`, in its dtype.
+fn unpack(
+    device: &CudaDevice,
+    words: &Tensor,
+    format: Quantization,
+    [outer, inner]: [usize; 2],
+    y: &mut CudaStorage,
+) -> Result<()> {
     let stream = device.cuda_stream();
-    let words = Operand::new(words(weight)?);
+    let words = Operand::new(words);
     let words = words.cuda(&stream)?;
     let blocks = outer.div_ceil(OUTS) * inner.div_ceil(GROUP);
     let config = cuda::grid(blocks.div_ceil(UNPACKING_WARPS), (UNPACKING_WARPS * 32, 1))?;
-    let [of_inner, of_outer] = [inner, outer].map(|size| size as u32);
-    cuda::output(device, shape.clone(), dtype, |y| {
-        let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
-        let mut launch = EarlyLaunch::new(device, UNPACK[of(weight)].of(dtype)?)?;
-        launch.arg(&words.value).arg(&y.value).arg(&of_inner).arg(&of_outer);
-        // SAFETY: the arguments are the kernel's, in its order; a warp has each block of the weight.
-        unsafe { launch.launch(config) }
-    })
+    let kernel = UNPACK[of(format)].of(y.dtype())?;
+    let y = cuda::write(y, &Layout::contiguous((outer, inner)), &stream)?;
+    let [inner, outer] = [inner, outer].map(|size| size as u32);
+    let mut launch = EarlyLaunch::new(device, kernel)?;
+    launch.arg(&words.value).arg(&y.value).arg(&inner).arg(&outer);
+    // SAFETY: the arguments are the kernel's, in its order; a warp has each block of the weight.
+    unsafe { launch.launch(config) }
 }
 
 /// The rows `ids` `[N]` contiguous, `[N, I]` in f32.
@@ -182,7 +262,7 @@ pub fn rows(device: &CudaDevice, weight: &QuantizedMatrix, ids: &Tensor) -> Resu
     let [of_inner, of_outer] = [inner, outer].map(|size| size as u32);
     cuda::output(device, shape.clone(), DType::F32, |y| {
         let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
-        let mut launch = EarlyLaunch::new(device, ROWS[of(weight)].of(DType::F32)?)?;
+        let mut launch = EarlyLaunch::new(device, ROWS[of(weight.format())].of(DType::F32)?)?;
         launch.arg(&words.value).arg(&ids.value).arg(&y.value).arg(&of_inner).arg(&of_outer);
         // SAFETY: the arguments are the kernel's, in its order; a block of threads has a row of each id.
         unsafe { launch.launch(config) }

@@ -2,7 +2,7 @@
 
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 mod dot;
 #[cfg(any(test, feature = "metal"))]
 pub(crate) mod metal;

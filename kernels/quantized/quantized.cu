@@ -61,13 +61,20 @@ struct Sizes {
   uint32_t x_stride;
 };
 
+// Which of several weights, one after the other, row blockIdx.y of the result is of: that of its id, and row
+// blockIdx.y / share of x. Nothing is written for an id beyond them.
+struct Choice {
+  const uint32_t *ids;
+  uint32_t count, share;
+};
+
 // Products of x [rows, inner], up to 8 rows, normalised if there is a norm and one row. A block has a panel of 32
 // outputs, or one of gates and one of what they multiply; its warps share the groups. In a product of 16 by 8 by 16 a
 // lane has four inputs of an output side by side, so inputs stand in another order than in memory, the same on both
 // sides.
-template <typename T, typename Q, bool GATED>
+template <typename T, typename Q, bool GATED, bool CHOSEN>
 __device__ void quantized_linear(const T *x, const float *norm, float eps, const uint32_t *weight, Behind<T> behind,
-                                 Sizes s) {
+                                 Sizes s, Choice choice) {
   constexpr int KINDS = GATED ? 2 : 1, FACTORS = Q::HAS_MINIMA ? 2 : 1;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float partial[KINDS][WARPS][ROWS][OUTS + 1], squares_of[WARPS];
@@ -95,9 +102,19 @@ __device__ void quantized_linear(const T *x, const float *norm, float eps, const
         next.factors[of][i] = factor_bits(block + Q::WORDS, of * OUTS + i * 8 + g);
   };
   let_next_start();
+  if (CHOSEN) {
+    wait_for_inputs();
+    const uint32_t id = choice.ids[blockIdx.y];
+    if (id >= choice.count)
+      return;
+    weight += id * (KINDS * gridDim.x * size_t(groups)) * BLOCK<Q>;
+    x += blockIdx.y / choice.share * size_t(s.x_stride);
+    behind.y += blockIdx.y * size_t(behind.outer);
+  }
   // Weights are there before the step's first kernel.
   load(0, warp);
-  wait_for_inputs();
+  if (!CHOSEN)
+    wait_for_inputs();
 
   const uint32_t row_packs = padded / 8;
   const auto each = [&](const auto &visit) {
@@ -230,13 +247,23 @@ __device__ void quantized_linear(const T *x, const float *norm, float eps, const
       name(const T *x, uint32_t x_stride, const float *norm, float eps, const uint32_t *weight, const T *bias,         \
            const T *onto, uint32_t onto_stride, T *y, uint32_t rows, uint32_t inner, uint32_t outer,                   \
            uint32_t activation) {                                                                                      \
-    quantized_linear<T, Q, GATED>(x, norm, eps, weight,                                                                \
-                                  {y, bias, onto, onto_stride, GATED ? outer / 2 : outer, activation},                 \
-                                  {rows, inner, outer, x_stride});                                                     \
+    quantized_linear<T, Q, GATED, false>(x, norm, eps, weight,                                                         \
+                                         {y, bias, onto, onto_stride, GATED ? outer / 2 : outer, activation},          \
+                                         {rows, inner, outer, x_stride}, {});                                          \
+  }
+#define CHOSEN(name, T, Q, GATED)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                             \
+      name(const T *x, const uint32_t *weights, const uint32_t *ids, T *y, uint32_t inner, uint32_t outer,             \
+           uint32_t count, uint32_t share, uint32_t activation) {                                                      \
+    quantized_linear<T, Q, GATED, true>(x, nullptr, 0, weights,                                                        \
+                                        {y, nullptr, nullptr, 0, GATED ? outer / 2 : outer, activation},               \
+                                        {1, inner, outer, inner}, {ids, count, share});                                \
   }
 #define LINEARS(T, Q, suffix)                                                                                          \
   LINEAR(quantized_linear_##suffix, T, Q, false)                                                                       \
-  LINEAR(quantized_linear_gated_##suffix, T, Q, true)
+  LINEAR(quantized_linear_gated_##suffix, T, Q, true)                                                                  \
+  CHOSEN(quantized_chosen_##suffix, T, Q, false)                                                                       \
+  CHOSEN(quantized_chosen_gated_##suffix, T, Q, true)
 LINEARS(__half, Q8, q8_f16)
 LINEARS(__nv_bfloat16, Q8, q8_bf16)
 LINEARS(__half, Q4, q4_f16)
