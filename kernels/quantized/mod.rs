@@ -4,7 +4,7 @@ pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dot;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 pub(crate) mod metal;
 mod pack;
 #[cfg(test)]
