@@ -1,6 +1,6 @@
 //! Accelerators: how one is opened for these kernels, what memory it has left, and what goes there and back.
 
-use candle_core::{DType, Device, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{DType, Device, Error, Result, Shape, Tensor, WithDType, bail};
 
 /// The first CUDA GPU, with a stream of its own. Nothing else may use the device's memory from another stream: candle
 /// does not order streams by events here, which costs more than a small kernel takes. Freed memory stays with the
@@ -24,11 +24,23 @@ pub fn free_memory(device: &Device) -> Option<usize> {
 }
 
 /// Runs a step's work. On Metal within a pool of its own for what Objective-C releases later: without one, a program whose
-/// threads do not return to a run loop keeps every command buffer that it ever made.
-pub fn step<T>(device: &Device, work: impl FnOnce() -> T) -> T {
+/// threads do not return to a run loop keeps every command buffer that it ever made. Then idle buffers are given back, if
+/// there are too many of them.
+///
+/// # Errors
+///
+/// As the work, or what the device was given before has failed.
+pub fn step<T, E: From<Error>>(
+    device: &Device,
+    work: impl FnOnce() -> std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
     #[cfg(feature = "metal")]
-    if device.is_metal() {
-        return objc2::rc::autoreleasepool(|_| work());
+    if let Device::Metal(metal) = device {
+        return objc2::rc::autoreleasepool(|_| {
+            let result = work()?;
+            crate::metal::device::settle(metal)?;
+            Ok(result)
+        });
     }
     let _ = device;
     work()

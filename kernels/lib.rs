@@ -38,7 +38,7 @@
 /// in for one.
 macro_rules! on_metal {
     ($tensor:expr, $backend:ident => $run:expr) => {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some($backend) = &crate::metal::emulator::emulator() {
             return $run;
         }
@@ -71,7 +71,7 @@ mod batch;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[doc(hidden)]
 pub mod probe;

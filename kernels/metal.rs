@@ -5,9 +5,11 @@
 //! each GPU when the first of its kernels is needed; a pipeline is kept for each kernel and its constants.
 
 #[cfg(feature = "metal")]
-mod device;
-#[cfg(test)]
+pub(crate) mod device;
+#[cfg(any(test, feature = "emulator"))]
 pub(crate) mod emulator;
+#[cfg(any(test, feature = "metal"))]
+mod pool;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{DType, Layout, Result, Shape, Storage, Tensor, bail};

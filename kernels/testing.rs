@@ -2,6 +2,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+#[cfg(feature = "emulator")]
+pub use crate::metal::emulator::{emulated, is_thorough, launched};
+
 /// Asserts that `got` is `want` up to `limit`: the RMS of the difference over the RMS of `want`, and no
 /// element off by more than `20 * limit * max|want|`. NaN never passes.
 ///

@@ -3,7 +3,7 @@
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 pub(crate) mod metal;
 #[cfg(test)]
 mod reference;
@@ -159,7 +159,7 @@ impl CustomOp1 for GatedActivation {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n, width) = xl.shape().dims2()?;
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             return Ok((metal::gated_activation(&emulator, x, xl, self.0)?, (n, width / 2).into()));
         }

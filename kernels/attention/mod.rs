@@ -3,7 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[cfg(test)]
 mod reference;
@@ -231,7 +231,7 @@ impl CustomOp3 for Attention<'_> {
         v: &CpuStorage,
         vl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             let kv = metal::KeysAndValues::of_tokens((k, kl), (v, vl))?;
             let out = metal::attention(&emulator, (q, ql), kv, self.batch, self.params)?;
@@ -295,7 +295,7 @@ impl InplaceOp3 for WriteKv<'_> {
         v: &CpuStorage,
         vl: &Layout,
     ) -> Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             return metal::write_kv(&emulator, kv, layout, (k, kl), (v, vl), self.batch);
         }
@@ -366,7 +366,7 @@ impl CustomOp2 for PagedAttention<'_> {
     }
 
     fn cpu_fwd(&self, q: &CpuStorage, ql: &Layout, kv: &CpuStorage, kvl: &Layout) -> Result<(CpuStorage, Shape)> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             let kv = metal::KeysAndValues::paged(kv, kvl)?;
             let out = metal::attention(&emulator, (q, ql), kv, self.batch, self.params)?;

@@ -13,6 +13,7 @@ use taper_kernels::gated_delta::gated_delta_rule;
 use taper_kernels::linear::linear;
 use taper_kernels::norm::rms_norm;
 use taper_kernels::quantized::{self, Quantization, QuantizedMatrix};
+use taper_kernels::sampling::{Draw, Draws, argmax, sample};
 use taper_kernels::testing::Random;
 use taper_kernels::{Batch, Segment};
 
@@ -31,6 +32,11 @@ fn main() -> Result<()> {
     report(&device, "rms_norm [4096, 1024]", 16.8e6, 0.0, || rms_norm(&x, &weight, 1e-6))?;
     let gate_up = tensor(&[4096, 6144])?;
     report(&device, "gated_activation [4096, 2 x 3072]", 75.5e6, 0.0, || gated_activation(&gate_up, Activation::Silu))?;
+
+    let logits = tensor(&[1, 151_936])?;
+    let draws = Draws::new(&[Draw { top_k: 20, top_p: 0.8, position: 0.5, ..Draw::MOST_LIKELY }], &device)?;
+    report(&device, "argmax, 151936 logits", 0.3e6, 0.0, || argmax(&logits, 151_936))?;
+    report(&device, "sample, 20 of 151936 logits", 0.3e6, 0.0, || sample(&logits, 151_936, &draws))?;
 
     let matrix = tensor(&[6144, 1024])?;
     let packed = |format| {

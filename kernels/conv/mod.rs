@@ -3,7 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[cfg(test)]
 mod reference;
@@ -82,7 +82,7 @@ impl InplaceOp1 for CausalConv1d<'_> {
     }
 
     fn cpu_fwd(&self, state: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             let out = self.run_metal(&emulator, state, layout)?;
             self.out.set(tensor(Storage::Cpu(out), self.x.shape())).expect("run once");

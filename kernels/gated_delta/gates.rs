@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::cpu::Operand;
-#[cfg(any(feature = "cuda", feature = "metal", test))]
+#[cfg(any(feature = "cuda", feature = "metal", feature = "emulator", test))]
 use crate::cpu::as_rows;
 
 /// The decay and the strength of the gated delta rule's updates:
@@ -113,7 +113,7 @@ mod cuda {
     }
 }
 
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 pub(super) mod metal {
     use candle_core::{DType, Result, Tensor, bail};
 

@@ -4,7 +4,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod gates;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[cfg(test)]
 mod reference;
@@ -123,7 +123,7 @@ impl InplaceOp1 for GatedDeltaRule<'_> {
     }
 
     fn cpu_fwd(&self, state: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             let out = self.run_metal(&emulator, state, layout)?;
             self.out.set(tensor(Storage::Cpu(out), self.v.shape())).expect("run once");

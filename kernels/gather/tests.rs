@@ -1,8 +1,9 @@
 //! Rows of a table on every device present, by hand.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::*;
+use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated, emulator};
 use crate::testing::{Random, devices, values};
 
 #[test]
@@ -32,11 +33,51 @@ fn an_id_beyond_the_table_reads_nothing() -> Result<()> {
     for device in devices() {
         let table = Tensor::ones((3, 4), DType::F32, &device)?;
         let got = gather(&table, &Tensor::new(&[1u32, 3], &device)?);
-        if device.is_cpu() {
+        if device.is_cpu() && emulator().is_none() {
             assert!(got.is_err());
-        } else if device.is_cuda() {
+        } else {
             assert_eq!(values(&got?)?, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
         }
     }
     Ok(())
+}
+
+#[test]
+fn metal_kernel_takes_the_same_rows() -> Result<()> {
+    emulated(|| {
+        rows_are_those_of_the_table()?;
+        an_id_beyond_the_table_reads_nothing()
+    })
+}
+
+/// Columns of a table, more of them than threads, by ids at an offset, one of which is beyond it.
+fn smoke() -> Result<()> {
+    let table = Random::new(1).tensor(&[7, 300], 1.0, DType::F32, &Device::Cpu)?;
+    let ids = Tensor::new(&[9u32, 6, 0, 2, 2, 7, 5], &Device::Cpu)?.narrow(0, 1, 6)?;
+    let got = values(&gather_columns(&table, 5..297, &ids)?)?;
+    let rows = table.to_vec2::<f32>()?;
+    let want: Vec<f32> = [6, 0, 2, 2, 7, 5]
+        .iter()
+        .flat_map(|&id| rows.get(id).map_or([0.0; 292].as_slice(), |row| &row[5..297]).to_vec())
+        .collect();
+    assert_eq!(got, want);
+    Ok(())
+}
+
+#[test]
+fn metal_mutants_are_noticed() {
+    let mutants = [
+        ("ulong(id) * sizes.stride", "ulong(id) * sizes.width"),
+        ("ulong(group.x) * sizes.width", "ulong(group.x) * sizes.stride"),
+        ("i < sizes.width", "i + 1 < sizes.width"),
+        ("i += threads.x", "i += threads.x + 1"),
+        ("id < sizes.rows ?", "id <= sizes.rows ?"),
+        ("ids[group.x]", "ids[0]"),
+    ];
+    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
+}
+
+#[test]
+fn wrong_metal_launches_are_noticed() {
+    assert_wrong_launches_fail(smoke);
 }

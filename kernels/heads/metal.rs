@@ -141,7 +141,7 @@ impl InplaceOp1 for NormRopeWrite<'_> {
     }
 
     fn cpu_fwd(&self, pages: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             self.out.set(self.run(&emulator, Some((pages, layout)))?).expect("run once");
             return Ok(());

@@ -3,7 +3,7 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[cfg(test)]
 mod tests;
@@ -55,7 +55,7 @@ pub fn norm_rope_write(
     if let candle_core::Device::Cuda(device) = q.device() {
         return cuda::norm_rope_write(device, q, q_norm, kv, (cos, sin), pages, batch);
     }
-    #[cfg(test)]
+    #[cfg(any(test, feature = "emulator"))]
     if let Some(emulator) = crate::metal::emulator::emulator()
         && let Some(q) = metal::norm_rope_write(&emulator, q, q_norm, kv, (cos, sin), pages, batch)?
     {

@@ -14,7 +14,7 @@ struct Case {
     hk: usize,
     d: usize,
     half: usize,
-    /// Query heads lie beside gates of their size.
+    /// Query heads lie beside gates of their size, and values in rows of their own.
     gated: bool,
     norm_values: bool,
     writes: bool,
@@ -38,10 +38,10 @@ fn run(case: Case, device: &Device) -> Result<(Vec<f32>, Vec<f32>)> {
     let batch = Batch::new(&segments, BLOCK_SIZE, device)?;
     let kinds = if gated { 2 } else { 1 };
     let qkv = random.tensor(&[n, (kinds * hq + 2 * hk) * d], 1.0, dtype, device)?;
-    let heads =
-        |start: usize, count: usize, size: usize| qkv.narrow(1, start * d, count * size)?.reshape((n, count, size));
-    let q = heads(0, hq, kinds * d)?.narrow(2, 0, d)?;
-    let (k, v) = (heads(kinds * hq, hk, d)?, heads(kinds * hq + hk, hk, d)?);
+    let heads = |start: usize, count: usize| qkv.reshape((n, kinds * hq + 2 * hk, d))?.narrow(1, start, count);
+    let q = heads(0, kinds * hq)?.reshape((n, hq, kinds * d))?.narrow(2, 0, d)?;
+    let (k, v) = (heads(kinds * hq, hk)?, heads(kinds * hq + hk, hk)?);
+    let v = if gated { v.contiguous()? } else { v };
     let mut weight = || random.tensor(&[d], 1.0, DType::F32, device);
     let weights = [weight()?, weight()?, weight()?];
     let norm = |i: usize| Norm { weight: &weights[i], eps: 1e-6 };

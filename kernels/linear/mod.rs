@@ -5,7 +5,7 @@ pub(crate) mod cpu;
 mod cublas;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 pub(crate) mod metal;
 #[cfg(test)]
 mod reference;
@@ -128,7 +128,7 @@ pub fn linear_around(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, around:
     {
         return Ok(y);
     }
-    #[cfg(test)]
+    #[cfg(any(test, feature = "emulator"))]
     if let Some(emulator) = crate::metal::emulator::emulator()
         && let Some(y) = metal::linear(&emulator, x, weight, bias, around)?
     {

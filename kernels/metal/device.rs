@@ -1,13 +1,16 @@
-//! Launches on candle's Metal device.
+//! Launches on candle's Metal device, and the buffers that they write.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
+use candle_core::metal_backend::DeviceId;
 use candle_core::{DType, Error, MetalDevice, MetalStorage, Result, Storage, bail};
 use candle_metal_kernels::MetalKernelError;
-use candle_metal_kernels::metal::{ComputePipeline, ConstantValues, Library, Value};
-use objc2_metal::{MTLCompileOptions, MTLMathMode, MTLSize};
+use candle_metal_kernels::metal::{Buffer, ComputePipeline, ConstantValues, Library, Value};
+use objc2::available;
+use objc2_metal::{MTLCompileOptions, MTLMathFloatingPointFunctions, MTLMathMode, MTLSize};
 
+use super::pool::Pool;
 use super::{Argument, Backend, Launch, Source};
 
 impl Backend for MetalDevice {
@@ -25,7 +28,10 @@ impl Backend for MetalDevice {
     }
 
     fn allocate(&self, elements: usize, dtype: DType) -> Result<MetalStorage> {
-        let buffer = self.new_buffer(elements, dtype, "taper")?;
+        let bytes = elements * dtype.size_in_bytes();
+        // In no pool of candle's, and resident until it is unregistered.
+        let create = |bytes| self.new_private_buffer(bytes, DType::U8, "taper");
+        let buffer = with_memory(self, |memory| memory.pool.get(bytes, create))?;
         Ok(MetalStorage::new(buffer, self.clone(), elements, dtype))
     }
 
@@ -57,6 +63,54 @@ impl Backend for MetalDevice {
         encoder.dispatch_thread_groups(size(launch.threadgroups), size(launch.threads));
         Ok(())
     }
+}
+
+/// Bytes that may be idle at a step's end, in our pool; and by which the GPU's memory may have grown since the last wait:
+/// candle gives back what is idle in its own only then.
+const MAX_IDLE: usize = 512 << 20;
+/// Steps until candle lets go of command buffers, if nothing is read for so long. One that has read a result waits for
+/// nothing here.
+const STEPS: u32 = 32;
+
+/// What steps on a device leave behind.
+#[derive(Default)]
+struct Memory {
+    pool: Pool<Buffer>,
+    /// Since the last wait.
+    steps: u32,
+    /// Bytes that the GPU had given out after it.
+    allocated: usize,
+}
+
+fn with_memory<T>(device: &MetalDevice, f: impl FnOnce(&mut Memory) -> T) -> T {
+    static DEVICES: Mutex<Option<HashMap<DeviceId, Memory>>> = Mutex::new(None);
+    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+    f(devices.get_or_insert_default().entry(device.id()).or_default())
+}
+
+/// Gives memory back at the end of a step, where too much is idle or nobody has waited for the GPU in a while.
+///
+/// # Errors
+///
+/// What the GPU was given before has failed.
+pub(crate) fn settle(device: &MetalDevice) -> Result<()> {
+    let is_due = with_memory(device, |memory| {
+        memory.steps += 1;
+        let has_grown = device.metal_device().current_allocated_size() > memory.allocated + MAX_IDLE;
+        has_grown || memory.steps >= STEPS || memory.pool.idle_bytes() > MAX_IDLE
+    });
+    if !is_due {
+        return Ok(());
+    }
+    device.wait_until_completed()?;
+    with_memory(device, |memory| {
+        let idle = memory.pool.trim(MAX_IDLE);
+        device.unregister_buffers(idle.iter().map(|buffer| buffer.as_ref()));
+        drop(idle);
+        memory.steps = 0;
+        memory.allocated = device.metal_device().current_allocated_size();
+    });
+    Ok(())
 }
 
 fn size([width, height, depth]: [usize; 3]) -> MTLSize {
@@ -104,7 +158,13 @@ fn pipeline(device: &MetalDevice, launch: &Launch<MetalStorage>) -> Result<Compu
 fn compile(device: &candle_metal_kernels::metal::Device, source: &Source) -> Result<Library> {
     let options = MTLCompileOptions::new();
     // Fast math would let `exp` and sums differ from what is tested.
-    options.setMathMode(MTLMathMode::Safe);
+    if available!(macos = 15.0, ..) {
+        options.setMathMode(MTLMathMode::Safe);
+        options.setMathFloatingPointFunctions(MTLMathFloatingPointFunctions::Precise);
+    } else {
+        #[allow(deprecated, reason = "what older systems have")]
+        options.setFastMathEnabled(false);
+    }
     device.new_library_with_source(source.text, Some(&options)).map_err(wrap)
 }
 

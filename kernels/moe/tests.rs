@@ -329,7 +329,7 @@ fn metal_mutants_are_noticed() {
         ("expert > sizes.experts", "expert >= sizes.experts"),
         ("ids[pair] == expert", "ids[pair] >= expert"),
         ("column >= sizes.hidden", "column > sizes.hidden"),
-        ("own[j] < lowest", "own[j] <= lowest"),
+        ("own[j] >= next && own[j] < lowest", "own[j] >= next"),
         ("next = lowest + 1", "next = lowest + 2"),
         ("pair * sizes.hidden", "place * sizes.hidden"),
     ];

@@ -6,7 +6,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[cfg(test)]
 mod reference;
@@ -239,7 +239,7 @@ impl CustomOp3 for AddLayerNorm<'_> {
 type Operand<'a> = (&'a CpuStorage, &'a Layout);
 
 fn run(op: &str, x: Operand, gate: Option<Operand>, weight: Operand, eps: f32) -> Result<CpuStorage> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "emulator"))]
     if let Some(emulator) = crate::metal::emulator::emulator() {
         return metal::rms_norm(&emulator, x, gate, weight, eps);
     }

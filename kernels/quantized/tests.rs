@@ -190,7 +190,7 @@ fn metal_products_are_those_of_unpacked_weights() -> Result<()> {
 /// A few of the cases, where many mistakes are planted.
 fn smoke() -> Result<()> {
     for format in FORMATS {
-        run_on_metal(format, (3, 330, 70), DType::F32, &Device::Cpu)?;
+        run_on_metal(format, (3, 650, 70), DType::F32, &Device::Cpu)?;
         run_on_metal(format, (1, 100, 33), DType::F32, &Device::Cpu)?;
     }
     Ok(())

@@ -3,7 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[cfg(test)]
 mod reference;
@@ -98,7 +98,7 @@ impl CustomOp3 for Rope {
         sin: &CpuStorage,
         sl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if let Some(emulator) = crate::metal::emulator::emulator() {
             return Ok((metal::rope(&emulator, (x, xl), (cos, cl), (sin, sl))?, xl.shape().clone()));
         }

@@ -1,15 +1,5 @@
 // The index of each row's largest value: threadgroups of a row find theirs, then a simdgroup has the last word.
 
-constant constexpr uint NOTHING = 0xffffffff;
-
-// Orders values as integers, equal ones by index from the back; what cannot be chosen among comes out on top.
-inline uint2 key_of(float value, uint index) {
-  const uint bits = as_type<uint>(value + 0.0f), ordered = bits ^ (bits >> 31 != 0 ? 0xffffffff : 0x80000000);
-  return isnan(value) || value == INFINITY ? uint2(NOTHING, NOTHING) : uint2(ordered, ~index);
-}
-
-inline uint2 greater(uint2 a, uint2 b) { return a.x > b.x || (a.x == b.x && a.y > b.y) ? a : b; }
-
 inline uint2 greatest_of_lanes(uint2 key) {
   for (ushort step = LANES / 2; step > 0; step /= 2)
     key = greater(key, simd_shuffle_xor(key, step));
@@ -57,9 +47,8 @@ template <typename T>
   for (uint i = lane; i < threadgroups; i += LANES)
     best = greater(best, uint2(row[2 * i], row[2 * i + 1]));
   best = greatest_of_lanes(best);
-  // Nothing finite is as large as -INFINITY, whose key this is.
   if (lane == 0)
-    indices[group.x] = best.x != NOTHING && best.x > 0x007fffff ? ~best.y : NOTHING;
+    indices[group.x] = is_fit(best) ? index_of(best) : NOTHING;
 }
 
 #define ARGMAX(variant, T) INSTANTIATE("argmax_" variant, argmax<T>)

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(test, feature = "metal"))]
+#[cfg(any(test, feature = "metal", feature = "emulator"))]
 mod metal;
 #[cfg(test)]
 mod tests;
@@ -118,13 +118,13 @@ impl Draws {
 /// ```
 ///
 /// `x` `[n, V]` in f32, f16 or bf16; `draws` for `n` rows. Returns `[n]` in u32, [`NOTHING`] where [`argmax`] says so. On
-/// CUDA nothing waits for the result; weights are f32 and their sums f64.
+/// CUDA and Metal nothing waits for the result. Weights are f32; their sums are f64, on Metal two f32.
 ///
 /// # Errors
 ///
 /// As [`argmax`], or `draws` is for another number of rows.
 ///
-/// Devices: CUDA; elsewhere on the host.
+/// Devices: CUDA, Metal; elsewhere on the host.
 pub fn sample(x: &Tensor, limit: usize, draws: &Draws) -> Result<Tensor> {
     let (n, _) = check("sample", x, limit)?;
     if draws.host.len() != n {
@@ -136,6 +136,7 @@ pub fn sample(x: &Tensor, limit: usize, draws: &Draws) -> Result<Tensor> {
     {
         return cuda::sample(device, &x.contiguous()?, limit, &draws.words);
     }
+    on_metal!(x, backend => metal::sample(backend, &x.contiguous()?, limit, &draws.words));
     let indices: Vec<u32> = rows(x, limit)?.iter().zip(&draws.host).map(|(row, draw)| drawn(row, draw)).collect();
     Tensor::from_vec(indices, n, x.device())
 }
@@ -146,8 +147,8 @@ pub fn samples_on(device: &Device, limit: usize) -> bool {
     if device.is_cuda() {
         return limit <= cuda::MAX_LIMIT;
     }
-    let _ = (device, limit);
-    false
+    let _ = limit;
+    device.is_metal()
 }
 
 fn check(op: &str, x: &Tensor, limit: usize) -> Result<(usize, usize)> {

@@ -33,12 +33,18 @@ pub fn assert_agrees(folder: &Path, fixture: &Path) {
 /// The questions that the demo, loaded so, does not answer word for word.
 #[cfg(feature = "demo")]
 pub fn wrong_facts(options: &Options) -> Vec<String> {
+    wrong_draws(options, SamplingParams { temperature: 0.0, ..SamplingParams::default() })
+}
+
+/// As [`wrong_facts`], with tokens chosen so.
+#[cfg(feature = "demo")]
+pub fn wrong_draws(options: &Options, params: SamplingParams) -> Vec<String> {
     let facts: Vec<Value> = serde_json::from_str(include_str!("../../examples/demo/chat/facts.json")).expect("JSON");
     assert_eq!(facts.len(), 233);
     let text = |fact: &Value, key: &str| fact[key].as_str().expect("a string").to_string();
     let questions: Vec<Vec<Message>> = facts.iter().map(|fact| vec![Message::user(text(fact, "question"))]).collect();
     let mut llm = Llm::demo(options).expect("the demo is built in");
-    let params = SamplingParams { temperature: 0.0, max_tokens: 200, ..SamplingParams::default() };
+    let params = SamplingParams { max_tokens: 200, ..params };
     let mut replies = llm.reply_all(&questions, &params).expect("valid requests");
     for piece in &mut replies {
         piece.expect("a piece");

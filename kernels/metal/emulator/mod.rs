@@ -9,19 +9,22 @@
 //!
 //! What it cannot show: Apple's compiler, registers and occupancy, fast math, caches, speed.
 
+#[cfg(test)]
+mod planted;
 mod translate;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufReader, BufWriter, Read, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{CpuStorage, DType, Error, Result, Storage, bail};
 use half::{bf16, f16};
+#[cfg(test)]
+pub(crate) use planted::{assert_mutants_fail, assert_wrong_launches_fail, suspended};
 
 use super::{Argument, Backend, Launch, Source};
 
@@ -29,65 +32,27 @@ const CLANG: &str = "clang++-19";
 /// Orders of threads that the runtime knows; the last two are random.
 const SCHEDULES: u32 = 6;
 
-/// In `FOR_FLOATS`.
-const HALF_FLOATS: &str = " KERNEL(\"f16\", half) KERNEL(\"bf16\", bfloat)";
-
 /// Runs `test` with every op that has a Metal kernel on the emulator, in what runs on this thread. Says so and does
-/// nothing where clang 19 is not installed. With `TAPER_EMULATOR=thorough` in the environment every launch runs in all
-/// schedules, whose results must agree to the bit, and again under TSan; otherwise the schedules take turns.
-pub(crate) fn emulated(test: impl Fn() -> Result<()>) -> Result<()> {
+/// nothing where clang 19 is not installed. Schedules take turns. With `TAPER_EMULATOR=thorough` in the environment every
+/// launch runs in all of them, whose results must agree to the bit, and `test` runs again under TSan, which judges by what
+/// orders two accesses, not by which came first: there they take turns.
+pub fn emulated(test: impl Fn() -> Result<()>) -> Result<()> {
     if !is_available() {
         return Ok(());
     }
-    Session::default().run(&test)?;
+    Session { in_all_schedules: is_thorough(), ..Default::default() }.run(&test)?;
     if is_thorough() {
         Session { sanitizer: Sanitizer::Thread, ..Default::default() }.run(&test)?;
     }
     Ok(())
 }
 
-/// Asserts that `test` fails for each of `mutants`, an exchange of one text in `source` for another: for all of them in
-/// thorough runs, else for every fourth, because each has to be compiled. They are compiled without kernels for half
-/// floats, which `test` must not need.
-pub(crate) fn assert_mutants_fail(source: &'static Source, mutants: &[(&str, &str)], test: impl Fn() -> Result<()>) {
-    if !is_available() {
-        return;
-    }
-    for (from, _) in mutants {
-        assert_eq!(source.text.matches(from).count(), 1, "{}: {from:?} must be there once", source.name);
-    }
-    for (from, to) in mutants.iter().step_by(if is_thorough() { 1 } else { 4 }) {
-        let text = source.text.replace(from, to).replace(HALF_FLOATS, "");
-        build(source.name, &text, Sanitizer::Address, Origin::Planted)
-            .unwrap_or_else(|error| panic!("{from:?} -> {to:?}: {error}"));
-        let session = Session { mutant: Some((source.name, text)), ..Default::default() };
-        assert!(session.fails(&test), "{}: {from:?} -> {to:?} is not noticed", source.name);
-    }
-}
-
-/// Asserts that `test` fails when its launches are wrong in any way that applies to one of them: a threadgroup is
-/// missing, an offset is forgotten, two arguments of a kind are exchanged. The first two must apply somewhere.
-pub(crate) fn assert_wrong_launches_fail(test: impl Fn() -> Result<()>) {
-    if !is_available() {
-        return;
-    }
-    SESSION.set(Some(Session::default()));
-    test().expect("passes as it is");
-    let wrongs = SESSION.take().expect("set above").applicable;
-    assert!(wrongs.iter().any(|wrong| matches!(wrong, Wrong::Fewer(_))), "no launch of several threadgroups");
-    assert!(wrongs.iter().any(|wrong| matches!(wrong, Wrong::FromStart(_))), "no argument at an offset");
-    for wrong in wrongs {
-        let session = Session { wrong: Some(wrong), ..Default::default() };
-        assert!(session.fails(&test), "{wrong:?} is not noticed");
-    }
-}
-
-/// Runs `f` on the CPU's own kernels within a test that [`emulated`] runs: what results are compared with.
-pub(crate) fn suspended<T>(f: impl FnOnce() -> T) -> T {
-    let session = SESSION.take();
-    let result = f();
-    SESSION.set(session);
-    result
+/// Names of the functions that the test which [`emulated`] runs has launched since the last call.
+#[cfg(feature = "emulator")]
+pub fn launched() -> BTreeSet<String> {
+    SESSION.with_borrow_mut(|session| {
+        session.as_mut().map(|session| std::mem::take(&mut session.launched)).unwrap_or_default()
+    })
 }
 
 /// What runs launches while [`emulated`] runs its test on this thread.
@@ -135,7 +100,9 @@ thread_local! {
 struct Session {
     processes: HashMap<&'static str, Process>,
     launches: u32,
+    launched: BTreeSet<String>,
     sanitizer: Sanitizer,
+    in_all_schedules: bool,
     /// Name of a source and the text that stands in for it.
     mutant: Option<(&'static str, String)>,
     wrong: Option<Wrong>,
@@ -168,13 +135,6 @@ impl Session {
         result
     }
 
-    fn fails(self, test: impl Fn() -> Result<()>) -> bool {
-        SESSION.set(Some(self));
-        let result = catch_unwind(AssertUnwindSafe(test));
-        SESSION.set(None);
-        !matches!(result, Ok(Ok(())))
-    }
-
     fn launch(&mut self, launch: Launch<CpuStorage>) -> Result<()> {
         let kernel = launch.function();
         let Launch { source, constants, threadgroups, threads, arguments, .. } = launch;
@@ -203,8 +163,9 @@ impl Session {
             }
         }
         self.launches += 1;
-        let schedules =
-            if is_thorough() { 0..SCHEDULES } else { self.launches % SCHEDULES..self.launches % SCHEDULES + 1 };
+        self.launched.insert(kernel.clone());
+        let turn = self.launches % SCHEDULES;
+        let schedules = if self.in_all_schedules { 0..SCHEDULES } else { turn..turn + 1 };
         let mut results: Option<Vec<Vec<u8>>> = None;
         for schedule in schedules {
             let got = self.process(source)?.run(&request, schedule);
@@ -376,7 +337,7 @@ fn set_bytes(storage: &mut CpuStorage, bytes: &[u8]) -> Result<()> {
 }
 
 /// Whether there is time.
-pub(crate) fn is_thorough() -> bool {
+pub fn is_thorough() -> bool {
     std::env::var("TAPER_EMULATOR").is_ok_and(|value| value == "thorough")
 }
 
@@ -408,7 +369,7 @@ fn folder(name: &str, parts: impl Hash) -> (PathBuf, Arc<Mutex<()>>) {
     (folder, lock)
 }
 
-const COMMON: [&str; 5] = ["-O1", "-g1", "-fno-sanitize-recover=all", "-Wno-unknown-attributes", "-Wno-psabi"];
+const COMMON: [&str; 3] = ["-g1", "-Wno-unknown-attributes", "-Wno-psabi"];
 
 /// The object file of what runs kernels; built once.
 fn build_runtime(sanitizer: Sanitizer) -> std::result::Result<PathBuf, String> {
@@ -419,11 +380,11 @@ fn build_runtime(sanitizer: Sanitizer) -> std::result::Result<PathBuf, String> {
         return Ok(object);
     }
     write_files(&folder)?;
-    let flag = match sanitizer {
-        Sanitizer::Address => "-fsanitize=address,undefined",
-        Sanitizer::Thread => "-DEMULATOR_TSAN",
+    let flags: &[&str] = match sanitizer {
+        Sanitizer::Address => &[],
+        Sanitizer::Thread => &["-DEMULATOR_TSAN"],
     };
-    output(clang(&folder).args(COMMON).args(["-std=c++17", flag, "-c", "runtime.cpp", "-o", "compiled"]))?;
+    output(clang(&folder).args(COMMON).args(flags).args(["-O2", "-std=c++17", "-c", "runtime.cpp", "-o", "compiled"]))?;
     std::fs::rename(folder.join("compiled"), &object).map_err(|error| error.to_string())?;
     Ok(object)
 }
@@ -477,7 +438,8 @@ fn build(name: &str, text: &str, sanitizer: Sanitizer, origin: Origin) -> std::r
     };
     let runtime = build_runtime(sanitizer)?;
     let mut kernels_object = clang(&folder);
-    output(kernels_object.args(kernels).args(COMMON).args(["-DEMULATOR_FLAT", sanitize, "-c", "kernels.cpp"]))?;
+    kernels_object.args(kernels).args(COMMON).args(["-O1", "-DEMULATOR_FLAT", sanitize, "-fno-sanitize-recover=all"]);
+    output(kernels_object.args(["-c", "kernels.cpp"]))?;
     output(clang(&folder).args([sanitize, "kernels.o", "-o", "linked"]).arg(runtime))?;
     std::fs::rename(folder.join("linked"), &program).map_err(io)?;
     Ok(program)
@@ -505,6 +467,7 @@ fn output(command: &mut Command) -> std::result::Result<String, String> {
 }
 
 /// The emulator itself: what a product on matrix units does, and what is refused.
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{Random, assert_close, values};

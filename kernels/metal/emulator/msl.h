@@ -70,6 +70,12 @@ template <class V, class... A> V make(A... arguments) {
   return vector;
 }
 
+// What follows reads what lanes gave to the runtime, which is no memory of a kernel's.
+#define EMULATOR_OWN                                                                                                   \
+  _Pragma("clang attribute push(__attribute__((no_sanitize(\"address\", \"thread\", \"undefined\"))), apply_to = function)")
+#define EMULATOR_KERNELS _Pragma("clang attribute pop")
+
+EMULATOR_OWN
 template <class T> struct Lanes {
   Exchange all;
   T operator[](uint32_t lane) const {
@@ -85,6 +91,11 @@ template <class T> Lanes<T> share(int operation, T value, int line) {
 
 template <class T, class F> T reduce(int operation, T value, int line, F join) {
   const auto lanes = share(operation, value, line);
+  Reduced &reduced = *lanes.all.reduced;
+  if (reduced.is_there) {
+    __builtin_memcpy(&value, reduced.value, sizeof value);
+    return value;
+  }
   T values[32];
   uint32_t count = lanes.all.lanes;
   for (uint32_t i = 0; i < count; i++)
@@ -92,8 +103,11 @@ template <class T, class F> T reduce(int operation, T value, int line, F join) {
   for (; count > 1; count = (count + 1) / 2)
     for (uint32_t i = 0; i < count / 2; i++)
       values[i] = join(values[i], values[i + (count + 1) / 2]);
+  __builtin_memcpy(reduced.value, values, sizeof value);
+  reduced.is_there = true;
   return values[0];
 }
+EMULATOR_KERNELS
 
 } // namespace emulator
 
@@ -129,11 +143,15 @@ enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 inline void threadgroup_barrier(mem_flags, int line = __builtin_LINE()) { emulator::threadgroup_wait(line); }
 inline void simdgroup_barrier(mem_flags, int line = __builtin_LINE()) { emulator::simdgroup_wait(0, line); }
 
+EMULATOR_OWN
 template <class T> T simd_sum(T x, int line = __builtin_LINE()) {
   return emulator::reduce(1, x, line, [](T a, T b) { return T(a + b); });
 }
 template <class T> T simd_max(T x, int line = __builtin_LINE()) {
   return emulator::reduce(2, x, line, [](T a, T b) { return max(a, b); });
+}
+template <class T> T simd_min(T x, int line = __builtin_LINE()) {
+  return emulator::reduce(9, x, line, [](T a, T b) { return min(a, b); });
 }
 template <class T> T simd_shuffle_xor(T x, ushort mask, int line = __builtin_LINE()) {
   const auto lanes = emulator::share(3, x, line);
@@ -142,6 +160,16 @@ template <class T> T simd_shuffle_xor(T x, ushort mask, int line = __builtin_LIN
     emulator::fail("a shuffle reads a lane that is not there", line);
   return lanes[from];
 }
+template <class T> T simd_shuffle(T x, ushort from, int line = __builtin_LINE()) {
+  const auto lanes = emulator::share(7, x, line);
+  if (from >= lanes.all.lanes)
+    emulator::fail("a shuffle reads a lane that is not there", line);
+  return lanes[from];
+}
+inline bool simd_any(bool x, int line = __builtin_LINE()) {
+  return emulator::reduce(8, x, line, [](bool a, bool b) { return a || b; });
+}
+EMULATOR_KERNELS
 
 // A matrix of 8 x 8 that a simdgroup has, two neighbours of a row a lane: as in Apple's headers, whose layout is not
 // documented but the one that MLX and PyTorch rely on.
@@ -178,6 +206,7 @@ inline void whole_simdgroup(uint32_t lanes, int line) {
 
 namespace metal {
 
+EMULATOR_OWN
 template <class T, class A, class B, class C>
 void simdgroup_multiply_accumulate(simdgroup_matrix<T, 8, 8> &to, simdgroup_matrix<A, 8, 8> a,
                                    simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c,
@@ -206,6 +235,7 @@ template <class T, int COLUMNS, int ROWS> simdgroup_matrix<T, COLUMNS, ROWS> mak
   matrix.elements[0] = matrix.elements[1] = value;
   return matrix;
 }
+EMULATOR_KERNELS
 template <class T, class P>
 void simdgroup_load(simdgroup_matrix<T, 8, 8> &to, P from, ulong stride = 8, ulong2 origin = 0, bool transpose = false,
                     int line = __builtin_LINE()) {
@@ -295,4 +325,6 @@ template <class... P> void register_kernel(const char *name, void (*function)(P.
 #define constant const EMULATOR_SPACE(2)
 #define threadgroup EMULATOR_SPACE(3)
 #define thread
-#define EMULATOR_POISON(variable) emulator::poison((void *)(uintptr_t)&variable, sizeof variable)
+#define EMULATOR_POISON(variable)                                                                                      \
+  static uint64_t poisoned_##variable;                                                                                 \
+  emulator::poison((void *)(uintptr_t)&variable, sizeof variable, poisoned_##variable)

@@ -19,18 +19,24 @@ void threadgroup_wait(int line);
 void simdgroup_wait(int operation, int line);
 
 constexpr size_t SLOT_BYTES = 64;
+// What the first lane that comes to it makes of all lanes' values, for the others.
+struct Reduced {
+  bool is_there;
+  unsigned char value[SLOT_BYTES];
+};
 // A value from each lane of the simdgroup.
 struct Exchange {
   const unsigned char (*slots)[SLOT_BYTES];
   uint32_t lanes;
+  Reduced *reduced;
 };
 Exchange exchange(int operation, int line, const void *value, size_t bytes);
 
 // Ends the launch with an error.
 [[noreturn]] void fail(const char *message, int line);
 
-// Fills a threadgroup variable with NaN, once for each threadgroup.
-void poison(void *variable, size_t bytes);
+// Fills a threadgroup variable with NaN, once for each threadgroup; `last` is the last one that it was filled for.
+void poison(void *variable, size_t bytes, uint64_t &last);
 
 enum class Attribute {
   BUFFER,
