@@ -11,6 +11,9 @@ use half::{bf16, f16};
 
 use crate::cpu::Element;
 
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(crate) mod amx;
+
 pub(crate) const LANES: usize = 8;
 
 /// A computation over lanes, with its operands.
@@ -141,11 +144,20 @@ pub(crate) trait Lanes: Copy {
 
 /// An element type that lanes are loaded from and rounded to.
 pub(crate) trait Stored: Element {
+    /// How many bf16 values add up to one of these, at most.
+    const PARTS: usize;
+
+    /// The values, if they are bf16.
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
     fn load<V: Lanes>(source: &[Self; LANES]) -> V;
     fn store<V: Lanes>(lanes: V, target: &mut [Self; LANES]);
 }
 
 impl Stored for f32 {
+    const PARTS: usize = 3;
+
     #[inline(always)]
     fn load<V: Lanes>(source: &[Self; LANES]) -> V {
         V::load(source)
@@ -157,6 +169,8 @@ impl Stored for f32 {
 }
 
 impl Stored for f16 {
+    const PARTS: usize = 2;
+
     #[inline(always)]
     fn load<V: Lanes>(source: &[Self; LANES]) -> V {
         V::load_f16(source)
@@ -168,6 +182,12 @@ impl Stored for f16 {
 }
 
 impl Stored for bf16 {
+    const PARTS: usize = 1;
+
+    #[inline(always)]
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
+        Some(values)
+    }
     #[inline(always)]
     fn load<V: Lanes>(source: &[Self; LANES]) -> V {
         V::load_bf16(source)
@@ -212,6 +232,20 @@ pub(crate) fn prefetch<T>(data: &[T]) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch has no effect but speed.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(line)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
+}
+
+/// As [`prefetch`], into the second-level cache.
+#[cfg(any(test, target_arch = "x86_64"))]
+#[inline(always)]
+pub(crate) fn prefetch_far<T>(data: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(data)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch has no effect but speed.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().cast::<i8>().wrapping_add(line)) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = data;

@@ -1,5 +1,7 @@
 //! Products with weight matrices.
 
+#[cfg(any(test, target_arch = "x86_64"))]
+mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cublas;

@@ -165,6 +165,12 @@ impl Dot for Avx2 {
         }
         sums
     }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_sums(sums: &[i32; OUTS], p: usize) -> Self::Sums {
+        let sums = part(sums, p);
+        unsafe { [_mm256_loadu_si256(sums[0].as_ptr().cast()), _mm256_loadu_si256(sums[1].as_ptr().cast())] }
+    }
     #[inline(always)]
     fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], p: usize, totals: &mut [f32; OUTS]) {
         let (scales, totals) = (part(scales, p), part_mut(totals, p));

@@ -92,6 +92,12 @@ impl Dot for Avx512 {
     fn total([_, both]: [Self::Small; 2]) -> Self::Sums {
         both
     }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_sums(sums: &[i32; OUTS], _: usize) -> Self::Sums {
+        let halves = sums.as_chunks::<16>().0;
+        unsafe { [_mm512_loadu_si512(halves[0].as_ptr().cast()), _mm512_loadu_si512(halves[1].as_ptr().cast())] }
+    }
     #[inline(always)]
     fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], _: usize, totals: &mut [f32; OUTS]) {
         for i in 0..REGISTERS {

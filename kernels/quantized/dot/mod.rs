@@ -62,6 +62,10 @@ pub(super) trait Dot {
     fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]);
     fn total(halves: [Self::Small; 2]) -> Self::Sums;
 
+    /// Sums of whole groups, from memory.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn load_sums(sums: &[i32; OUTS], part: usize) -> Self::Sums;
+
     /// `totals += sums * factor * scales`, the last product fused with the sum.
     fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], part: usize, totals: &mut [f32; OUTS]);
     /// The same, and then `totals += sum * minima`, fused.

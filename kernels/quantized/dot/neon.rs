@@ -115,6 +115,16 @@ impl Dot for Neon {
     fn total([_, both]: [Self::Small; 2]) -> Self::Sums {
         both
     }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_sums(sums: &[i32; OUTS], p: usize) -> Self::Sums {
+        let sums = part(sums, p);
+        let mut registers = Self::small();
+        for i in 0..REGISTERS {
+            registers[i] = unsafe { vld1q_s32(sums[i].as_ptr()) };
+        }
+        registers
+    }
     #[inline(always)]
     fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], p: usize, totals: &mut [f32; OUTS]) {
         let scales = part(scales, p);

@@ -61,6 +61,11 @@ impl Dot for Portable {
     fn total([_, both]: [Self::Small; 2]) -> Self::Sums {
         both
     }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_sums(sums: &[i32; OUTS], _: usize) -> Self::Sums {
+        *sums
+    }
     #[inline(always)]
     fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], _: usize, totals: &mut [f32; OUTS]) {
         let parts = sums.as_chunks::<LANES>().0.iter().zip(scales.as_chunks::<LANES>().0);
