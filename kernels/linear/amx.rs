@@ -20,16 +20,17 @@ use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, prefetch_far};
 
 /// Inputs of one step: a register's row of bf16.
 const STEP: usize = WIDTH / 2;
-/// Outputs of a block, in four registers.
-const OUTS: usize = 4 * ROWS;
-/// Rows of `x` that meet a weight at once.
+/// Rows of `x` in a register.
 const COLUMNS: usize = 16;
-/// Steps after which other rows meet the same weights, so that those stay in the first-level cache.
-const STRETCH: usize = 6;
+/// Registers of sums: products of a step that do not wait for each other, about as many as the machine works on at once.
+const SUMS: usize = 4;
+/// Steps after which other rows and outputs have their turn: of so many, two turns of `x` and the weights of a block stay
+/// in the first-level cache.
+const STRETCH: usize = 4;
 /// Rows of `x` whose parts in a stretch stay in the second-level cache.
 const MAX_ROWS: usize = 512;
-/// Blocks of a task of many rows: all meet a stretch of `x` before the next, and their sums stay in the second-level cache.
-const TASK_BLOCKS: usize = 4;
+/// Outputs of a task of many rows, whose sums stay in the second-level cache.
+const TASK_OUTS: usize = 256;
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
 const MIN_TASK: usize = 1 << 16;
 
@@ -51,13 +52,17 @@ pub fn linear<X: Stored, W: Stored>(
     let mut scratch = TURNED.take();
     for rows in pieces(0..n, MAX_ROWS) {
         let columns = rows.len().min(COLUMNS);
+        let turns = match rows.len().div_ceil(columns) {
+            1 => 1,
+            turns => turns.next_multiple_of(2),
+        };
         let turn = steps * X::PARTS * STEP / 2 * columns;
-        let turned = aligned(&mut scratch, rows.len().div_ceil(columns) * turn);
-        turned
-            .par_chunks_mut(turn)
-            .zip(parallel_pieces(rows.clone(), columns))
-            .for_each(|(target, rows)| dispatch(Turn { x, inner, rows, columns, target }));
-        let product = Product { x: &*turned, weight, bias, rows, columns, inner, outer, out: &shared };
+        let turned = aligned(&mut scratch, turns * turn);
+        turned.par_chunks_mut(turn).enumerate().for_each(|(turn, target)| {
+            let rows = rows.end.min(rows.start + turn * columns)..rows.end.min(rows.start + (turn + 1) * columns);
+            dispatch(Turn { x, inner, rows, columns, target })
+        });
+        let product = Product { x: &*turned, weight, bias, rows, columns, turns, inner, outer, out: &shared };
         product.run();
     }
     TURNED.set(scratch);
@@ -130,6 +135,8 @@ struct Product<'a, X, W> {
     rows: Range<usize>,
     /// Rows of a turn.
     columns: usize,
+    /// One, or an even number, the last of which may have no rows.
+    turns: usize,
     inner: usize,
     outer: usize,
     out: &'a Shared<'a, MaybeUninit<X>>,
@@ -137,20 +144,20 @@ struct Product<'a, X, W> {
 
 impl<X: Stored, W: Stored> Product<'_, X, W> {
     fn run(&self) {
-        let &Self { ref rows, columns, inner, outer, .. } = self;
+        let &Self { ref rows, columns, turns, inner, outer, .. } = self;
         let threads = rayon::current_num_threads();
-        let (turns, blocks) = (rows.len().div_ceil(columns), outer.div_ceil(OUTS));
-        // A narrow weight has too few blocks for all threads: then they share its rows as well.
-        let parts = (2 * threads).div_ceil(blocks.max(1)).min(turns);
-        let task = match turns {
-            1 => blocks.div_ceil(4 * threads),
-            _ => blocks.div_ceil(2 * threads).min(TASK_BLOCKS),
+        let outs = match turns {
+            1 => outer.div_ceil(4 * threads),
+            _ => outer.div_ceil(2 * threads).min(TASK_OUTS),
         };
-        let task = task.max(MIN_TASK / (rows.len() * inner * OUTS)).max(1);
+        let outs = outs.max(MIN_TASK / (rows.len() * inner)).next_multiple_of(SUMS * ROWS);
+        // A narrow weight has too few blocks for all threads: then they share its rows as well.
+        let parts = (2 * threads).div_ceil(outer.div_ceil(outs).max(1));
+        let turns_each = turns.div_ceil(parts).next_multiple_of(2);
         let mut widths = [4 * columns; 8];
-        widths[7] = WIDTH;
-        parallel_pieces(0..outer, task * OUTS).for_each(|outs| {
-            parallel_pieces(0..turns, turns.div_ceil(parts)).for_each(|turns| {
+        (widths[6], widths[7]) = (WIDTH, WIDTH);
+        parallel_pieces(0..outer, outs).for_each(|outs| {
+            parallel_pieces(0..turns, turns_each).for_each(|turns| {
                 let mut scratch = SCRATCH.take();
                 amx::dispatch(widths, Part { product: self, outs: outs.clone(), turns, scratch: &mut scratch });
                 SCRATCH.set(scratch);
@@ -158,21 +165,48 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
         });
     }
 
-    /// The weights themselves, if they can be the registers' rows as they lie. Worth it where few rows of `x` meet them.
-    fn stored(&self) -> Option<&[bf16]> {
-        if self.rows.len() <= COLUMNS && self.inner.is_multiple_of(STEP) { W::as_bf16(self.weight) } else { None }
+    /// The parts of a turn in a step.
+    #[inline(always)]
+    fn x(&self, turn: usize, step: usize) -> &[u32] {
+        &self.x[(turn * self.inner.div_ceil(STEP) + step) * X::PARTS * STEP / 2 * self.columns..]
     }
 
-    /// Rounds the sums of a block and a turn, and their bias if there is one.
-    fn write(&self, sums: &[f32], outs: Range<usize>, turn: usize) {
-        let mut values = [[0.0; OUTS]; COLUMNS];
-        dispatch(TurnBack { sums, columns: self.columns, target: &mut values });
-        let first = self.rows.start + turn * self.columns;
-        for (values, row) in values.iter().zip(first..self.rows.end.min(first + self.columns)) {
-            // SAFETY: every task has outputs and rows of its own.
-            let out = unsafe { self.out.part(row * self.outer + outs.start, outs.len()) };
-            write_rounded(out, values, self.bias.map(|bias| &bias[outs.start..]));
+    /// The weights of the outputs `outs` in the steps `steps`: themselves if they can be the registers' rows as they lie,
+    /// which is worth it where few rows of `x` meet them, or packed.
+    fn weights<'a>(&'a self, outs: Range<usize>, steps: Range<usize>, scratch: &'a mut Vec<bf16>) -> Weights<'a> {
+        let inner = self.inner;
+        if self.turns == 1
+            && inner.is_multiple_of(STEP)
+            && outs.len().is_multiple_of(SUMS * ROWS)
+            && let Some(weight) = W::as_bf16(self.weight)
+        {
+            let weights = &weight[outs.start * inner + steps.start * STEP..];
+            return Weights { weights, stride: inner, register: ROWS * inner, step: STEP };
         }
+        let registers = outs.len().div_ceil(SUMS * ROWS) * SUMS;
+        let register = W::PARTS * ROWS * STEP;
+        let weights = aligned(scratch, registers * steps.len() * register);
+        dispatch(Pack { weight: self.weight, inner, outs, steps: steps.clone(), target: weights });
+        Weights { weights, stride: STEP, register: steps.len() * register, step: register }
+    }
+}
+
+/// Where weights lie.
+#[derive(Clone, Copy)]
+struct Weights<'a> {
+    weights: &'a [bf16],
+    /// Elements from one row of a register to the next, from one register to the next, from one step to the next. The
+    /// parts of a register follow each other.
+    stride: usize,
+    register: usize,
+    step: usize,
+}
+
+impl Weights<'_> {
+    #[inline(always)]
+    fn load<T: Tiles, const TILE: usize>(&self, tiles: &mut T, register: usize, step: usize, part: usize) {
+        let start = register * self.register + step * self.step + part * ROWS * STEP;
+        tiles.load::<TILE, _>(&self.weights[start..], self.stride);
     }
 }
 
@@ -181,7 +215,7 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
 struct Scratch {
     /// Of [`Pack`].
     weights: Vec<bf16>,
-    /// `[blocks, turns, OUTS, columns]`
+    /// `[pairs of turns, blocks, SUMS, ROWS, columns]`
     sums: Vec<f32>,
 }
 
@@ -202,100 +236,117 @@ struct Part<'a, X, W> {
 impl<X: Stored, W: Stored> amx::Kernel for Part<'_, X, W> {
     #[inline(always)]
     fn run<T: Tiles>(self, tiles: &mut T) {
-        let Self { product, outs, turns, scratch: Scratch { weights, sums } } = self;
+        if self.product.turns == 1 { self.one_turn(tiles) } else { self.pairs_of_turns(tiles) }
+    }
+}
+
+impl<X: Stored, W: Stored> Part<'_, X, W> {
+    /// Blocks of four registers of outputs. Weights come from memory: they are asked for in the order in which they lie
+    /// there, while the block before is at work.
+    #[inline(always)]
+    fn one_turn<T: Tiles>(self, tiles: &mut T) {
+        let Self { product, outs, scratch: Scratch { weights, sums }, .. } = self;
         let Product { weight, columns, inner, .. } = *product;
-        let stored = product.stored();
         let steps = inner.div_ceil(STEP);
-        let (group, stretch) = if stored.is_some() { (OUTS, steps) } else { (outs.len(), STRETCH) };
-        let x = |turn: usize, step: usize| &product.x[(turn * steps + step) * X::PARTS * STEP / 2 * columns..];
-        let sums = aligned(sums, group.div_ceil(OUTS) * turns.len() * OUTS * columns);
-        let weights = aligned(weights, stretch * OUTS * W::PARTS * STEP);
-        for outs in pieces(outs, group) {
-            for steps in pieces(0..steps, stretch) {
-                let sums = sums.chunks_exact_mut(OUTS * columns * turns.len());
-                for (outs, sums) in pieces(outs.clone(), OUTS).zip(sums) {
-                    let rows = match stored {
-                        Some(stored) if outs.len() == OUTS => Rows {
-                            weights: &stored[outs.start * inner..],
-                            stride: inner,
-                            register: ROWS * inner,
-                            step: STEP,
-                        },
-                        _ => {
-                            dispatch(Pack { weight, inner, outs: outs.clone(), steps: steps.clone(), target: weights });
-                            let register = W::PARTS * ROWS * STEP;
-                            Rows { weights, stride: STEP, register, step: 4 * register }
-                        }
-                    };
-                    for (turn, sums) in turns.clone().zip(sums.chunks_exact_mut(OUTS * columns)) {
-                        match steps.start {
-                            0 => zero(tiles),
-                            _ => load_sums(tiles, sums, columns),
-                        }
-                        for (step, at) in steps.clone().zip(0..) {
-                            if let Some(stored) = stored {
-                                let next = outs.end * inner + step * OUTS * STEP;
-                                prefetch_far(&stored[next.min(stored.len())..stored.len().min(next + OUTS * STEP)]);
-                            }
-                            multiply::<T, X, W>(tiles, x(turn, step), columns, &rows, at);
-                        }
-                        store_sums(tiles, sums, columns);
+        let sums = aligned(sums, SUMS * ROWS * columns);
+        for outs in pieces(outs, SUMS * ROWS) {
+            let weights = product.weights(outs.clone(), 0..steps, weights);
+            zero(tiles);
+            for step in 0..steps {
+                let next = (outs.end * inner + step * SUMS * ROWS * STEP).min(weight.len());
+                prefetch_far(&weight[next..weight.len().min(next + SUMS * ROWS * STEP)]);
+                multiply_turn::<T, X, W>(tiles, product.x(0, step), columns, &weights, step);
+            }
+            store_sums(tiles, sums, columns);
+            let Product { bias, ref rows, outer, out, .. } = *product;
+            let write = Write { sums, registers: [0, 1, 2, 3], columns, rows: rows.clone(), outs, outer, bias, out };
+            dispatch(write);
+        }
+    }
+
+    /// Blocks of two registers of outputs with two turns.
+    #[inline(always)]
+    fn pairs_of_turns<T: Tiles>(self, tiles: &mut T) {
+        const OUTS: usize = 2 * ROWS;
+        const BLOCK: usize = SUMS * ROWS * COLUMNS;
+        let Self { product, outs, turns, scratch: Scratch { weights, sums } } = self;
+        let (steps, blocks) = (product.inner.div_ceil(STEP), outs.len().div_ceil(OUTS));
+        let sums = aligned(sums, turns.len() / 2 * blocks * BLOCK);
+        for steps in pieces(0..steps, STRETCH) {
+            let weights = product.weights(outs.clone(), steps.clone(), weights);
+            for (pair, sums) in turns.clone().step_by(2).zip(sums.chunks_exact_mut(blocks * BLOCK)) {
+                for (block, sums) in sums.chunks_exact_mut(BLOCK).enumerate() {
+                    match steps.start {
+                        0 => zero(tiles),
+                        _ => load_sums(tiles, sums, COLUMNS),
                     }
+                    for (at, step) in steps.clone().enumerate() {
+                        let x = [product.x(pair, step), product.x(pair + 1, step)];
+                        multiply_pair::<T, X, W>(tiles, x, &weights, 2 * block, at);
+                    }
+                    store_sums(tiles, sums, COLUMNS);
                 }
             }
-            let blocks = sums.chunks_exact(OUTS * columns * turns.len());
-            for (outs, sums) in pieces(outs, OUTS).zip(blocks) {
-                for (turn, sums) in turns.clone().zip(sums.chunks_exact(OUTS * columns)) {
-                    product.write(sums, outs.clone(), turn);
+        }
+        let Product { bias, ref rows, columns, outer, out, .. } = *product;
+        for (pair, sums) in turns.step_by(2).zip(sums.chunks_exact(blocks * BLOCK)) {
+            for (outs, sums) in pieces(outs.clone(), OUTS).zip(sums.chunks_exact(BLOCK)) {
+                for turn in 0..2 {
+                    let first = rows.start + (pair + turn) * columns;
+                    let rows = rows.end.min(first)..rows.end.min(first + columns);
+                    let registers = [turn, 2 + turn];
+                    dispatch(Write { sums, registers, columns, rows, outs: outs.clone(), outer, bias, out });
                 }
             }
         }
     }
 }
 
-/// Where the weights of a block lie.
-struct Rows<'a> {
-    weights: &'a [bf16],
-    /// Elements from one row of a register to the next, from one register to the next, from one step to the next. The
-    /// parts of a register follow each other.
-    stride: usize,
+/// Adds the products of a step, one turn with four registers of weights. Those that follow each other are of different
+/// sums; the weights are loaded anew for each part of `x`, from the first-level cache.
+#[inline(always)]
+fn multiply_turn<T: Tiles, X: Stored, W: Stored>(
+    tiles: &mut T,
+    x: &[u32],
+    columns: usize,
+    weights: &Weights,
+    step: usize,
+) {
+    for w in (0..W::PARTS).rev() {
+        for part in (0..X::PARTS.min(3 - w)).rev() {
+            tiles.load::<4, _>(&x[part * STEP / 2 * columns..], columns);
+            weights.load::<T, 6>(tiles, 0, step, w);
+            tiles.multiply_bf16::<0, 6, 4>();
+            weights.load::<T, 7>(tiles, 1, step, w);
+            tiles.multiply_bf16::<1, 7, 4>();
+            weights.load::<T, 6>(tiles, 2, step, w);
+            tiles.multiply_bf16::<2, 6, 4>();
+            weights.load::<T, 7>(tiles, 3, step, w);
+            tiles.multiply_bf16::<3, 7, 4>();
+        }
+    }
+}
+
+/// Adds the products of a step, two turns with two registers of weights, the first of which is `register`.
+#[inline(always)]
+fn multiply_pair<T: Tiles, X: Stored, W: Stored>(
+    tiles: &mut T,
+    x: [&[u32]; 2],
+    weights: &Weights,
     register: usize,
     step: usize,
-}
-
-/// Adds the products of a step to the registers 0 to 3. Those of `x` are 4 to 6, those of weights take turns in 7.
-#[inline(always)]
-fn multiply<T: Tiles, X: Stored, W: Stored>(tiles: &mut T, x: &[u32], columns: usize, rows: &Rows, step: usize) {
-    let part = STEP / 2 * columns;
-    tiles.load::<4, _>(x, columns);
-    if X::PARTS > 1 {
-        tiles.load::<5, _>(&x[part..], columns);
-    }
-    if X::PARTS > 2 {
-        tiles.load::<6, _>(&x[2 * part..], columns);
-    }
-    let weights = &rows.weights[step * rows.step..];
-    multiply_register::<T, X, W, 0>(tiles, weights, rows.stride);
-    multiply_register::<T, X, W, 1>(tiles, &weights[rows.register..], rows.stride);
-    multiply_register::<T, X, W, 2>(tiles, &weights[2 * rows.register..], rows.stride);
-    multiply_register::<T, X, W, 3>(tiles, &weights[3 * rows.register..], rows.stride);
-}
-
-#[inline(always)]
-fn multiply_register<T: Tiles, X: Stored, W: Stored, const SUMS: usize>(
-    tiles: &mut T,
-    weights: &[bf16],
-    stride: usize,
 ) {
-    for part in (0..W::PARTS).rev() {
-        tiles.load::<7, _>(&weights[part * ROWS * STEP..], stride);
-        if X::PARTS > 2 && part == 0 {
-            tiles.multiply_bf16::<SUMS, 7, 6>();
+    for w in (0..W::PARTS).rev() {
+        weights.load::<T, 6>(tiles, register, step, w);
+        weights.load::<T, 7>(tiles, register + 1, step, w);
+        for part in (0..X::PARTS.min(3 - w)).rev() {
+            tiles.load::<4, _>(&x[0][part * STEP / 2 * COLUMNS..], COLUMNS);
+            tiles.load::<5, _>(&x[1][part * STEP / 2 * COLUMNS..], COLUMNS);
+            tiles.multiply_bf16::<0, 6, 4>();
+            tiles.multiply_bf16::<1, 6, 5>();
+            tiles.multiply_bf16::<2, 7, 4>();
+            tiles.multiply_bf16::<3, 7, 5>();
         }
-        if X::PARTS > 1 && part <= 1 {
-            tiles.multiply_bf16::<SUMS, 7, 5>();
-        }
-        tiles.multiply_bf16::<SUMS, 7, 4>();
     }
 }
 
@@ -323,12 +374,11 @@ fn store_sums<T: Tiles>(tiles: &mut T, sums: &mut [f32], columns: usize) {
     tiles.store::<3, _>(&mut sums[3 * ROWS * columns..], columns);
 }
 
-/// The parts of some weights, register by register: `[steps, 4, PARTS, ROWS, STEP]`. What is missing is zero.
+/// The parts of some weights, register by register: `[registers, steps, PARTS, ROWS, STEP]`. What is missing is zero.
 struct Pack<'a, W> {
     /// `[.., inner]`
     weight: &'a [W],
     inner: usize,
-    /// [`OUTS`] at most.
     outs: Range<usize>,
     steps: Range<usize>,
     target: &'a mut [bf16],
@@ -340,15 +390,16 @@ impl<W: Stored> Kernel for Pack<'_, W> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let Self { weight, inner, outs, steps, target } = self;
-        if outs.len() < OUTS {
+        let register = W::PARTS * ROWS * STEP;
+        if outs.len() * steps.len() * W::PARTS * STEP < target.len() {
             target.fill(bf16::ZERO);
         }
         for (row, out) in outs.enumerate() {
             let source = &weight[out * inner..(out + 1) * inner];
             let source = source[steps.start * STEP..inner.min(steps.end * STEP)].chunks(STEP);
-            let step = OUTS * W::PARTS * STEP;
-            for (source, target) in source.zip(target.chunks_exact_mut(step)) {
-                let target = &mut target[(row / ROWS * W::PARTS * ROWS + row % ROWS) * STEP..];
+            let target = &mut target[row / ROWS * steps.len() * register..];
+            for (source, target) in source.zip(target.chunks_exact_mut(register)) {
+                let target = &mut target[row % ROWS * STEP..];
                 if let Some(source) = W::as_bf16(source)
                     && let (Some(source), Some(target)) = (source.first_chunk::<STEP>(), target.first_chunk_mut())
                 {
@@ -363,35 +414,46 @@ impl<W: Stored> Kernel for Pack<'_, W> {
     }
 }
 
-/// `[OUTS, columns]` to `[columns, OUTS]`.
-struct TurnBack<'a> {
+/// Rounds the sums of `N` registers of outputs and a turn of rows, and their bias if there is one.
+struct Write<'a, X, const N: usize> {
+    /// `[SUMS, ROWS, columns]`
     sums: &'a [f32],
+    registers: [usize; N],
     columns: usize,
-    target: &'a mut [[f32; OUTS]; COLUMNS],
+    rows: Range<usize>,
+    outs: Range<usize>,
+    outer: usize,
+    bias: Option<&'a [f32]>,
+    out: &'a Shared<'a, MaybeUninit<X>>,
 }
 
-impl Kernel for TurnBack<'_> {
+impl<X: Stored, const N: usize> Kernel for Write<'_, X, N> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let Self { sums, columns, target } = self;
-        let whole = columns / LANES * LANES;
-        for first in (0..OUTS).step_by(LANES) {
-            for column in (0..whole).step_by(LANES) {
-                let mut rows = [V::splat(0.0); LANES];
-                for i in 0..LANES {
-                    rows[i] = load(&sums[(first + i) * columns + column..][..LANES]);
-                }
-                let turned = V::transpose(rows);
-                for i in 0..LANES {
-                    turned[i].store(&mut target[column + i].as_chunks_mut().0[first / LANES]);
+        let Self { sums, registers, columns, rows, outs, outer, bias, out } = self;
+        let bias = bias.map(|bias| &bias[outs.start..]);
+        for column in (0..rows.len()).step_by(LANES) {
+            let mut values = [[[0.0; ROWS]; N]; LANES];
+            for (i, register) in registers.into_iter().enumerate() {
+                let sums = &sums[register * ROWS * columns..][..ROWS * columns];
+                for half in 0..ROWS / LANES {
+                    let mut outputs = [V::splat(0.0); LANES];
+                    for o in 0..LANES {
+                        let row = &sums[(half * LANES + o) * columns..][..columns];
+                        outputs[o] = load(&row[column..columns.min(column + LANES)]);
+                    }
+                    let turned = V::transpose(outputs);
+                    for r in 0..LANES {
+                        turned[r].store(&mut values[r][i].as_chunks_mut().0[half]);
+                    }
                 }
             }
-            for column in whole..columns {
-                for out in first..first + LANES {
-                    target[column][out] = sums[out * columns + column];
-                }
+            for (row, values) in rows.clone().skip(column).zip(&values) {
+                // SAFETY: every task has outputs and rows of its own.
+                let out = unsafe { out.part(row * outer + outs.start, outs.len()) };
+                write_rounded(out, values.as_flattened(), bias);
             }
         }
     }

@@ -1,22 +1,25 @@
 //! The product of several rows on AMX: a group of 64 inputs is one step of its registers. 8-bit codes are read as they
 //! are packed, those of 4 bits are unpacked once for all rows. Sums within a group are integers and what follows is that
 //! of [`Dot`], so the bits are those of [`super::cpu`].
+//!
+//! Sums reach the vector registers through memory. What follows is as much work as the product: both go on at once, on
+//! different groups.
 
 use std::cell::Cell;
-use std::ops::Range;
 
-use super::cpu::{Block, Panels, Rounded, Totals, Unpacked, fetch};
-use super::dot::{self, Dot};
+use super::cpu::{Block, Factors, Panels, Totals, Unpacked, fetch};
+use super::dot::{self, Dot, Four, HALF};
 use super::{OUTS, STEPS};
 use crate::linear::tile::pieces;
 use crate::simd::Stored;
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
 
-/// Groups that all rows meet before the next.
-const STRETCH: usize = 2;
+/// Groups that all rows meet before the next: codes of a panel and of a register of rows take 24 KiB, which stay in the
+/// first-level cache.
+const STRETCH: usize = 8;
 
-/// Rows that are multiplied at once, where there are so many: those of two registers.
-pub(super) const UNIT: usize = 2 * ROWS;
+/// Groups whose sums are on the way: their products take about as long as what follows those of two others.
+const AHEAD: usize = 2;
 
 /// Whether so many rows are to run here.
 pub(super) fn takes(rows: usize) -> bool {
@@ -32,157 +35,133 @@ pub(super) fn run<B: Block, X: Stored>(panels: Panels<B, X>) {
 impl<B: Block, X: Stored> amx::Kernel for Panels<'_, B, X> {
     fn run<T: Tiles>(self, tiles: &mut T) {
         let mut scratch = SCRATCH.take();
-        if scratch.totals.len() < self.rows.len() {
+        let registers = self.rows.len().div_ceil(ROWS);
+        if scratch.totals.len() < registers {
             scratch.blocks.resize(STRETCH, Unpacked::ZERO);
-            scratch.sums.resize(2 * STRETCH * UNIT, Sums([0; OUTS]));
-            scratch.totals.resize(self.rows.len(), Totals([0.0; OUTS]));
+            scratch.totals.resize(registers, [Totals([0.0; OUTS]); ROWS]);
         }
         for panel in self.panels.clone() {
-            let (panels, tiles, scratch) = (&self, &mut *tiles, &mut scratch);
-            match self.product.n <= ROWS {
-                true => dot::dispatch(self.product.instructions, Panel::<_, _, _, 1> { panels, panel, tiles, scratch }),
-                false => {
-                    dot::dispatch(self.product.instructions, Panel::<_, _, _, 2> { panels, panel, tiles, scratch })
-                }
-            }
+            let panel = Panel { panels: &self, panel, tiles: &mut *tiles, scratch: &mut scratch };
+            dot::dispatch(self.product.instructions, panel);
         }
         SCRATCH.set(scratch);
     }
 }
 
-/// A row's sums of a group.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Sums([i32; OUTS]);
-
 #[derive(Default)]
 struct Scratch {
     /// `[STRETCH]`
     blocks: Vec<Unpacked>,
-    /// `[2, STRETCH, UNIT]`: one unit is multiplied while the other is scaled.
-    sums: Vec<Sums>,
-    /// `[rows]`
-    totals: Vec<Totals>,
+    /// `[registers]`
+    totals: Vec<[Totals; ROWS]>,
 }
 
 thread_local! {
     /// A thread's, kept between calls.
-    static SCRATCH: Cell<Scratch> =
-        const { Cell::new(Scratch { blocks: Vec::new(), sums: Vec::new(), totals: Vec::new() }) };
+    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch { blocks: Vec::new(), totals: Vec::new() }) };
 }
 
-/// A panel with some rows, `M` registers of them at a time.
-struct Panel<'a, B, X, T, const M: usize> {
+/// A panel with some rows.
+struct Panel<'a, B, X, T> {
     panels: &'a Panels<'a, B, X>,
     panel: usize,
     tiles: &'a mut T,
     scratch: &'a mut Scratch,
 }
 
-impl<B: Block, X: Stored, T: Tiles, const M: usize> dot::Kernel for Panel<'_, B, X, T, M> {
+impl<B: Block, X: Stored, T: Tiles> dot::Kernel for Panel<'_, B, X, T> {
     #[inline(always)]
-    fn run<D: Dot>(mut self) {
-        let Panels { product, ref rows, .. } = *self.panels;
-        let groups = product.x.groups;
-        self.scratch.totals[..rows.len()].fill(Totals([0.0; OUTS]));
-        let whole = groups / STRETCH * STRETCH;
-        for start in (0..whole).step_by(STRETCH) {
-            self.stretch::<D, STRETCH>(start);
+    fn run<D: Dot>(self) {
+        let Self { panels, panel, tiles, scratch: Scratch { blocks: unpacked, totals } } = self;
+        let Panels { product, blocks, ref rows, .. } = *panels;
+        let (x, first) = (product.x, rows.start / ROWS);
+        let ahead = &blocks[panel * x.groups..];
+        let totals = &mut totals[..rows.len().div_ceil(ROWS)];
+        let mut ring = Ring::ZERO;
+        totals.fill([Totals([0.0; OUTS]); ROWS]);
+        for groups in pieces(0..x.groups, STRETCH) {
+            let blocks = &ahead[groups.clone()];
+            for ((group, block), unpacked) in groups.clone().zip(blocks).zip(&mut *unpacked) {
+                fetch(ahead, group);
+                block.prepare::<D>(unpacked);
+            }
+            for (register, totals) in (first..).zip(&mut *totals) {
+                let (codes, factors) = x.register(register, groups.clone());
+                for half in 0..2 {
+                    let half = Half { blocks, unpacked, codes, factors, half };
+                    half.add::<D, T>(tiles, &mut ring, totals);
+                }
+            }
         }
-        for start in whole..groups {
-            self.stretch::<D, 1>(start);
-        }
-        for (row, totals) in rows.clone().zip(&self.scratch.totals) {
-            product.write(row, self.panel, &totals.0);
+        for (row, totals) in rows.clone().zip(totals.as_flattened()) {
+            product.write(row, panel, &totals.0);
         }
     }
 }
 
-impl<B: Block, X: Stored, T: Tiles, const M: usize> Panel<'_, B, X, T, M> {
-    /// The `G` groups from `start` on.
-    #[inline(always)]
-    fn stretch<D: Dot, const G: usize>(&mut self, start: usize) {
-        let Panels { product, blocks, ref rows, .. } = *self.panels;
-        let Scratch { blocks: unpacked, sums, totals } = &mut *self.scratch;
-        let ahead = &blocks[self.panel * product.x.groups..];
-        let blocks: &[B; G] = &ahead[start..].as_chunks().0[0];
-        let unpacked: &mut [Unpacked; G] = &mut unpacked.as_chunks_mut().0[0];
-        for i in 0..G {
-            fetch(ahead, start + i);
-            blocks[i].prepare::<D>(&mut unpacked[i]);
-        }
-        let (mut sums, mut before) = sums.split_at_mut(STRETCH * UNIT);
-        let mut units = pieces(0..rows.len(), M * ROWS);
-        let mut last: Option<Range<usize>> = None;
-        loop {
-            let unit = units.next();
-            for i in 0..G {
-                if let Some(unit) = &unit {
-                    let x = (rows.start + unit.start) / ROWS;
-                    multiply::<T, M>(
-                        self.tiles,
-                        product.x,
-                        x,
-                        start + i,
-                        blocks[i].bytes(&unpacked[i]),
-                        &mut sums[i * UNIT..],
-                    );
-                }
-                if let Some(last) = &last {
-                    let share = last.start + last.len() * i / G..last.start + last.len() * (i + 1) / G;
-                    for row in share {
-                        let totals = &mut totals[row];
-                        for part in 0..OUTS / D::WIDTH {
-                            for j in 0..G {
-                                let sums = D::load_sums(&before[j * UNIT + row - last.start].0, part);
-                                let factors = product.x.factors(rows.start + row, start + j);
-                                B::add_sums::<D>(&unpacked[j], sums, factors, part, totals);
-                            }
-                        }
-                    }
-                }
-            }
-            if unit.is_none() {
-                break;
-            }
-            last = unit;
-            std::mem::swap(&mut sums, &mut before);
-        }
-    }
+/// The sums of four groups in turn, a register of rows and half a panel each. Those that are read and those on the way
+/// never lie at the same distance from a page, where the machine would take one for the other.
+#[repr(C, align(4096))]
+struct Ring([[[i32; HALF]; ROWS]; 4]);
+
+impl Ring {
+    const ZERO: Self = Self([[[0; HALF]; ROWS]; 4]);
 }
 
-/// The sums of a group of `M` registers of rows.
-#[inline(always)]
-fn multiply<T: Tiles, const M: usize>(
-    tiles: &mut T,
-    x: &Rounded,
-    register: usize,
-    group: usize,
-    codes: &[u8],
-    sums: &mut [Sums],
-) {
-    const HALF: usize = OUTS / 2;
-    let rows = |i: usize| x.register(register + i, group);
-    // SAFETY: a row of sums is as many integers.
-    let sums = unsafe { std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), sums.len() * OUTS) };
-    tiles.load::<6, _>(codes, 4 * OUTS);
-    tiles.load::<7, _>(&codes[4 * HALF..], 4 * OUTS);
-    tiles.load::<4, _>(rows(0), STEPS);
-    tiles.zero::<0>();
-    tiles.zero::<1>();
-    tiles.multiply_bytes::<0, 4, 6>();
-    tiles.multiply_bytes::<1, 4, 7>();
-    if M > 1 {
-        tiles.load::<5, _>(rows(1), STEPS);
-        tiles.zero::<2>();
-        tiles.zero::<3>();
-        tiles.multiply_bytes::<2, 5, 6>();
-        tiles.multiply_bytes::<3, 5, 7>();
+/// Half a panel with a register of rows, in the groups of a stretch.
+struct Half<'a, B> {
+    blocks: &'a [B],
+    unpacked: &'a [Unpacked],
+    /// `[groups, ROWS, STEPS]`
+    codes: &'a [[[Four; STEPS]; ROWS]],
+    /// `[groups, ROWS]`
+    factors: &'a [[Factors; ROWS]],
+    half: usize,
+}
+
+impl<B: Block> Half<'_, B> {
+    #[inline(always)]
+    fn add<D: Dot, T: Tiles>(&self, tiles: &mut T, ring: &mut Ring, totals: &mut [Totals; ROWS]) {
+        let Self { blocks, unpacked, half, .. } = *self;
+        let mut sums = [D::load_half(&totals[0].0.as_chunks().0[half]); ROWS];
+        for row in 1..ROWS {
+            sums[row] = D::load_half(&totals[row].0.as_chunks().0[half]);
+        }
+        for group in 0..blocks.len() + AHEAD {
+            match group % 4 {
+                _ if group >= blocks.len() => {}
+                0 => self.multiply::<T, 0, 4, 6>(tiles, group, &mut ring.0[0]),
+                1 => self.multiply::<T, 1, 5, 7>(tiles, group, &mut ring.0[1]),
+                2 => self.multiply::<T, 2, 4, 6>(tiles, group, &mut ring.0[2]),
+                _ => self.multiply::<T, 3, 5, 7>(tiles, group, &mut ring.0[3]),
+            }
+            if let Some(group) = group.checked_sub(AHEAD) {
+                let Unpacked { scales, minima, .. } = &unpacked[group];
+                let of_block = [D::load_half(&scales.as_chunks().0[half]), D::load_half(&minima.as_chunks().0[half])];
+                let (products, factors) = (&ring.0[group % 4], &self.factors[group]);
+                for row in 0..ROWS {
+                    sums[row] = B::add_half::<D>(of_block, &products[row], &factors[row], sums[row]);
+                }
+            }
+        }
+        for row in 0..ROWS {
+            D::store_half(sums[row], &mut totals[row].0.as_chunks_mut().0[half]);
+        }
     }
-    tiles.store::<0, _>(sums, OUTS);
-    tiles.store::<1, _>(&mut sums[HALF..], OUTS);
-    if M > 1 {
-        tiles.store::<2, _>(&mut sums[ROWS * OUTS..], OUTS);
-        tiles.store::<3, _>(&mut sums[ROWS * OUTS + HALF..], OUTS);
+
+    /// The sums of a group.
+    #[inline(always)]
+    fn multiply<T: Tiles, const SUMS: usize, const X: usize, const W: usize>(
+        &self,
+        tiles: &mut T,
+        group: usize,
+        sums: &mut [[i32; HALF]; ROWS],
+    ) {
+        let codes = self.blocks[group].bytes(&self.unpacked[group]);
+        tiles.load::<W, _>(&codes[self.half * 4 * HALF..], 4 * OUTS);
+        tiles.load::<X, _>(self.codes[group].as_flattened(), STEPS);
+        tiles.zero::<SUMS>();
+        tiles.multiply_bytes::<SUMS, X, W>();
+        tiles.store::<SUMS, _>(sums.as_flattened_mut(), HALF);
     }
 }

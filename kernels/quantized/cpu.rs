@@ -13,6 +13,8 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
+#[cfg(any(test, target_arch = "x86_64"))]
+use super::dot::HALF;
 use super::dot::{self, Affine, Dot, Four};
 use super::{Blocks, Codes, GROUP, OUTS, Q4Block, Q8Block, QuantizedMatrix, STEPS};
 use crate::cpu::Shared;
@@ -80,7 +82,7 @@ impl Order {
         match self {
             Self::BySteps(rows) => rows,
             #[cfg(any(test, target_arch = "x86_64"))]
-            Self::ByRows => super::amx::UNIT,
+            Self::ByRows => ROWS,
         }
     }
 }
@@ -160,18 +162,16 @@ impl Rounded {
         &self.codes[self.skip..]
     }
 
-    /// The codes of a group of the sixteen rows of a register, by rows.
+    /// The codes and factors of some groups of the sixteen rows of a register, by rows.
     #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
-    pub(super) fn register(&self, register: usize, group: usize) -> &[Four] {
-        &self.codes()[(register * self.groups + group) * ROWS * STEPS..]
-    }
-
-    /// Of a group of a row, by rows.
-    #[cfg(any(test, target_arch = "x86_64"))]
-    #[inline(always)]
-    pub(super) fn factors(&self, row: usize, group: usize) -> &Factors {
-        &self.factors[(row / ROWS * self.groups + group) * ROWS + row % ROWS]
+    pub(super) fn register(
+        &self,
+        register: usize,
+        groups: Range<usize>,
+    ) -> (&[[[Four; STEPS]; ROWS]], &[[Factors; ROWS]]) {
+        let groups = register * self.groups + groups.start..register * self.groups + groups.end;
+        (&self.codes().as_chunks().0.as_chunks().0[groups.clone()], &self.factors.as_chunks().0[groups])
     }
 }
 
@@ -297,9 +297,9 @@ impl<B: Block, X: Stored> Panels<'_, B, X> {
 #[repr(C, align(64))]
 pub(super) struct Unpacked {
     codes: [Codes; STEPS],
-    scales: [f32; OUTS],
+    pub scales: [f32; OUTS],
     /// Undefined where the format has none.
-    minima: [f32; OUTS],
+    pub minima: [f32; OUTS],
 }
 
 impl Unpacked {
@@ -429,7 +429,15 @@ pub(super) trait Block: Sync {
     fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]);
     /// Adds the sums of a row's products, scaled.
     fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals);
-    /// Unpacks what [`Block::bytes`] and [`Block::add_sums`] need.
+    /// As [`Block::add_sums`], of half a panel, the one that the factors of the block are of.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn add_half<D: Dot>(
+        scales_and_minima: [D::Half; 2],
+        sums: &[i32; HALF],
+        factors: &Factors,
+        totals: D::Half,
+    ) -> D::Half;
+    /// Unpacks what [`Block::bytes`] and [`Block::add_half`] need.
     #[cfg(any(test, target_arch = "x86_64"))]
     fn prepare<D: Dot>(&self, target: &mut Unpacked);
     /// The codes as signed bytes, once they are prepared: `[STEPS, OUTS, 4]`.
@@ -489,6 +497,11 @@ impl Block for Q8Block {
     #[inline(always)]
     fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals) {
         D::add_scaled(sums, factors.scale, &block.scales, part, &mut totals.0);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn add_half<D: Dot>([scales, _]: [D::Half; 2], sums: &[i32; HALF], factors: &Factors, totals: D::Half) -> D::Half {
+        D::half_scaled(sums, factors.scale, scales, totals)
     }
     #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
@@ -563,6 +576,16 @@ impl Block for Q4Block {
         let &Factors { scale, sum, .. } = factors;
         let affine = Affine { factor: scale, sum, scales: &block.scales, minima: &block.minima };
         D::add_affine(sums, affine, part, &mut totals.0);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn add_half<D: Dot>(
+        [scales, minima]: [D::Half; 2],
+        sums: &[i32; HALF],
+        factors: &Factors,
+        totals: D::Half,
+    ) -> D::Half {
+        D::half_shifted(factors.sum, minima, D::half_scaled(sums, factors.scale, scales, totals))
     }
     #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
