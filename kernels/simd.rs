@@ -78,6 +78,9 @@ pub(crate) trait Lanes: Copy {
     fn store_f16(self, target: &mut [f16; LANES]);
     /// Rounds to nearest, ties to even.
     fn store_bf16(self, target: &mut [bf16; LANES]);
+    /// Cuts the lower half off.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn store_upper(self, target: &mut [bf16; LANES]);
 
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -310,6 +313,11 @@ impl Lanes for Portable {
     fn store_bf16(self, target: &mut [bf16; LANES]) {
         *target = self.0.map(bf16::round)
     }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn store_upper(self, target: &mut [bf16; LANES]) {
+        *target = self.0.map(|x| bf16::from_bits((x.to_bits() >> 16) as u16))
+    }
     #[inline(always)]
     fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
@@ -442,6 +450,14 @@ mod avx2 {
                 let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
                 let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
                 let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+                let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
+                _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
+            }
+        }
+        #[inline(always)]
+        fn store_upper(self, target: &mut [bf16; LANES]) {
+            unsafe {
+                let upper = _mm256_srli_epi32::<16>(_mm256_castps_si256(self.0));
                 let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
                 _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
             }

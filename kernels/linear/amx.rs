@@ -1,9 +1,9 @@
-//! Products on AMX, of bf16 in f32.
+//! Products on AMX.
 //!
 //! A value is the sum of up to three bf16 values, and a product the sum of the products of its parts but the smallest,
-//! which lie below what f32 keeps. Weights are the registers' rows as they are stored, `x` is turned once. The sums of
-//! an output see the steps of the inner dimension in their order, within a step the products of small parts first, and
-//! nothing of other rows and outputs: its bits depend neither on how many rows there are nor on threads.
+//! which lie below what f32 keeps. Weights in bf16 are the registers' rows as they are stored, `x` is turned once. The
+//! sum of an output sees the steps of the inner dimension in their order, within a step the products of small parts
+//! first, and nothing of other rows and outputs: its bits depend neither on how many rows there are nor on threads.
 
 use std::cell::Cell;
 use std::mem::MaybeUninit;
@@ -33,11 +33,6 @@ const MAX_ROWS: usize = 512;
 const TASK_OUTS: usize = 256;
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
 const MIN_TASK: usize = 1 << 16;
-
-/// Whether products with weights `W` run here.
-pub fn takes<W: Stored>() -> bool {
-    W::PARTS == 1 && amx::is_used()
-}
 
 /// As [`super::cpu::linear`].
 pub fn linear<X: Stored, W: Stored>(
@@ -112,15 +107,14 @@ fn parts<V: Lanes, T: Stored>(source: &[T]) -> [[bf16; STEP]; 3] {
         let mut rest: V = load(&source[source.len().min(i * LANES)..source.len().min((i + 1) * LANES)]);
         for (left, part) in (0..T::PARTS).rev().zip(&mut parts) {
             let part = &mut part.as_chunks_mut::<LANES>().0[i];
-            if left == 0 {
-                rest.store_bf16(part);
-            } else {
+            let mut upper = rest;
+            if left > 0 {
                 // The upper 8 of 24 bits (Dekker, 1971).
                 let shifted = rest.mul(V::splat(65537.0));
-                let upper = shifted.sub(shifted.sub(rest));
-                upper.store_bf16(part);
-                rest = rest.sub(upper);
+                upper = shifted.sub(shifted.sub(rest));
             }
+            upper.store_upper(part);
+            rest = rest.sub(upper);
         }
     }
     parts
@@ -150,7 +144,7 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
             1 => outer.div_ceil(4 * threads),
             _ => outer.div_ceil(2 * threads).min(TASK_OUTS),
         };
-        let outs = outs.max(MIN_TASK / (rows.len() * inner)).next_multiple_of(SUMS * ROWS);
+        let outs = outs.max(MIN_TASK / (rows.len() * inner)).max(1).next_multiple_of(SUMS * ROWS);
         // A narrow weight has too few blocks for all threads: then they share its rows as well.
         let parts = (2 * threads).div_ceil(outer.div_ceil(outs).max(1));
         let turns_each = turns.div_ceil(parts).next_multiple_of(2);

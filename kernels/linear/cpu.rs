@@ -29,7 +29,7 @@ pub fn linear<X: Stored, W: Stored>(
         return vec![X::round(0.0); n * outer];
     }
     #[cfg(any(test, target_arch = "x86_64"))]
-    if amx::takes::<W>() {
+    if crate::simd::amx::is_used() {
         return amx::linear(x, weight, bias, (n, inner, outer));
     }
     let mut out = Vec::with_capacity(n * outer);

@@ -63,7 +63,9 @@ fn a_row_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
 fn a_row_on_amx_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
     let on_amx = |x: &Tensor, weight: &Tensor| with_tiles(|| linear(x, weight));
     // Weights as they are stored, and packed ones.
-    [288, 300].into_iter().try_for_each(|inner| rows_are_alone(DType::BF16, inner, &[1, 3, 16, 17, 40], on_amx))
+    [(DType::BF16, 288), (DType::BF16, 300), (DType::F32, 160)]
+        .into_iter()
+        .try_for_each(|(dtype, inner)| rows_are_alone(dtype, inner, &[1, 3, 16, 17, 40], on_amx))
 }
 
 fn rows_are_alone(
