@@ -11,6 +11,9 @@ use half::{bf16, f16};
 
 use crate::cpu::Element;
 
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(crate) mod amx;
+
 pub(crate) const LANES: usize = 8;
 
 /// A computation over lanes, with its operands.
@@ -75,6 +78,9 @@ pub(crate) trait Lanes: Copy {
     fn store_f16(self, target: &mut [f16; LANES]);
     /// Rounds to nearest, ties to even.
     fn store_bf16(self, target: &mut [bf16; LANES]);
+    /// Cuts the lower half off.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn store_upper(self, target: &mut [bf16; LANES]);
 
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -141,11 +147,20 @@ pub(crate) trait Lanes: Copy {
 
 /// An element type that lanes are loaded from and rounded to.
 pub(crate) trait Stored: Element {
+    /// How many bf16 values add up to one of these, at most.
+    const PARTS: usize;
+
+    /// The values, if they are bf16.
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
     fn load<V: Lanes>(source: &[Self; LANES]) -> V;
     fn store<V: Lanes>(lanes: V, target: &mut [Self; LANES]);
 }
 
 impl Stored for f32 {
+    const PARTS: usize = 3;
+
     #[inline(always)]
     fn load<V: Lanes>(source: &[Self; LANES]) -> V {
         V::load(source)
@@ -157,6 +172,8 @@ impl Stored for f32 {
 }
 
 impl Stored for f16 {
+    const PARTS: usize = 2;
+
     #[inline(always)]
     fn load<V: Lanes>(source: &[Self; LANES]) -> V {
         V::load_f16(source)
@@ -168,6 +185,12 @@ impl Stored for f16 {
 }
 
 impl Stored for bf16 {
+    const PARTS: usize = 1;
+
+    #[inline(always)]
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
+        Some(values)
+    }
     #[inline(always)]
     fn load<V: Lanes>(source: &[Self; LANES]) -> V {
         V::load_bf16(source)
@@ -212,6 +235,20 @@ pub(crate) fn prefetch<T>(data: &[T]) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch has no effect but speed.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(line)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
+}
+
+/// As [`prefetch`], into the second-level cache.
+#[cfg(any(test, target_arch = "x86_64"))]
+#[inline(always)]
+pub(crate) fn prefetch_far<T>(data: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(data)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch has no effect but speed.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().cast::<i8>().wrapping_add(line)) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = data;
@@ -275,6 +312,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn store_bf16(self, target: &mut [bf16; LANES]) {
         *target = self.0.map(bf16::round)
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn store_upper(self, target: &mut [bf16; LANES]) {
+        *target = self.0.map(|x| bf16::from_bits((x.to_bits() >> 16) as u16))
     }
     #[inline(always)]
     fn add(self, other: Self) -> Self {
@@ -408,6 +450,14 @@ mod avx2 {
                 let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
                 let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
                 let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+                let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
+                _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
+            }
+        }
+        #[inline(always)]
+        fn store_upper(self, target: &mut [bf16; LANES]) {
+            unsafe {
+                let upper = _mm256_srli_epi32::<16>(_mm256_castps_si256(self.0));
                 let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
                 _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
             }

@@ -8,6 +8,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+#[cfg(any(test, target_arch = "x86_64"))]
+use super::amx;
 #[cfg(target_arch = "x86_64")]
 use super::tile::Wide;
 use super::tile::{Accumulators, Blocked, Group, Interleave, Narrow, Streamed, Tile, Turn, pieces};
@@ -25,6 +27,10 @@ pub fn linear<X: Stored, W: Stored>(
 ) -> Vec<X> {
     if inner == 0 {
         return vec![X::round(0.0); n * outer];
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    if crate::simd::amx::is_used() {
+        return amx::linear(x, weight, bias, (n, inner, outer));
     }
     let mut out = Vec::with_capacity(n * outer);
     let shared = Shared::new(&mut out.spare_capacity_mut()[..n * outer]);
@@ -191,7 +197,7 @@ pub(crate) fn write_rounded<X: Stored>(out: &mut [MaybeUninit<X>], values: &[f32
 }
 
 /// `range` in pieces of `len`, on all threads if there is more than one.
-fn parallel_pieces(range: Range<usize>, len: usize) -> impl IndexedParallelIterator<Item = Range<usize>> {
+pub(crate) fn parallel_pieces(range: Range<usize>, len: usize) -> impl IndexedParallelIterator<Item = Range<usize>> {
     (0..range.len().div_ceil(len)).into_par_iter().map(move |i| {
         let start = range.start + i * len;
         start..range.end.min(start + len)
@@ -203,13 +209,14 @@ fn tiles_of<const R: usize>(floats: &mut [f32]) -> &mut [[Group<f32>; R]] {
     floats.as_chunks_mut().0.as_chunks_mut().0
 }
 
-/// The first `len` floats of `scratch` on a cache line, so that no load of a group straddles two.
-pub(crate) fn aligned(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    const LINE: usize = 16;
-    if scratch.len() < len + LINE {
-        scratch.resize(len + LINE, 0.0);
+/// The first `len` values of `scratch` on a cache line, so that no load of a group straddles two.
+pub(crate) fn aligned<T: Copy + Default>(scratch: &mut Vec<T>, len: usize) -> &mut [T] {
+    const LINE: usize = 64;
+    let line = LINE / size_of::<T>();
+    if scratch.len() < len + line {
+        scratch.resize(len + line, T::default());
     }
-    let skip = scratch.as_ptr().align_offset(LINE * size_of::<f32>()) % LINE;
+    let skip = scratch.as_ptr().align_offset(LINE) % line;
     &mut scratch[skip..][..len]
 }
 

@@ -1,5 +1,7 @@
 //! Products with weight matrices.
 
+#[cfg(any(test, target_arch = "x86_64"))]
+mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cublas;
@@ -30,7 +32,8 @@ use crate::simd::Stored;
 /// `x` `[N, I]` in f32, f16 or bf16; `weight` `[O, I]` as the checkpoint stores it. On the CPU the weight may
 /// be of another float dtype than `x`: its elements are widened on the way, so bf16 weights under f32
 /// activations lose nothing and take no second copy. Elsewhere the dtypes must agree. Returns `[N, O]` in `x`'s
-/// dtype; accumulation in f32, and on the CPU in an order that does not depend on `N`.
+/// dtype; accumulation in f32, and on the CPU in an order that does not depend on `N`. A CPU with AMX takes f16 and f32
+/// apart into bf16 values, where what lies below 2^-126 is lost and f32 from 2^112 on, or infinite, becomes NaN.
 ///
 /// # Errors
 ///

@@ -3,6 +3,7 @@ use candle_core::{DType, Device};
 use super::*;
 use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated, suspended};
 use crate::simd::Instructions;
+use crate::simd::amx::tests::with_tiles;
 use crate::simd::tests::{available, on};
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
@@ -22,8 +23,20 @@ fn hand_computed() -> Result<()> {
 
 #[test]
 fn every_pair_of_dtypes_is_the_reference() -> Result<()> {
+    pairs_are_the_reference(&[(1, 1, 1), (2, 7, 3), (3, 8, 5), (5, 9, 129), (4, 63, 17), (65, 100, 33), (7, 1000, 10)])
+}
+
+/// Several blocks of outputs and stretches of inputs, rows as they are stored and packed ones.
+#[test]
+fn products_on_amx_are_the_reference() -> Result<()> {
+    with_tiles(|| {
+        pairs_are_the_reference(&[(1, 1, 1), (5, 9, 129), (1, 256, 150), (16, 64, 64), (4, 448, 10), (37, 230, 100)])
+    })
+}
+
+fn pairs_are_the_reference(shapes: &[(usize, usize, usize)]) -> Result<()> {
     let mut random = Random::new(1);
-    for (n, inner, outer) in [(1, 1, 1), (2, 7, 3), (3, 8, 5), (5, 9, 129), (4, 63, 17), (65, 100, 33), (7, 1000, 10)] {
+    for &(n, inner, outer) in shapes {
         for x_dtype in FLOATS {
             for w_dtype in FLOATS {
                 let x = random.tensor(&[n, inner], 1.0, x_dtype, &Device::Cpu)?;
@@ -41,19 +54,37 @@ fn every_pair_of_dtypes_is_the_reference() -> Result<()> {
 
 #[test]
 fn a_row_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
+    FLOATS
+        .into_iter()
+        .try_for_each(|w_dtype| rows_are_alone(w_dtype, 300, &[1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 100], linear))
+}
+
+#[test]
+fn a_row_on_amx_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
+    let on_amx = |x: &Tensor, weight: &Tensor| with_tiles(|| linear(x, weight));
+    // Weights as they are stored, and packed ones.
+    [(DType::BF16, 288), (DType::BF16, 300), (DType::F32, 160)]
+        .into_iter()
+        .try_for_each(|(dtype, inner)| rows_are_alone(dtype, inner, &[1, 3, 16, 17, 40], on_amx))
+}
+
+fn rows_are_alone(
+    w_dtype: DType,
+    inner: usize,
+    counts: &[usize],
+    linear: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Sync,
+) -> Result<()> {
     let mut random = Random::new(2);
-    let (inner, outer) = (300, 70);
-    for w_dtype in FLOATS {
-        let x = random.tensor(&[100, inner], 1.0, DType::F32, &Device::Cpu)?;
-        let weight = random.tensor(&[outer, inner], 1.0, w_dtype, &Device::Cpu)?;
-        let alone: Vec<Vec<u32>> =
-            (0..100).map(|row| Ok(bits(&linear(&x.narrow(0, row, 1)?, &weight)?))).collect::<Result<_>>()?;
-        for rows in [1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 100] {
-            for threads in [1, 2, 3, 5] {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-                let got = bits(&pool.install(|| linear(&x.narrow(0, 100 - rows, rows)?, &weight))?);
-                assert_eq!(got, alone[100 - rows..].concat(), "{rows} rows, {threads} threads, {w_dtype:?}");
-            }
+    let most = counts[counts.len() - 1];
+    let x = random.tensor(&[most, inner], 1.0, DType::F32, &Device::Cpu)?;
+    let weight = random.tensor(&[70, inner], 1.0, w_dtype, &Device::Cpu)?;
+    let alone: Vec<Vec<u32>> =
+        (0..most).map(|row| Ok(bits(&linear(&x.narrow(0, row, 1)?, &weight)?))).collect::<Result<_>>()?;
+    for &rows in counts {
+        for threads in [1, 2, 3, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+            let got = bits(&pool.install(|| linear(&x.narrow(0, most - rows, rows)?, &weight))?);
+            assert_eq!(got, alone[most - rows..].concat(), "{rows} rows, {threads} threads, {w_dtype:?}");
         }
     }
     Ok(())
@@ -205,12 +236,16 @@ fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
     for (n, inner, outer) in [(17, 64, 16), (40, 300, 70), (131, 2100, 33)] {
         let x = random.tensor(&[n, inner], 1.0, DType::F32, &Device::Cpu)?;
         let weight = random.tensor(&[outer, inner], 1.0, DType::BF16, &Device::Cpu)?;
-        let alone: Vec<Vec<u32>> =
-            (0..n).map(|row| Ok(bits(&linear(&x.narrow(0, row, 1)?, &weight)?))).collect::<Result<_>>()?;
+        let mut results = Vec::new();
         for instructions in available().filter(|&instructions| instructions > Instructions::Portable) {
-            let got = bits(&on(instructions, || linear(&x, &weight))?);
+            let linear = |x: &Tensor| on(instructions, || linear(x, &weight));
+            let alone: Vec<Vec<u32>> =
+                (0..n).map(|row| Ok(bits(&linear(&x.narrow(0, row, 1)?)?))).collect::<Result<_>>()?;
+            let got = bits(&linear(&x)?);
             assert_eq!(got, alone.concat(), "[{n}, {inner}] by [{outer}, {inner}] on {instructions:?}");
+            results.push(got);
         }
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "[{n}, {inner}] by [{outer}, {inner}]");
     }
     Ok(())
 }

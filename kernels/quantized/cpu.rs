@@ -13,11 +13,15 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
+#[cfg(any(test, target_arch = "x86_64"))]
+use super::dot::HALF;
 use super::dot::{self, Affine, Dot, Four};
 use super::{Blocks, Codes, GROUP, OUTS, Q4Block, Q8Block, QuantizedMatrix, STEPS};
 use crate::cpu::Shared;
 use crate::linear::cpu::write_rounded;
 use crate::linear::tile::pieces;
+#[cfg(any(test, target_arch = "x86_64"))]
+use crate::simd::amx::ROWS;
 use crate::simd::{Instructions, Kernel, LANES, Lanes, Stored, dispatch, instructions, load, prefetch};
 
 /// `x` `[n, inner]`, `bias` `[outer]`; returns `[n, outer]`.
@@ -30,7 +34,7 @@ pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix, bias: Option<&[f32]>
     let mut out = Vec::with_capacity(n * outer);
     let shared = Shared::new(&mut out.spare_capacity_mut()[..n * outer]);
     let instructions = instructions();
-    let x = Rounded::new(x, inner, tile_rows(instructions));
+    let x = Rounded::new(x, inner, Order::of(n, instructions));
     let product = Product { x: &x, bias, n, inner, outer, instructions, out: shared };
     match blocks {
         Blocks::Q8(blocks) => product.run(blocks),
@@ -45,17 +49,42 @@ pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix, bias: Option<&[f32]>
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
 const MIN_TASK: usize = 1 << 17;
 
-/// Rows of a tile at most.
-fn tile_rows(instructions: Instructions) -> usize {
-    struct Rows<'a>(&'a mut usize);
-    impl dot::Kernel for Rows<'_> {
-        fn run<D: Dot>(self) {
-            *self.0 = D::ROWS
+/// How rounded rows lie in memory.
+#[derive(Clone, Copy)]
+enum Order {
+    /// In tiles of at most so many rows `R`, which have [`tiles`]: codes `[groups, STEPS, R]`, factors `[groups, R]`.
+    BySteps(usize),
+    /// In registers of sixteen rows, some missing: codes `[groups, 16, STEPS]`, factors `[groups, 16]`.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    ByRows,
+}
+
+impl Order {
+    /// For the product of `n` rows.
+    fn of(n: usize, instructions: Instructions) -> Self {
+        struct Rows<'a>(&'a mut usize);
+        impl dot::Kernel for Rows<'_> {
+            fn run<D: Dot>(self) {
+                *self.0 = D::ROWS
+            }
+        }
+        #[cfg(any(test, target_arch = "x86_64"))]
+        if super::amx::takes(n) {
+            return Self::ByRows;
+        }
+        let mut rows = 1;
+        dot::dispatch(instructions, Rows(&mut rows));
+        Self::BySteps(rows)
+    }
+
+    /// Rows that are multiplied at once, at most.
+    fn rows(self) -> usize {
+        match self {
+            Self::BySteps(rows) => rows,
+            #[cfg(any(test, target_arch = "x86_64"))]
+            Self::ByRows => ROWS,
         }
     }
-    let mut rows = 1;
-    dot::dispatch(instructions, Rows(&mut rows));
-    rows
 }
 
 /// `rows` in tiles of at most `most`, each of a size that there is a kernel for.
@@ -69,20 +98,20 @@ fn tiles(rows: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> 
     })
 }
 
-/// Rows of `x` rounded to bytes, tile by tile.
-struct Rounded {
-    /// In the place of each tile of `R` rows `[groups, STEPS, R]`; what is missing from the last group is zero.
+/// Rows of `x` rounded to bytes.
+pub(super) struct Rounded {
+    /// What is missing from the last group is zero.
     codes: Vec<Four>,
-    /// In the place of each tile `[groups, R]`.
+    /// Of `codes`, before the first on a cache line.
+    skip: usize,
     factors: Vec<Factors>,
-    groups: usize,
-    /// Rows of a tile at most.
-    tile: usize,
+    pub(super) groups: usize,
+    order: Order,
 }
 
 /// Of a group of a row.
 #[derive(Clone, Copy, Default)]
-struct Factors {
+pub(super) struct Factors {
     /// `x = scale * code`.
     scale: f32,
     /// What the codes add up to, times `scale`.
@@ -92,23 +121,57 @@ struct Factors {
 }
 
 impl Rounded {
-    fn new<X: Stored>(x: &[X], inner: usize, tile: usize) -> Self {
+    fn new<X: Stored>(x: &[X], inner: usize, order: Order) -> Self {
         let groups = inner.div_ceil(GROUP);
         let n = x.len() / inner;
-        let (mut codes, mut factors) = (vec![[0; 4]; n * groups * STEPS], vec![Factors::default(); n * groups]);
-        let (shared_codes, shared_factors) = (Shared::new(&mut codes), Shared::new(&mut factors));
-        let task = (MIN_TASK / 16 / inner).next_multiple_of(tile);
+        let places = match order {
+            Order::BySteps(_) => n,
+            #[cfg(any(test, target_arch = "x86_64"))]
+            Order::ByRows => n.next_multiple_of(order.rows()),
+        };
+        let mut codes = vec![[0; 4]; (places * groups + 1) * STEPS];
+        let skip = codes.as_ptr().align_offset(GROUP) % STEPS;
+        let mut factors = vec![Factors::default(); places * groups];
+        let (shared_codes, shared_factors) = (Shared::new(&mut codes[skip..]), Shared::new(&mut factors));
+        let task = (MIN_TASK / 16 / inner).next_multiple_of(order.rows());
+        let round = |rows: Range<usize>, places: usize| {
+            let (start, count) = (rows.start * groups, places * groups);
+            // SAFETY: no two tiles have a row in common.
+            let (codes, factors) =
+                unsafe { (shared_codes.part(start * STEPS, count * STEPS), shared_factors.part(start, count)) };
+            let x = &x[rows.start * inner..rows.end * inner];
+            let strides = match order {
+                Order::BySteps(_) => [1, places],
+                #[cfg(any(test, target_arch = "x86_64"))]
+                Order::ByRows => [STEPS, 1],
+            };
+            dispatch(Round { x, inner, places, strides, codes, factors });
+        };
         (0..n.div_ceil(task)).into_par_iter().for_each(|index| {
-            for rows in tiles(index * task..n.min((index + 1) * task), tile) {
-                let (start, count) = (rows.start * groups, rows.len() * groups);
-                // SAFETY: no two tiles have a row in common.
-                let (codes, factors) =
-                    unsafe { (shared_codes.part(start * STEPS, count * STEPS), shared_factors.part(start, count)) };
-                let x = &x[rows.start * inner..rows.end * inner];
-                dispatch(Round { x, inner, codes, factors });
+            let rows = index * task..n.min((index + 1) * task);
+            match order {
+                Order::BySteps(most) => tiles(rows, most).for_each(|rows| round(rows.clone(), rows.len())),
+                #[cfg(any(test, target_arch = "x86_64"))]
+                Order::ByRows => pieces(rows, ROWS).for_each(|rows| round(rows, ROWS)),
             }
         });
-        Self { codes, factors, groups, tile }
+        Self { codes, skip, factors, groups, order }
+    }
+
+    fn codes(&self) -> &[Four] {
+        &self.codes[self.skip..]
+    }
+
+    /// The codes and factors of some groups of the sixteen rows of a register, by rows.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    pub(super) fn register(
+        &self,
+        register: usize,
+        groups: Range<usize>,
+    ) -> (&[[[Four; STEPS]; ROWS]], &[[Factors; ROWS]]) {
+        let groups = register * self.groups + groups.start..register * self.groups + groups.end;
+        (&self.codes().as_chunks().0.as_chunks().0[groups.clone()], &self.factors.as_chunks().0[groups])
     }
 }
 
@@ -116,6 +179,10 @@ impl Rounded {
 struct Round<'a, X> {
     x: &'a [X],
     inner: usize,
+    /// Rows that there is place for.
+    places: usize,
+    /// From the codes of one row to those of the next, and from one step to the next.
+    strides: [usize; 2],
     codes: &'a mut [Four],
     factors: &'a mut [Factors],
 }
@@ -127,7 +194,6 @@ impl<X: Stored> Kernel for Round<'_, X> {
     fn run<V: Lanes>(self) {
         // Adding 1.5 * 2^23 leaves the nearest integer in the lower bits.
         const ROUND: f32 = 12_582_912.0;
-        let rows = self.x.len() / self.inner;
         for (row, x) in self.x.chunks_exact(self.inner).enumerate() {
             for (group, x) in x.chunks(GROUP).enumerate() {
                 let mut values = [0.0; GROUP];
@@ -147,54 +213,53 @@ impl<X: Stored> Kernel for Round<'_, X> {
                     codes[i] = values[i].to_bits() as i8;
                     sum += i32::from(codes[i]);
                 }
-                self.factors[group * rows + row] = Factors { scale, sum: scale * sum as f32, offset: -128 * sum };
-                let target = &mut self.codes[group * STEPS * rows..][..STEPS * rows];
-                for (target, codes) in target.chunks_exact_mut(rows).zip(codes.as_chunks().0) {
-                    target[row] = *codes;
+                let factors = Factors { scale, sum: scale * sum as f32, offset: -128 * sum };
+                self.factors[group * self.places + row] = factors;
+                let target = &mut self.codes[group * STEPS * self.places + row * self.strides[0]..];
+                for (target, codes) in target.iter_mut().step_by(self.strides[1]).zip(codes.as_chunks().0) {
+                    *target = *codes;
                 }
             }
         }
     }
 }
 
-struct Product<'a, X> {
-    x: &'a Rounded,
+pub(super) struct Product<'a, X> {
+    pub x: &'a Rounded,
     bias: Option<&'a [f32]>,
-    n: usize,
+    pub n: usize,
     inner: usize,
     outer: usize,
-    instructions: Instructions,
+    pub instructions: Instructions,
     out: Shared<'a, MaybeUninit<X>>,
 }
 
 impl<X: Stored> Product<'_, X> {
     fn run<B: Block>(&self, blocks: &[B]) {
         let panels = self.outer.div_ceil(OUTS);
-        let groups = self.x.groups;
         let threads = rayon::current_num_threads();
         // A narrow weight has too few panels for all threads: then they share its rows as well.
-        let parts = (4 * threads).div_ceil(panels.max(1)).min(self.n.div_ceil(self.x.tile)).max(1);
-        let rows = self.n.div_ceil(parts).next_multiple_of(self.x.tile);
+        let tile = self.x.order.rows();
+        let parts = (4 * threads).div_ceil(panels.max(1)).min(self.n.div_ceil(tile)).max(1);
+        let rows = self.n.div_ceil(parts).next_multiple_of(tile);
         let task = panels.div_ceil(8 * threads).max(MIN_TASK / (rows.min(self.n).max(1) * self.inner * OUTS)).max(1);
         let tasks = panels.div_ceil(task);
         (0..self.n.div_ceil(rows.max(1)) * tasks).into_par_iter().for_each(|index| {
             let (part, first) = (index / tasks, index % tasks * task);
+            let panels = first..panels.min(first + task);
             let rows = part * rows..self.n.min((part + 1) * rows);
-            let mut scratch = SCRATCH.take();
-            scratch.resize(rows.len());
-            for panel in first..panels.min(first + task) {
-                let (blocks, ahead) = (&blocks[panel * groups..(panel + 1) * groups], &blocks[panel * groups..]);
-                let scratch = &mut scratch;
-                let sweep = Sweep { product: self, x: self.x, blocks, ahead, panel, rows: rows.clone(), scratch };
-                dot::dispatch(self.instructions, sweep);
+            let part = Panels { product: self, blocks, panels, rows };
+            match self.x.order {
+                Order::BySteps(_) => part.sweep(),
+                #[cfg(any(test, target_arch = "x86_64"))]
+                Order::ByRows => super::amx::run(part),
             }
-            SCRATCH.set(scratch);
         });
     }
 
     /// Rounds the outputs of a panel in row `row`, and their bias if there is one.
     #[inline(always)]
-    fn write(&self, row: usize, panel: usize, totals: &[f32; OUTS]) {
+    pub fn write(&self, row: usize, panel: usize, totals: &[f32; OUTS]) {
         let first = panel * OUTS;
         // SAFETY: every task has outputs and rows of its own.
         let out = unsafe { self.out.part(row * self.outer + first, OUTS.min(self.outer - first)) };
@@ -202,18 +267,43 @@ impl<X: Stored> Product<'_, X> {
     }
 }
 
+/// Some panels with some rows.
+pub(super) struct Panels<'a, B, X> {
+    pub product: &'a Product<'a, X>,
+    /// Of all panels.
+    pub blocks: &'a [B],
+    pub panels: Range<usize>,
+    pub rows: Range<usize>,
+}
+
+impl<B: Block, X: Stored> Panels<'_, B, X> {
+    fn sweep(&self) {
+        let &Self { product, blocks, ref panels, ref rows } = self;
+        let mut scratch = SCRATCH.take();
+        scratch.resize(rows.len());
+        let groups = product.x.groups;
+        for panel in panels.clone() {
+            let (blocks, ahead) = (&blocks[panel * groups..(panel + 1) * groups], &blocks[panel * groups..]);
+            let (rows, scratch) = (rows.clone(), &mut scratch);
+            let sweep = Sweep { product, x: product.x, blocks, ahead, panel, rows, scratch };
+            dot::dispatch(product.instructions, sweep);
+        }
+        SCRATCH.set(scratch);
+    }
+}
+
 /// A block as several rows meet it.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Unpacked {
+pub(super) struct Unpacked {
     codes: [Codes; STEPS],
-    scales: [f32; OUTS],
+    pub scales: [f32; OUTS],
     /// Undefined where the format has none.
-    minima: [f32; OUTS],
+    pub minima: [f32; OUTS],
 }
 
 impl Unpacked {
-    const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; STEPS], scales: [0.0; OUTS], minima: [0.0; OUTS] };
+    pub const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; STEPS], scales: [0.0; OUTS], minima: [0.0; OUTS] };
 }
 
 /// Groups of a panel that all rows meet before the next: unpacked they take 18 KiB, which stay in the first-level cache.
@@ -222,7 +312,7 @@ const STRETCH: usize = 8;
 /// A row's outputs of a panel, on cache lines: no vector straddles two.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Totals([f32; OUTS]);
+pub(super) struct Totals(pub [f32; OUTS]);
 
 /// What several rows need of a panel.
 #[derive(Default)]
@@ -319,24 +409,40 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
     /// The groups of the tile of `R` rows from `row` on.
     #[inline(always)]
     fn operands<const R: usize>(&self, row: usize) -> (&'a [[[Four; R]; STEPS]], &'a [[Factors; R]]) {
-        let Rounded { codes, factors, groups, .. } = self.x;
+        let Rounded { factors, groups, .. } = self.x;
         let (start, count) = (row * groups, R * groups);
-        let codes = codes[start * STEPS..][..count * STEPS].as_chunks().0.as_chunks().0;
+        let codes = self.x.codes()[start * STEPS..][..count * STEPS].as_chunks().0.as_chunks().0;
         (codes, factors[start..][..count].as_chunks().0)
     }
 }
 
 #[inline(always)]
-fn fetch<B>(blocks: &[B], group: usize) {
+pub(super) fn fetch<B>(blocks: &[B], group: usize) {
     if let Some(ahead) = blocks.get(group + AHEAD.div_ceil(size_of::<B>())) {
         prefetch(std::slice::from_ref(ahead));
     }
 }
 
 /// A block of a packed weight.
-trait Block: Sync {
+pub(super) trait Block: Sync {
     /// Adds its products with one row.
     fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]);
+    /// Adds the sums of a row's products, scaled.
+    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals);
+    /// As [`Block::add_sums`], of half a panel, the one that the factors of the block are of.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn add_half<D: Dot>(
+        scales_and_minima: [D::Half; 2],
+        sums: &[i32; HALF],
+        factors: &Factors,
+        totals: D::Half,
+    ) -> D::Half;
+    /// Unpacks what [`Block::bytes`] and [`Block::add_half`] need.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn prepare<D: Dot>(&self, target: &mut Unpacked);
+    /// The codes as signed bytes, once they are prepared: `[STEPS, OUTS, 4]`.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn bytes<'a>(&'a self, unpacked: &'a Unpacked) -> &'a [u8];
     fn unpack<D: Dot>(&self, target: &mut Unpacked);
     /// Adds the products of an unpacked block with `R` rows.
     fn add_unpacked<D: Dot, const R: usize>(
@@ -384,9 +490,28 @@ impl Block for Q8Block {
                 D::add(&mut sums, D::load(codes, part), x);
             }
             for r in 0..R {
-                D::add_scaled(sums[r], factors[r].scale, &block.scales, part, &mut totals[r].0);
+                Self::add_sums::<D>(block, sums[r], &factors[r], part, &mut totals[r]);
             }
         }
+    }
+    #[inline(always)]
+    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals) {
+        D::add_scaled(sums, factors.scale, &block.scales, part, &mut totals.0);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn add_half<D: Dot>([scales, _]: [D::Half; 2], sums: &[i32; HALF], factors: &Factors, totals: D::Half) -> D::Half {
+        D::half_scaled(sums, factors.scale, scales, totals)
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn prepare<D: Dot>(&self, target: &mut Unpacked) {
+        target.scales = widen(&self.scales);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn bytes<'a>(&'a self, _: &'a Unpacked) -> &'a [u8] {
+        self.codes.as_flattened().as_flattened()
     }
 }
 
@@ -441,11 +566,36 @@ impl Block for Q4Block {
                 D::add_small(&mut second, D::load(codes, part), x);
             }
             for r in 0..R {
-                let Factors { scale, sum, .. } = factors[r];
-                let affine = Affine { factor: scale, sum, scales: &block.scales, minima: &block.minima };
-                D::add_affine(D::total([first[r], second[r]]), affine, part, &mut totals[r].0);
+                let sums = D::total([first[r], second[r]]);
+                Self::add_sums::<D>(block, sums, &factors[r], part, &mut totals[r]);
             }
         }
+    }
+    #[inline(always)]
+    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals) {
+        let &Factors { scale, sum, .. } = factors;
+        let affine = Affine { factor: scale, sum, scales: &block.scales, minima: &block.minima };
+        D::add_affine(sums, affine, part, &mut totals.0);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn add_half<D: Dot>(
+        [scales, minima]: [D::Half; 2],
+        sums: &[i32; HALF],
+        factors: &Factors,
+        totals: D::Half,
+    ) -> D::Half {
+        D::half_shifted(factors.sum, minima, D::half_scaled(sums, factors.scale, scales, totals))
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn prepare<D: Dot>(&self, target: &mut Unpacked) {
+        self.unpack::<D>(target);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn bytes<'a>(&'a self, unpacked: &'a Unpacked) -> &'a [u8] {
+        unpacked.codes.as_flattened().as_flattened()
     }
 }
 

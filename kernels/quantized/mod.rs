@@ -1,5 +1,7 @@
 //! Products with weight matrices that are packed to 8 or 4 bits.
 
+#[cfg(any(test, target_arch = "x86_64"))]
+mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;

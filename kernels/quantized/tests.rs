@@ -3,6 +3,7 @@ use candle_core::{DType, Device};
 use super::*;
 use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated, suspended};
 use crate::simd::Instructions;
+use crate::simd::amx::tests::with_tiles;
 use crate::simd::tests::{available, on};
 use crate::testing::{Random, assert_close, devices, poisoned, values};
 
@@ -275,6 +276,28 @@ fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
         let fused = available().filter(|&instructions| instructions > Instructions::Portable);
         let results: Vec<_> = fused.map(|set| Ok(bits(&on(set, || linear(&x, &matrix))?))).collect::<Result<_>>()?;
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{format:?}");
+    }
+    Ok(())
+}
+
+/// Sums within a group are integers there too.
+#[test]
+fn amx_agrees_to_the_bit() -> Result<()> {
+    let mut random = Random::new(8);
+    let widest = available().last().expect("there is one");
+    for format in FORMATS {
+        for (inner, outer) in [(300, 70), (64, 3), (513, 33)] {
+            let (_, matrix, _) = packed(format, [outer, inner], &mut random);
+            for rows in [4, 15, 16, 17, 32, 33, 90] {
+                let x = random.tensor(&[rows, inner], 1.0, DType::F32, &Device::Cpu)?;
+                let want = bits(&on(widest, || linear(&x, &matrix))?);
+                for threads in [1, 3] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+                    let got = bits(&pool.install(|| with_tiles(|| linear(&x, &matrix)))?);
+                    assert_eq!(got, want, "{format:?} [{rows}, {inner}] by {outer}, {threads} threads");
+                }
+            }
+        }
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use super::*;
 use crate::testing::Random;
 
 thread_local! {
-    pub(super) static INSTRUCTIONS: Cell<Option<Instructions>> = const { Cell::new(None) };
+    pub(crate) static INSTRUCTIONS: Cell<Option<Instructions>> = const { Cell::new(None) };
 }
 
 /// Runs `f` on these instructions, in what it runs on this thread.

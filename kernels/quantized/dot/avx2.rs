@@ -1,7 +1,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{Affine, Dot, Four, Kernel, word};
+use super::{Affine, Dot, Four, HALF, Kernel, word};
 use crate::quantized::{Codes, OUTS};
 
 /// # Safety
@@ -187,5 +187,43 @@ impl Dot for Avx2 {
                 _mm256_storeu_ps(totals[i].as_mut_ptr(), total);
             }
         }
+    }
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    type Half = [__m256; 2];
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_half(values: &[f32; HALF]) -> Self::Half {
+        let halves = values.as_chunks().0;
+        [load(&halves[0]), load(&halves[1])]
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn store_half(half: Self::Half, values: &mut [f32; HALF]) {
+        for (half, values) in half.into_iter().zip(values.as_chunks_mut::<8>().0) {
+            unsafe { _mm256_storeu_ps(values.as_mut_ptr(), half) }
+        }
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_scaled(sums: &[i32; HALF], factor: f32, scales: Self::Half, totals: Self::Half) -> Self::Half {
+        let mut new = totals;
+        for i in 0..2 {
+            unsafe {
+                let sums = _mm256_cvtepi32_ps(_mm256_loadu_si256(sums.as_chunks::<8>().0[i].as_ptr().cast()));
+                new[i] = _mm256_fmadd_ps(_mm256_mul_ps(sums, _mm256_set1_ps(factor)), scales[i], totals[i]);
+            }
+        }
+        new
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_shifted(sum: f32, minima: Self::Half, totals: Self::Half) -> Self::Half {
+        let mut new = totals;
+        for i in 0..2 {
+            new[i] = unsafe { _mm256_fmadd_ps(_mm256_set1_ps(sum), minima[i], totals[i]) };
+        }
+        new
     }
 }

@@ -1,6 +1,6 @@
 use std::arch::x86_64::*;
 
-use super::{Affine, Dot, Four, Kernel, word};
+use super::{Affine, Dot, Four, HALF, Kernel, word};
 use crate::quantized::{Codes, OUTS};
 
 /// # Safety
@@ -112,5 +112,32 @@ impl Dot for Avx512 {
                 _mm512_storeu_ps(totals.as_chunks_mut::<16>().0[i].as_mut_ptr(), total);
             }
         }
+    }
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    type Half = __m512;
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_half(values: &[f32; HALF]) -> Self::Half {
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn store_half(half: Self::Half, values: &mut [f32; HALF]) {
+        unsafe { _mm512_storeu_ps(values.as_mut_ptr(), half) }
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_scaled(sums: &[i32; HALF], factor: f32, scales: Self::Half, totals: Self::Half) -> Self::Half {
+        unsafe {
+            let sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.as_ptr().cast()));
+            _mm512_fmadd_ps(_mm512_mul_ps(sums, _mm512_set1_ps(factor)), scales, totals)
+        }
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_shifted(sum: f32, minima: Self::Half, totals: Self::Half) -> Self::Half {
+        unsafe { _mm512_fmadd_ps(_mm512_set1_ps(sum), minima, totals) }
     }
 }

@@ -66,7 +66,26 @@ pub(super) trait Dot {
     fn add_scaled(sums: Self::Sums, factor: f32, scales: &[f32; OUTS], part: usize, totals: &mut [f32; OUTS]);
     /// The same, and then `totals += sum * minima`, fused.
     fn add_affine(sums: Self::Sums, affine: Affine, part: usize, totals: &mut [f32; OUTS]);
+
+    /// An f32 for each output of half a panel.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    type Half: Copy;
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn load_half(values: &[f32; HALF]) -> Self::Half;
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn store_half(half: Self::Half, values: &mut [f32; HALF]);
+    /// As `add_scaled`.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn half_scaled(sums: &[i32; HALF], factor: f32, scales: Self::Half, totals: Self::Half) -> Self::Half;
+    /// `totals + sum * minima`, fused.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn half_shifted(sum: f32, minima: Self::Half, totals: Self::Half) -> Self::Half;
 }
+
+/// Outputs of half a panel.
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(super) const HALF: usize = OUTS / 2;
 
 /// The factors of a block of 4-bit weights and a row.
 #[derive(Clone, Copy)]

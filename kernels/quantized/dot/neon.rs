@@ -1,6 +1,8 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+#[cfg(any(test, target_arch = "x86_64"))]
+use super::HALF;
 use super::{Affine, Dot, Four, Kernel, word};
 use crate::quantized::{Codes, OUTS};
 
@@ -138,5 +140,46 @@ impl Dot for Neon {
                 vst1q_f32(totals.as_mut_ptr(), vfmaq_n_f32(total, vld1q_f32(minima[i].as_ptr()), affine.sum));
             }
         }
+    }
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    type Half = [float32x4_t; 4];
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_half(values: &[f32; HALF]) -> Self::Half {
+        let mut half = [unsafe { vdupq_n_f32(0.0) }; 4];
+        for i in 0..4 {
+            half[i] = unsafe { vld1q_f32(values.as_chunks::<4>().0[i].as_ptr()) };
+        }
+        half
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn store_half(half: Self::Half, values: &mut [f32; HALF]) {
+        for (half, values) in half.into_iter().zip(values.as_chunks_mut::<4>().0) {
+            unsafe { vst1q_f32(values.as_mut_ptr(), half) }
+        }
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_scaled(sums: &[i32; HALF], factor: f32, scales: Self::Half, totals: Self::Half) -> Self::Half {
+        let mut new = totals;
+        for i in 0..4 {
+            unsafe {
+                let sums = vcvtq_f32_s32(vld1q_s32(sums.as_chunks::<4>().0[i].as_ptr()));
+                new[i] = vfmaq_f32(totals[i], vmulq_n_f32(sums, factor), scales[i]);
+            }
+        }
+        new
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_shifted(sum: f32, minima: Self::Half, totals: Self::Half) -> Self::Half {
+        let mut new = totals;
+        for i in 0..4 {
+            new[i] = unsafe { vfmaq_n_f32(totals[i], minima[i], sum) };
+        }
+        new
     }
 }

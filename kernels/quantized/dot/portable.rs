@@ -1,3 +1,5 @@
+#[cfg(any(test, target_arch = "x86_64"))]
+use super::HALF;
 use super::{Affine, Dot, Four};
 use crate::quantized::{Codes, OUTS};
 use crate::simd::{LANES, Lanes, Portable as Eight};
@@ -75,5 +77,39 @@ impl Dot for Portable {
         for (totals, minima) in totals.as_chunks_mut().0.iter_mut().zip(affine.minima.as_chunks::<LANES>().0) {
             Eight::splat(affine.sum).mul_add(Eight::load(minima), Eight::load(totals)).store(totals);
         }
+    }
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    type Half = [f32; HALF];
+
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn load_half(values: &[f32; HALF]) -> Self::Half {
+        *values
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn store_half(half: Self::Half, values: &mut [f32; HALF]) {
+        *values = half
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_scaled(sums: &[i32; HALF], factor: f32, scales: Self::Half, totals: Self::Half) -> Self::Half {
+        let mut new = totals;
+        for (i, new) in new.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let sums = sums.as_chunks::<LANES>().0[i].map(|sum| sum as f32);
+            let scales = Eight::load(&scales.as_chunks().0[i]);
+            Eight::load(&sums).mul(Eight::splat(factor)).mul_add(scales, Eight::load(new)).store(new);
+        }
+        new
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn half_shifted(sum: f32, minima: Self::Half, totals: Self::Half) -> Self::Half {
+        let mut new = totals;
+        for (new, minima) in new.as_chunks_mut().0.iter_mut().zip(minima.as_chunks::<LANES>().0) {
+            Eight::splat(sum).mul_add(Eight::load(minima), Eight::load(new)).store(new);
+        }
+        new
     }
 }
