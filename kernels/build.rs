@@ -72,7 +72,7 @@ fn compile() -> Result<(), String> {
 }
 
 /// What several ops include.
-const HEADERS: [&str; 2] = ["cuda.cuh", "mma.cuh"];
+const HEADERS: [&str; 3] = ["cuda.cuh", "mma.cuh", "wgmma.cuh"];
 
 /// `<op>/*.cu`, sorted. Their folders are watched, and the headers.
 fn sources() -> io::Result<Vec<PathBuf>> {

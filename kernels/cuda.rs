@@ -273,6 +273,53 @@ impl Rows<'_> {
     }
 }
 
+/// What tensor copies need to know of an operand's rows.
+#[repr(transparent)]
+pub(crate) struct TensorMap(sys::CUtensorMap);
+
+// SAFETY: the driver's own type for a kernel's argument.
+unsafe impl DeviceRepr for TensorMap {}
+
+impl TensorMap {
+    /// Rows of `[heads, d]`, strides in values from one to the next and from head to head, that copies fetch in boxes of
+    /// 64 values of one head by `box_rows` rows.
+    pub fn new(
+        address: u64,
+        strides: [u32; 2],
+        dtype: DType,
+        [rows, heads, d]: [usize; 3],
+        box_rows: usize,
+    ) -> Result<Self> {
+        let kind = match dtype {
+            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let sizes = [d as u64, heads as u64, rows as u64];
+        let [token, head] = strides.map(|stride| u64::from(stride) * dtype.size_in_bytes() as u64);
+        let mut map = std::mem::MaybeUninit::uninit();
+        // SAFETY: three dimensions everywhere; the driver checks what it is told and writes the map.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                kind,
+                3,
+                address as *mut _,
+                sizes.as_ptr(),
+                [head, token].as_ptr(),
+                [64, 1, box_rows as u32].as_ptr(),
+                [1; 3].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()
+            .w()?;
+            Ok(Self(map.assume_init()))
+        }
+    }
+}
+
 macro_rules! address {
     ($slice:expr, $start:expr, $stream:ident, $pointer:ident) => {{
         let ((base, order), bytes) = match $slice {

@@ -6,14 +6,13 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 use super::{AttentionParams, Mask};
 use crate::Batch;
 use crate::cpu::Operand;
-use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, Rows, floats, modules};
+use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, Rows, TensorMap, floats, modules};
 
 /// Of a block of `write_kv`.
 const THREADS: usize = 256;
@@ -322,46 +321,6 @@ struct Step {
 // SAFETY: addresses and numbers, laid out as in C without padding.
 unsafe impl DeviceRepr for Step {}
 
-/// What tensor copies need to know of keys or values.
-#[repr(transparent)]
-struct TensorMap(sys::CUtensorMap);
-
-// SAFETY: the driver's own type for a kernel's argument.
-unsafe impl DeviceRepr for TensorMap {}
-
-impl TensorMap {
-    /// Rows of `[heads, d]` that copies fetch in boxes of 64 values of one head by `box_rows` rows.
-    fn new(keys: Keys, dtype: DType, [rows, heads, d]: [usize; 3], box_rows: usize) -> Result<Self> {
-        let kind = match dtype {
-            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        };
-        let sizes = [d as u64, heads as u64, rows as u64];
-        let [token, head] = keys.strides.map(|stride| u64::from(stride) * dtype.size_in_bytes() as u64);
-        let mut map = std::mem::MaybeUninit::uninit();
-        // SAFETY: three dimensions everywhere; the driver checks what it is told and writes the map.
-        unsafe {
-            sys::cuTensorMapEncodeTiled(
-                map.as_mut_ptr(),
-                kind,
-                3,
-                keys.address as *mut _,
-                sizes.as_ptr(),
-                [head, token].as_ptr(),
-                [64, 1, box_rows as u32].as_ptr(),
-                [1; 3].as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-            .result()
-            .w()?;
-            Ok(Self(map.assume_init()))
-        }
-    }
-}
-
 /// How a prompt kernel is launched.
 struct Prompts<'a> {
     function: &'a CudaFunction,
@@ -455,7 +414,7 @@ impl Call<'_> {
         let Step { k, v, strides, block_size, .. } = self.step;
         let box_rows = if block_size == 0 { keys } else { keys.min(block_size as usize) };
         let shape = [self.key_rows, hk, SIZES[size]];
-        let map = |address, strides| TensorMap::new(Keys { address, strides }, self.dtype, shape, box_rows);
+        let map = |address, strides| TensorMap::new(address, strides, self.dtype, shape, box_rows);
         let maps = [map(k, strides[1])?, map(v, strides[2])?];
         // A block a multiprocessor takes tiles in turn.
         let grid = [self.gpu.multiprocessors.min(tiles * hk), 1, 1];

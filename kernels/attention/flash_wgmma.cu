@@ -4,7 +4,7 @@
 // scores and add values: those of the tile before, while they weigh the scores of this one. For D above 256 they share
 // rows: both form all scores, each adds half of the columns.
 #include "attention/flash.cuh"
-#include "attention/wgmma.cuh"
+#include "wgmma.cuh"
 
 // Images for other GPUs have none of these kernels.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -8,7 +8,7 @@ use candle_core::{CudaStorage, DType, Layout, Result, Shape, bail};
 
 use super::GatedDeltaRule;
 use crate::cpu::Operand;
-use crate::cuda::{self, Address, EarlyLaunch, Floats, Kernel, Rows, floats, modules};
+use crate::cuda::{self, Address, EarlyLaunch, Floats, Gpu, Kernel, Rows, TensorMap, floats, modules};
 
 static K32: Floats = floats!(GATED_DELTA, "gated_delta_rule_k32");
 static K64: Floats = floats!(GATED_DELTA, "gated_delta_rule_k64");
@@ -26,6 +26,11 @@ static SCAN: [Kernel; 2] = [
     Kernel::new(&modules::GATED_DELTA_CHUNKED, "gated_delta_scan_f16"),
     Kernel::new(&modules::GATED_DELTA_CHUNKED, "gated_delta_scan_bf16"),
 ];
+/// The scan on compute capability 9.0.
+static SCAN_WGMMA: [Kernel; 2] = [
+    Kernel::new(&modules::GATED_DELTA_SCAN_WGMMA, "gated_delta_scan_wgmma_f16"),
+    Kernel::new(&modules::GATED_DELTA_SCAN_WGMMA, "gated_delta_scan_wgmma_bf16"),
+];
 
 const MAX_K: usize = 256;
 /// Of a block of the recurrence, as in its kernels.
@@ -39,13 +44,17 @@ const STEP_ROWS: usize = 8;
 const CHUNK: usize = 64;
 const CHUNKED_SIZE: usize = 128;
 /// What is prepared of a chunk, and what blocks share.
-const PREPARED_BYTES: usize = 17408;
+const PREPARED_BYTES: usize = 17280;
 const PREPARE_SHARED: usize = 36096;
 const SCAN_SHARED: usize = 132640;
 const PREPARE_THREADS: usize = 128;
 const SCAN_THREADS: usize = 256;
 /// Rows of the state of a block.
 const SCAN_ROWS: usize = 32;
+/// The scan's on compute capability 9.0.
+const WGMMA_SHARED: usize = 176128;
+const WGMMA_THREADS: usize = 160;
+const WGMMA_ROWS: usize = 64;
 /// Tokens of a sequence from which chunks are faster than the recurrence.
 const SHORTEST_CHUNKED: usize = 24;
 
@@ -191,17 +200,49 @@ impl Arguments<'_> {
         // SAFETY: see above; `prepared` holds all chunks.
         unsafe { launch.launch(config) }.w()?;
 
+        let rest = [&prepared, &self.state, &self.y, &self.starts, &self.lens, &self.slots];
+        let sizes = [&sequences, &self.hk, &self.hv, &shortest];
+        let heads = self.sequences * self.hv as usize;
+        // A build for other GPUs has no such kernel, and not all rows can be copied like that.
+        if Gpu::of(device)?.is_hopper
+            && let Ok(function) = SCAN_WGMMA[dtype].on_sharing(device, WGMMA_SHARED)
+            && let Ok(maps) = self.maps()
+        {
+            let mut launch = EarlyLaunch::of(device, function);
+            for map in &maps {
+                launch.arg(map);
+            }
+            for address in rest {
+                launch.arg(&address.value);
+            }
+            for size in sizes {
+                launch.arg(size);
+            }
+            let blocks = cuda::grid(heads * (CHUNKED_SIZE / WGMMA_ROWS), (WGMMA_THREADS, 1))?;
+            // SAFETY: see above; the scan follows what prepares it on the same stream, and waits for that.
+            return unsafe { launch.launch(LaunchConfig { shared_mem_bytes: WGMMA_SHARED as u32, ..blocks }) };
+        }
         let mut launch = stream.launch_builder(SCAN[dtype].on_sharing(device, SCAN_SHARED)?);
         for rows in [&self.q, &self.k, &self.v] {
             launch.arg(&rows.address.value).arg(&rows.strides[0]).arg(&rows.strides[1]);
         }
-        for address in [&prepared, &self.state, &self.y, &self.starts, &self.lens, &self.slots] {
+        for address in rest {
             launch.arg(&address.value);
         }
-        launch.arg(&sequences).arg(&self.hk).arg(&self.hv).arg(&shortest);
-        let blocks = self.sequences * self.hv as usize * (CHUNKED_SIZE / SCAN_ROWS);
-        let config = LaunchConfig { shared_mem_bytes: SCAN_SHARED as u32, ..cuda::grid(blocks, (SCAN_THREADS, 1))? };
+        for size in sizes {
+            launch.arg(size);
+        }
+        let blocks = cuda::grid(heads * (CHUNKED_SIZE / SCAN_ROWS), (SCAN_THREADS, 1))?;
         // SAFETY: see above; the scan follows what prepares it on the same stream.
-        unsafe { launch.launch(config) }.w().map(drop)
+        unsafe { launch.launch(LaunchConfig { shared_mem_bytes: SCAN_SHARED as u32, ..blocks }) }.w().map(drop)
+    }
+
+    /// Of q, k and v, for copies of a chunk.
+    fn maps(&self) -> Result<[TensorMap; 3]> {
+        let map = |rows: &Rows| {
+            let shape = [self.tokens, rows.heads as usize, CHUNKED_SIZE];
+            TensorMap::new(rows.address.value, rows.strides, self.dtype, shape, CHUNK)
+        };
+        Ok([map(&self.q)?, map(&self.k)?, map(&self.v)?])
     }
 }

@@ -9,31 +9,10 @@
 // T and P do not depend on the state: `prepare` finds them for all chunks at once. `scan` then takes the chunks of a
 // sequence one after the other, for 16 rows of the state a group of two warps. One keeps S [16, 128] in its registers,
 // in f32, where the accumulators of one product are the operand of the next; the other finds y, one chunk behind.
-// LOADERS more threads fetch operands ahead.
+// LOADERS more threads fetch operands ahead. Compute capability 9.0 has a scan of its own: `gated_delta_scan_wgmma.cu`.
 //
 // Norms and decays enter as factors of f32 results: products see q, k and v as they are stored.
-#include "mma.cuh"
-
-constexpr int CHUNK = 64;
-constexpr int D = 128;
-
-struct Steps {
-  const uint32_t *cu_seqlens, *context_lens, *state_slots;
-  uint32_t sequences, hk, hv, shortest;
-
-  // Where the scratch of a sequence's chunks starts: enough for each lies between.
-  __device__ uint32_t first_chunk(uint32_t sequence) const { return cu_seqlens[sequence] / CHUNK + sequence; }
-  __device__ bool is_short(uint32_t sequence) const {
-    return cu_seqlens[sequence + 1] - cu_seqlens[sequence] < shortest;
-  }
-};
-
-// Of one head's chunk. Blocks of 16 x 16 above the diagonals are not written.
-template <typename T> struct Prepared {
-  T t[CHUNK][CHUNK], p[CHUNK][CHUNK];
-  // Factors of k S^T, of the update, of q S^T; the decay over the chunk.
-  float from_state[CHUNK], to_state[CHUNK], to_output[CHUNK], decay, padding[CHUNK - 1];
-};
+#include "gated_delta/chunked.cuh"
 
 // Threads of a block that fetch operands.
 constexpr int LOADERS = 128;
@@ -57,13 +36,10 @@ __device__ inline void fetch_rows(Tile<T, PIECES> tile, const T *from, uint32_t 
         *reinterpret_cast<uint4 *>(tile.at(row + n * ROWS, piece)) = {};
   }
 }
-template <typename T>
-__device__ inline void fetch_lower(Tile<T, CHUNK / 8> tile, const T (&from)[CHUNK][CHUNK], int loader) {
-  const int row = loader / 8, piece = loader % 8;
+template <typename T> __device__ inline void fetch_lower(Lower<T> &to, const Lower<T> &from, int loader) {
 #pragma unroll
-  for (int n = 0; n < CHUNK / 16; n++)
-    if (piece / 2 <= n)
-      copy_async(tile.at(n * 16 + row, piece), &from[n * 16 + row][piece * 8]);
+  for (int n = 0; n < CHUNK * Lower<T>::PIECES / LOADERS; n++)
+    copy_async(to.values[n * LOADERS + loader], from.values[n * LOADERS + loader]);
 }
 
 constexpr int PREPARE_THREADS = LOADERS;
@@ -218,7 +194,7 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
       prepared.to_state[row] = expf(left) * k_scale;
       prepared.to_output[row] = expf(sum) * q_scale;
       if (row == 0)
-        prepared.decay = expf(last);
+        prepared.decay[0] = expf(last);
     }
   }
   __syncthreads();
@@ -241,9 +217,13 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
         const float *const a = &kk[n][half * 2], *const p = &qk[n][half * 2];
         *reinterpret_cast<float2 *>(&shared.a[row][column]) = {column < row ? k_factor * x * a[0] : 0,
                                                                column + 1 < row ? k_factor * y * a[1] : 0};
-        *reinterpret_cast<uint32_t *>(&prepared.p[row][column]) =
+        *reinterpret_cast<uint32_t *>(prepared.p.at(row, n) + lane % 4 * 2) =
             narrow_pair(column <= row ? q_factor * x * p[0] : 0, column + 1 <= row ? q_factor * y * p[1] : 0, T());
       }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        *reinterpret_cast<uint32_t *>(prepared.p.at(upper + half * 8, n) + lane % 4 * 2) = 0;
     }
   __syncthreads();
 
@@ -256,15 +236,14 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
   multiply_blocks(shared.t, 32, -1, shared.t, 32, 32, shared.a, 0);
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < CHUNK * CHUNK / 8 / PREPARE_THREADS; n++) {
-    const int i = n * PREPARE_THREADS + threadIdx.x, row = i / 8, column = i % 8 * 8;
-    if (column / 16 <= row / 16) {
-      Pack<T, 8> pack;
+  for (int n = 0; n < CHUNK * Lower<T>::PIECES / PREPARE_THREADS; n++) {
+    const int i = n * PREPARE_THREADS + threadIdx.x, row = i % CHUNK, piece = i / CHUNK, column = piece * 8;
+    Pack<T, 8> pack = {};
+    if (column / 32 <= row / 32)
 #pragma unroll
       for (int c = 0; c < 8; c++)
-        pack.values[c] = narrow<T>(column / 32 <= row / 32 ? shared.t[row][column + c] * shared.beta[column + c] : 0);
-      *reinterpret_cast<Pack<T, 8> *>(&prepared.t[row][column]) = pack;
-    }
+        pack.values[c] = narrow<T>(shared.t[row][column + c] * shared.beta[column + c]);
+    *reinterpret_cast<Pack<T, 8> *>(prepared.t.at(row, piece)) = pack;
   }
 }
 
@@ -286,11 +265,13 @@ constexpr int SCAN_THREADS = GROUPS * 64 + LOADERS;
 
 // Operands of a chunk: those of the state, and those of the output, which are needed one chunk later.
 template <typename T> struct StateOperands {
-  T k[CHUNK * D], t[CHUNK * CHUNK], v[CHUNK * GROUPS * 16];
+  T k[CHUNK * D], v[CHUNK * GROUPS * 16];
+  Lower<T> t;
   float from_state[CHUNK], to_state[CHUNK], decay[4];
 };
 template <typename T> struct OutputOperands {
-  T q[CHUNK * D], p[CHUNK * CHUNK];
+  T q[CHUNK * D];
+  Lower<T> p;
   float to_output[CHUNK];
 };
 // What a state's warp leaves for its output's: S as it was before the chunk, and X.
@@ -339,13 +320,13 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       const auto &operands = shared.state[chunk % STAGES];
       auto &handed = shared.handed[chunk % 2][group];
       const Tile<const T, D / 8> k_tile{operands.k};
-      const Tile<const T, CHUNK / 8> t_tile{operands.t};
       const Tile<const T, GROUPS * 2> v_tile{operands.v};
 
       float sk[CHUNK / 8][4] = {}; // S k^T
 #pragma unroll
       for (int step = 0; step < D / 16; step++) {
-        const uint32_t rows[4] = {narrow_pair(s[2 * step][0], s[2 * step][1], T()), narrow_pair(s[2 * step][2], s[2 * step][3], T()),
+        const uint32_t rows[4] = {narrow_pair(s[2 * step][0], s[2 * step][1], T()),
+                                  narrow_pair(s[2 * step][2], s[2 * step][3], T()),
                                   narrow_pair(s[2 * step + 1][0], s[2 * step + 1][1], T()),
                                   narrow_pair(s[2 * step + 1][2], s[2 * step + 1][3], T())};
         handed.s[step][lane] = {rows[0], rows[1], rows[2], rows[3]};
@@ -380,7 +361,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
 #pragma unroll
         for (int n = step; n < CHUNK / 16; n++) {
           uint32_t columns[4];
-          load_matrices(columns, t_tile.at(n * 16 + column_row, step * 2 + column_piece));
+          load_matrices(columns, operands.t.at(n * 16 + column_row, step * 2 + column_piece));
           multiply_add(x[2 * n], rest[step], columns[0], columns[1], T());
           multiply_add(x[2 * n + 1], rest[step], columns[2], columns[3], T());
         }
@@ -431,7 +412,6 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       const auto &operands = shared.output[chunk % STAGES];
       const auto &handed = shared.handed[chunk % 2][group];
       const Tile<const T, D / 8> q_tile{operands.q};
-      const Tile<const T, CHUNK / 8> p_tile{operands.p};
       float y[CHUNK / 8][4] = {};
 #pragma unroll
       for (int step = 0; step < D / 16; step++) {
@@ -457,7 +437,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
 #pragma unroll
         for (int n = step; n < CHUNK / 16; n++) {
           uint32_t columns[4];
-          load_matrices(columns, p_tile.at(n * 16 + column_row, step * 2 + column_piece));
+          load_matrices(columns, operands.p.at(n * 16 + column_row, step * 2 + column_piece));
           multiply_add(y[2 * n], rows, columns[0], columns[1], T());
           multiply_add(y[2 * n + 1], rows, columns[2], columns[3], T());
         }
@@ -486,7 +466,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
     if (const int last = chunk - 1; last >= 0 && last < chunks) {
       auto &to = shared.output[last % STAGES];
       fetch_rows(Tile<T, D / 8>{to.q}, q_next, q_rows.token_stride, end - begin - last * CHUNK, loader);
-      fetch_lower({to.p}, from->p, loader);
+      fetch_lower(to.p, from->p, loader);
       if (loader < CHUNK / 4)
         copy_async(to.to_output + loader * 4, from->to_output + loader * 4);
       q_next += CHUNK * size_t(q_rows.token_stride);
@@ -496,14 +476,14 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       auto &to = shared.state[chunk % STAGES];
       const uint32_t left = end - begin - chunk * CHUNK;
       fetch_rows(Tile<T, D / 8>{to.k}, k_next, k_rows.token_stride, left, loader);
-      fetch_lower({to.t}, from->t, loader);
+      fetch_lower(to.t, from->t, loader);
       fetch_rows(Tile<T, GROUPS * 2>{to.v}, v_next, v_rows.token_stride, left, loader);
       if (loader < CHUNK / 4) {
         copy_async(to.from_state + loader * 4, from->from_state + loader * 4);
         copy_async(to.to_state + loader * 4, from->to_state + loader * 4);
       }
       if (loader == 0)
-        copy_async(to.decay, &from->decay);
+        copy_async(to.decay, from->decay);
       k_next += CHUNK * size_t(k_rows.token_stride);
       v_next += CHUNK * size_t(v_rows.token_stride);
     }
@@ -534,6 +514,6 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
 SCAN(gated_delta_scan_f16, __half)
 SCAN(gated_delta_scan_bf16, __nv_bfloat16)
 // As the host allocates them.
-static_assert(sizeof(Prepared<__half>) == 17408);
+static_assert(sizeof(Prepared<__half>) == 17280);
 static_assert(sizeof(PrepareShared<__half>) == 36096);
 static_assert(sizeof(ScanShared<__half>) == 132640);

@@ -4,7 +4,7 @@
 
 #include <cuda.h>
 
-#include "cuda.cuh"
+#include "mma.cuh"
 
 __device__ inline void init_barrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -37,6 +37,12 @@ __device__ inline void arrive_at(uint32_t number, uint32_t threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Copies a multiple of 16 bytes.
+__device__ inline void copy_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 // Copies the box at (column, head, row) of a tensor.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap &map, uint32_t column, uint32_t head, uint32_t row,
                                 uint32_t barrier) {
@@ -59,6 +65,12 @@ __device__ inline uint64_t describe(uint32_t address, uint32_t stride) {
   return SWIZZLE_128 | EIGHT_ROWS | uint64_t(stride >> 4) << 16 | (address >> 4 & 0x3fff);
 }
 
+// Such an operand of 16 columns without swizzle, in columns of 8 values, `stride` bytes apart.
+__device__ inline uint64_t describe_columns(uint32_t address, uint32_t stride) {
+  constexpr uint64_t EIGHT_ROWS = uint64_t(128 >> 4) << 32;
+  return EIGHT_ROWS | uint64_t(stride >> 4) << 16 | (address >> 4 & 0x3fff);
+}
+
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until no more than N groups of products run.
@@ -74,7 +86,7 @@ template <int N> __device__ inline void pin(float (&c)[N][4]) {
       asm volatile("" : "+f"(c[i][j])::"memory");
 }
 
-// c [64, 8 N] (+)= a b^T, sums over 16 columns: rows of a and b lie in shared memory.
+// c [64, 8 N] (+)= a b^T, sums over 16 columns: rows of a and b lie in shared memory, or those of a in registers.
 // c [64, 8 N]  += a b,    sums over 16 rows of b: a in registers.
 template <typename T, int N> struct Products;
 
@@ -82,9 +94,9 @@ template <typename T, int N> struct Products;
 #define C16(i) C4(i), C4(i + 1), C4(i + 2), C4(i + 3)
 #define C32(i) C16(i), C16(i + 4)
 #define C64(i) C32(i), C32(i + 8)
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32                                                                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "     \
-  "%24, %25, %26, %27, %28, %29, %30, %31"
+  NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_64                                                                                                       \
   NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -97,6 +109,13 @@ template <typename T, int N> struct Products;
                    : C(0)                                                                                              \
                    : "l"(a), "l"(b), "r"(int(is_added)));                                                              \
     }                                                                                                                  \
+    static __device__ void registers_by_rows(float (&c)[N][4], const uint32_t(&a)[4], uint64_t b, bool is_added) {     \
+      asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, " P5 ", 0;\n"                                             \
+                   "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" NAMES "}, {" P0 ", " P1 ", " P2 \
+                   ", " P3 "}, " P4 ", added, 1, 1, 0;\n}"                                                             \
+                   : C(0)                                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(is_added)));                          \
+    }                                                                                                                  \
     static __device__ void registers_by_columns(float (&c)[N][4], const uint32_t(&a)[4], uint64_t b) {                 \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" NAMES "}, {" P0 ", " P1 ", " P2 \
                    ", " P3 "}, " P4 ", 1, 1, 1, 1;"                                                                    \
@@ -104,8 +123,11 @@ template <typename T, int N> struct Products;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
     }                                                                                                                  \
   };
+#define PRODUCTS_32(T, type) PRODUCTS(T, type, 4, "32", C16, NAMES_16, "%16", "%17", "%18", "%19", "%20", "%21")
 #define PRODUCTS_64(T, type) PRODUCTS(T, type, 8, "64", C32, NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37")
 #define PRODUCTS_128(T, type) PRODUCTS(T, type, 16, "128", C64, NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69")
+PRODUCTS_32(__half, "f16")
+PRODUCTS_32(__nv_bfloat16, "bf16")
 PRODUCTS_64(__half, "f16")
 PRODUCTS_64(__nv_bfloat16, "bf16")
 PRODUCTS_128(__half, "f16")
