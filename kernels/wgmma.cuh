@@ -94,9 +94,9 @@ template <typename T, int N> struct Products;
 #define C16(i) C4(i), C4(i + 1), C4(i + 2), C4(i + 3)
 #define C32(i) C16(i), C16(i + 4)
 #define C64(i) C32(i), C32(i + 8)
-#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32                                                                                                       \
-  NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+  "%25, %26, %27, %28, %29, %30, %31"
 #define NAMES_64                                                                                                       \
   NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -123,11 +123,8 @@ template <typename T, int N> struct Products;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
     }                                                                                                                  \
   };
-#define PRODUCTS_32(T, type) PRODUCTS(T, type, 4, "32", C16, NAMES_16, "%16", "%17", "%18", "%19", "%20", "%21")
 #define PRODUCTS_64(T, type) PRODUCTS(T, type, 8, "64", C32, NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37")
 #define PRODUCTS_128(T, type) PRODUCTS(T, type, 16, "128", C64, NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69")
-PRODUCTS_32(__half, "f16")
-PRODUCTS_32(__nv_bfloat16, "bf16")
 PRODUCTS_64(__half, "f16")
 PRODUCTS_64(__nv_bfloat16, "bf16")
 PRODUCTS_128(__half, "f16")
