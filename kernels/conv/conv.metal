@@ -7,10 +7,10 @@ struct ConvSizes {
   uint channels;
 };
 
-// state [S, channels, WIDTH - 1]; y [N, channels]; x [N, channels] in rows; weight [channels, WIDTH].
+// state [S, channels, WIDTH - 1]; y [N, channels]; x [N, channels] in rows; weight [channels, WIDTH] in f32.
 template <typename T, uint WIDTH>
 [[kernel]] void causal_conv1d(device float *state [[buffer(0)]], device T *y [[buffer(1)]],
-                              device const T *x [[buffer(2)]], device const T *weight [[buffer(3)]],
+                              device const T *x [[buffer(2)]], device const float *weight [[buffer(3)]],
                               device const uint *cu_seqlens [[buffer(4)]],
                               device const uint *context_lens [[buffer(5)]],
                               device const uint *state_slots [[buffer(6)]],
@@ -38,7 +38,7 @@ template <typename T, uint WIDTH>
       window[j] = slot[first + j - begin];
   }
   for (uint j = 0; j < WIDTH; j++)
-    weights[j] = inside ? float(weight[channel * WIDTH + j]) : 0;
+    weights[j] = inside ? weight[channel * WIDTH + j] : 0;
   threadgroup_barrier(mem_flags::mem_device);
   if (!inside)
     return;

@@ -1,6 +1,6 @@
 //! The causal convolution on Metal: chooses how many threads share a sequence.
 
-use candle_core::{Layout, Result, bail};
+use candle_core::{DType, Layout, Result, bail};
 
 use super::CausalConv1d;
 use crate::cpu::Operand;
@@ -22,9 +22,7 @@ impl CausalConv1d<'_> {
         layout: &Layout,
     ) -> Result<B::Storage> {
         let (batch, (_, channels), dtype) = (self.batch, self.x.dims2()?, self.x.dtype());
-        if self.weight.dtype() != dtype {
-            bail!("causal_conv1d: weight is {:?}, the metal kernels take {dtype:?} like x", self.weight.dtype())
-        }
+        let weight = self.weight.to_dtype(DType::F32)?;
         let kernel = match self.weight.dim(1)? {
             2 => "causal_conv1d_2",
             3 => "causal_conv1d_3",
@@ -34,7 +32,7 @@ impl CausalConv1d<'_> {
         let mut out = backend.allocate(self.x.elem_count(), dtype)?;
         let x = Operand::new(self.x);
         let (x, rows) = x.metal_rows::<B>()?;
-        let arrays = [self.weight, &batch.cu_seqlens, &batch.context_lens, &batch.state_slots].map(Operand::new);
+        let arrays = [&weight, &batch.cu_seqlens, &batch.context_lens, &batch.state_slots].map(Operand::new);
 
         let longest = batch.host.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or(1);
         let mut arguments = vec![Argument::write(state, layout)?, Argument::Write(&mut out, 0), x];

@@ -32,5 +32,22 @@ template <typename T>
   y[index] = values[index];
 }
 
+// A value that the first thread writes and all read: when it is there.
+[[kernel]] void shared(device float *y [[buffer(0)]], uint index [[thread_index_in_threadgroup]]) {
+  threadgroup float values[1];
+  if (index == 0)
+    values[0] = 1;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[index] = values[0];
+}
+
+// At any time.
+[[kernel]] void racing(device float *y [[buffer(0)]], uint index [[thread_index_in_threadgroup]]) {
+  threadgroup float values[1];
+  if (index == 0)
+    values[0] = 1;
+  y[index] = values[0];
+}
+
 #define MATRIX(variant, T) INSTANTIATE("matrix_" variant, matrix<T>)
 FOR_FLOATS(MATRIX)

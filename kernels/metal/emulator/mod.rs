@@ -261,6 +261,7 @@ impl Process {
         let mut child = Command::new(program)
             // Fibers bring their own stacks.
             .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:detect_leaks=0")
+            .env("TSAN_OPTIONS", "halt_on_error=1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -511,6 +512,21 @@ mod tests {
             }
             Ok(())
         })
+    }
+
+    /// What every thread reads that one writes: with a barrier between, and without.
+    #[test]
+    fn races_are_noticed() -> Result<()> {
+        let run = |kernel| {
+            let session = Session { sanitizer: Sanitizer::Thread, ..Default::default() };
+            session.run(|| launch(kernel, "", vec![Argument::Write(&mut Emulator.allocate(32, DType::F32)?, 0)]))
+        };
+        if is_available() {
+            run("shared")?;
+            let error = run("racing").expect_err("a race").to_string();
+            assert!(error.contains("data race"), "{error}");
+        }
+        Ok(())
     }
 
     #[test]
