@@ -307,14 +307,8 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
     float *const slot = state + ((steps.state_slots[sequence] * size_t(steps.hv) + head) * D + row + lane / 4) * D +
                         lane % 4 * 2;
     float s[D / 8][4] = {};
-    if (steps.context_lens[sequence] != end - begin) {
-#pragma unroll
-      for (int n = 0; n < D / 8; n++) {
-        const float2 upper = *reinterpret_cast<const float2 *>(slot + n * 8);
-        const float2 lower = *reinterpret_cast<const float2 *>(slot + 8 * D + n * 8);
-        s[n][0] = upper.x, s[n][1] = upper.y, s[n][2] = lower.x, s[n][3] = lower.y;
-      }
-    }
+    if (steps.context_lens[sequence] != end - begin)
+      load_state(s, slot);
     __syncthreads();
     for (int chunk = 0; chunk < chunks; chunk++) {
       const auto &operands = shared.state[chunk % STAGES];
@@ -342,18 +336,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
 #pragma unroll
       for (int n = 0; n < CHUNK / 16; n++) {
         load_transposed(rest[n], v_tile.at(n * 16 + column_row, group * 2 + column_piece));
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const float2 factor =
-              *reinterpret_cast<const float2 *>(&operands.from_state[n * 16 + half * 8 + lane % 4 * 2]);
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const float2 value = unpair(rest[n][half * 2 + r], T());
-            const float *const product = sk[2 * n + half] + r * 2;
-            rest[n][half * 2 + r] =
-                narrow_pair(fmaf(-factor.x, product[0], value.x), fmaf(-factor.y, product[1], value.y), T());
-          }
-        }
+        subtract_products<T>(rest[n], &sk[2 * n], &operands.from_state[n * 16 + lane % 4 * 2]);
       }
       float x[CHUNK / 8][4] = {};
 #pragma unroll
@@ -396,11 +379,7 @@ __device__ void scan(const T *q, const T *k, const T *v, const Prepared<T> *all,
       }
       __syncthreads();
     }
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-      *reinterpret_cast<float2 *>(slot + n * 8) = {s[n][0], s[n][1]};
-      *reinterpret_cast<float2 *>(slot + 8 * D + n * 8) = {s[n][2], s[n][3]};
-    }
+    store_state(slot, s);
     return;
   }
 

@@ -94,17 +94,11 @@ __device__ void scan(float *slot, bool is_fresh, T *out, const Steps &steps, con
   using S = Stage<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4 * 2;
   const uint32_t memory = shared_address(shared);
-  // Thread: rows lane / 4 and 8 more of its warp's 16, columns 8 n + pair and the next.
   slot += (warp * 16 + lane / 4) * D + pair;
   out += warp * 16 + pair;
   float s[D / 8][4] = {}, y[CHUNK / 8][4] = {};
   if (!is_fresh)
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-      const float2 upper = *reinterpret_cast<const float2 *>(slot + n * 8);
-      const float2 lower = *reinterpret_cast<const float2 *>(slot + 8 * D + n * 8);
-      s[n][0] = upper.x, s[n][1] = upper.y, s[n][2] = lower.x, s[n][3] = lower.y;
-    }
+    load_state(s, slot);
   uint32_t rows[D / 16][4];
   narrow_rows<T>(rows, s);
 
@@ -158,17 +152,7 @@ __device__ void scan(float *slot, bool is_fresh, T *out, const Steps &steps, con
 #pragma unroll
     for (int n = 0; n < CHUNK / 16; n++) {
       load_transposed(rest[n], v.at(n * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float2 factor = *reinterpret_cast<const float2 *>(&prepared.from_state[n * 16 + half * 8 + pair]);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float2 value = unpair(rest[n][half * 2 + r], T());
-          const float *const product = sk[2 * n + half] + r * 2;
-          rest[n][half * 2 + r] =
-              narrow_pair(fmaf(-factor.x, product[0], value.x), fmaf(-factor.y, product[1], value.y), T());
-        }
-      }
+      subtract_products<T>(rest[n], &sk[2 * n], &prepared.from_state[n * 16 + pair]);
     }
     float x[CHUNK / 8][4];
     begin_products();
@@ -220,11 +204,7 @@ __device__ void scan(float *slot, bool is_fresh, T *out, const Steps &steps, con
       arrive(empty + stage * 8);
   }
   store_output((chunks - 1) * CHUNK);
-#pragma unroll
-  for (int n = 0; n < D / 8; n++) {
-    *reinterpret_cast<float2 *>(slot + n * 8) = {s[n][0], s[n][1]};
-    *reinterpret_cast<float2 *>(slot + 8 * D + n * 8) = {s[n][2], s[n][3]};
-  }
+  store_state(slot, s);
 }
 
 template <typename T>

@@ -12,7 +12,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::cpu::{aligned, parallel_pieces, write_rounded};
+use super::cpu::{MIN_TASK, aligned, parallel_pieces, write_rounded};
 use super::tile::pieces;
 use crate::cpu::Shared;
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
@@ -31,8 +31,6 @@ const STRETCH: usize = 4;
 const MAX_ROWS: usize = 512;
 /// Outputs of a task of many rows, whose sums stay in the second-level cache.
 const TASK_OUTS: usize = 256;
-/// Products of which a thread should have at least so many, or waking it costs more than it does.
-const MIN_TASK: usize = 1 << 16;
 
 /// As [`super::cpu::linear`].
 pub fn linear<X: Stored, W: Stored>(

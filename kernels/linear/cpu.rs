@@ -65,7 +65,7 @@ const BLOCK_ROWS: usize = 48;
 const MAX_ROWS: usize = 11 * BLOCK_ROWS;
 
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
-const MIN_TASK: usize = 1 << 16;
+pub(super) const MIN_TASK: usize = 1 << 16;
 
 struct Product<'a, X, W> {
     x: &'a [X],

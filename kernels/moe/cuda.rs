@@ -176,7 +176,7 @@ pub fn packed(device: &CudaDevice, x: &Tensor, routing: &Routing, experts: &Expe
     sparse_mlp(&x, routing, &Experts { gate_up, down, num_experts, hidden, intermediate }).map(Some)
 }
 
-/// The weighted sums of `terms` `[N k, H]` in f16 or bf16.
+/// The weighted sums of `terms` `[N k, H]` in f16 or bf16, `ids` and `weights` `[N, k]`, `H` a multiple of 8.
 fn combined(
     device: &CudaDevice,
     terms: &Tensor,
@@ -190,16 +190,31 @@ fn combined(
     let [terms, ids, weights] = operands.each_ref().map(|operand| operand.cuda(&stream));
     let (terms, ids, weights) = (terms?, ids?, weights?);
     let shape = Shape::from((n, hidden));
-    let blocks = n * (hidden / 8).div_ceil(THREADS);
-    let [num_experts, hidden, k] = [num_experts, hidden, k].map(|size| size as u32);
     cuda::output(device, shape.clone(), dtype, |y| {
         let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
-        let mut launch = stream.launch_builder(COMBINE[usize::from(dtype == DType::BF16)].on(device)?);
-        launch.arg(&terms.value).arg(&ids.value).arg(&weights.value).arg(&y.value);
-        launch.arg(&num_experts).arg(&hidden).arg(&k);
-        // SAFETY: the arguments are the kernel's, in its order; the callers' shapes fit each other.
-        unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w().map(drop)
+        let addresses = [terms.value, ids.value, weights.value, y.value];
+        combine(device, dtype, addresses, [n, num_experts, hidden, k])
     })
+}
+
+/// Queues [`combined`]'s kernel for terms, ids, weights and sums at these addresses.
+fn combine(
+    device: &CudaDevice,
+    dtype: DType,
+    addresses: [u64; 4],
+    [n, num_experts, hidden, k]: [usize; 4],
+) -> Result<()> {
+    let stream = device.cuda_stream();
+    let mut launch = stream.launch_builder(COMBINE[usize::from(dtype == DType::BF16)].on(device)?);
+    for address in &addresses {
+        launch.arg(address);
+    }
+    let blocks = n * (hidden / 8).div_ceil(THREADS);
+    let [num_experts, hidden, k] = [num_experts, hidden, k].map(|size| size as u32);
+    launch.arg(&num_experts).arg(&hidden).arg(&k);
+    // SAFETY: the arguments are the kernel's, in its order; `sparse_mlp` and `Experts::new` have compared the shapes behind
+    // the addresses.
+    unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w().map(drop)
 }
 
 impl Stack {
@@ -307,12 +322,8 @@ impl Call<'_> {
             unsafe { launch.launch(shared(cuda::grid(blocks, (THREADS, 1))?, STREAM_SHARED)) }.w()?;
         }
 
-        let mut launch = stream.launch_builder(COMBINE[self.half()].on(self.device)?);
-        launch.arg(terms).arg(&self.ids.value).arg(&self.factors.value).arg(&self.y.value);
-        launch.arg(&num_experts).arg(&hidden).arg(&k);
-        let blocks = self.n * (self.hidden / 8).div_ceil(THREADS);
-        // SAFETY: see above.
-        unsafe { launch.launch(cuda::grid(blocks, (THREADS, 1))?) }.w().map(drop)
+        let addresses = [*terms, self.ids.value, self.factors.value, self.y.value];
+        combine(self.device, self.dtype, addresses, [self.n, self.num_experts, self.hidden, self.k])
     }
 
     /// `groups` of the pairs from `starts` in `order`, or single pairs where these are null.

@@ -45,6 +45,12 @@ fn of(format: Quantization) -> usize {
     usize::from(format == Quantization::Q4)
 }
 
+/// Bytes of shared memory for a row of x and the sums of its groups.
+fn row_shared(inner: usize, dtype: DType) -> usize {
+    let groups = inner.div_ceil(GROUP);
+    (groups * GROUP + PAD) * dtype.size_in_bytes() + groups * size_of::<f32>()
+}
+
 fn words(weight: &QuantizedMatrix) -> Result<&Tensor> {
     match weight.on_device() {
         Some(words) => Ok(words),
@@ -101,10 +107,10 @@ fn few_rows(
     around: Around,
 ) -> Result<Option<Tensor>> {
     let ((rows, inner), [weight_rows, _], dtype) = (x.dims2()?, weight.dims(), x.dtype());
-    let (groups, kinds) = (inner.div_ceil(GROUP), if around.gate.is_some() { 2 } else { 1 });
+    let kinds = if around.gate.is_some() { 2 } else { 1 };
     let outer = weight_rows / kinds;
     let most_shared = Gpu::of(device)?.shared[0] - OTHER_SHARED[kinds - 1];
-    let shared = rows * ((groups * GROUP + PAD) * dtype.size_in_bytes() + groups * size_of::<f32>());
+    let shared = rows * row_shared(inner, dtype);
     let takes = (1..=MAX_ROWS).contains(&rows)
         && matches!(dtype, DType::F16 | DType::BF16)
         && inner.is_multiple_of(8)
@@ -174,8 +180,8 @@ impl Stack<'_> {
     ) -> Result<Option<Tensor>> {
         let Self { words, format, count, dims: [weight_rows, inner] } = self;
         let (rows, kinds, dtype) = (ids.elem_count(), if gate.is_some() { 2 } else { 1 }, x.dtype());
-        let (outer, groups) = (weight_rows / kinds, inner.div_ceil(GROUP));
-        let shared = (groups * GROUP + PAD) * dtype.size_in_bytes() + groups * size_of::<f32>();
+        let outer = weight_rows / kinds;
+        let shared = row_shared(inner, dtype);
         let most_shared = Gpu::of(device)?.shared[0] - OTHER_SHARED[kinds - 1];
         let takes = matches!(dtype, DType::F16 | DType::BF16)
             && (1..=usize::from(u16::MAX)).contains(&rows)
