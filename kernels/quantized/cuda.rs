@@ -1,4 +1,4 @@
-//! Products with packed weights on CUDA: few rows on the matrix units as the weight streams by, many with the weight
+//! Products with packed weights on CUDA: up to 64 rows on the matrix units as the weight streams by, more with the weight
 //! unpacked first.
 
 use candle_core::backend::BackendStorage;
@@ -12,34 +12,42 @@ use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, floats, modules};
 use crate::linear::{Around, by_candle, cuda as linear};
 
 macro_rules! kernels {
-    ($name:literal) => {
+    ($module:ident, $name:literal) => {
         [
             [
-                Kernel::new(&modules::QUANTIZED, concat!($name, "_q8_f16")),
-                Kernel::new(&modules::QUANTIZED, concat!($name, "_q8_bf16")),
+                Kernel::new(&modules::$module, concat!($name, "_q8_f16")),
+                Kernel::new(&modules::$module, concat!($name, "_q8_bf16")),
             ],
             [
-                Kernel::new(&modules::QUANTIZED, concat!($name, "_q4_f16")),
-                Kernel::new(&modules::QUANTIZED, concat!($name, "_q4_bf16")),
+                Kernel::new(&modules::$module, concat!($name, "_q4_f16")),
+                Kernel::new(&modules::$module, concat!($name, "_q4_bf16")),
             ],
         ]
     };
 }
 
-/// Plain and gated, by format, in f16 and in bf16.
-static LINEAR: [[[Kernel; 2]; 2]; 2] = [kernels!("quantized_linear"), kernels!("quantized_linear_gated")];
-static CHOSEN: [[[Kernel; 2]; 2]; 2] = [kernels!("quantized_chosen"), kernels!("quantized_chosen_gated")];
+/// By format, in f16 and in bf16.
+type Kernels = [[Kernel; 2]; 2];
+/// Of one row, plain and gated.
+static ROW: [Kernels; 2] = [kernels!(QUANTIZED, "quantized_linear"), kernels!(QUANTIZED, "quantized_linear_gated")];
+/// Of rows with an id each.
+static CHOSEN: [Kernels; 2] = [kernels!(QUANTIZED, "quantized_chosen"), kernels!(QUANTIZED, "quantized_chosen_gated")];
+/// Of blocks of 8 and of 16 rows.
+static TILES: [[Kernels; 2]; 2] = [
+    [kernels!(QUANTIZED_TILES, "quantized_tiles_8"), kernels!(QUANTIZED_TILES, "quantized_tiles_8_gated")],
+    [kernels!(QUANTIZED_TILES, "quantized_tiles_16"), kernels!(QUANTIZED_TILES, "quantized_tiles_16_gated")],
+];
 /// By format.
 static ROWS: [Floats; 2] = [floats!(QUANTIZED, "quantized_rows_q8"), floats!(QUANTIZED, "quantized_rows_q4")];
 static UNPACK: [Floats; 2] = [floats!(QUANTIZED, "quantized_unpack_q8"), floats!(QUANTIZED, "quantized_unpack_q4")];
 
-/// As in the kernels: warps of a block, rows that it takes at most, values between the rows of x in shared memory.
+/// As in the kernels: warps of a block, of one that unpacks.
 const WARPS: usize = 16;
-const MAX_ROWS: usize = 8;
-const PAD: usize = 8;
 const UNPACKING_WARPS: usize = 4;
-/// What a block has beside x in shared memory, plain and gated.
-const OTHER_SHARED: [usize; 2] = [18 << 10, 35 << 10];
+/// From more rows on, unpacking the weight for cuBLAS takes less time.
+const MAX_ROWS: usize = 64;
+/// What a block of one row has in shared memory beside its dynamic one.
+const OTHER_SHARED: usize = 10 << 10;
 
 fn of(format: Quantization) -> usize {
     usize::from(format == Quantization::Q4)
@@ -47,8 +55,12 @@ fn of(format: Quantization) -> usize {
 
 /// Bytes of shared memory for a row of x and the sums of its groups.
 fn row_shared(inner: usize, dtype: DType) -> usize {
-    let groups = inner.div_ceil(GROUP);
-    (groups * GROUP + PAD) * dtype.size_in_bytes() + groups * size_of::<f32>()
+    inner.div_ceil(GROUP) * (GROUP * dtype.size_in_bytes() + size_of::<f32>())
+}
+
+/// Bytes of shared memory for the sums of each warp, `kinds` weights.
+fn tile_shared(rows: usize, kinds: usize) -> usize {
+    kinds * WARPS * rows * (OUTS + 1) * size_of::<f32>()
 }
 
 fn words(weight: &QuantizedMatrix) -> Result<&Tensor> {
@@ -109,13 +121,19 @@ fn few_rows(
     let ((rows, inner), [weight_rows, _], dtype) = (x.dims2()?, weight.dims(), x.dtype());
     let kinds = if around.gate.is_some() { 2 } else { 1 };
     let outer = weight_rows / kinds;
-    let most_shared = Gpu::of(device)?.shared[0] - OTHER_SHARED[kinds - 1];
-    let shared = rows * row_shared(inner, dtype);
+    let tile = match rows {
+        1 => None,
+        2..=8 => Some(8),
+        _ => Some(16),
+    };
+    let gpu = Gpu::of(device)?;
+    let most_shared = gpu.shared[0] - OTHER_SHARED;
+    let shared = tile.map_or(row_shared(inner, dtype), |rows| tile_shared(rows, kinds));
     let takes = (1..=MAX_ROWS).contains(&rows)
         && matches!(dtype, DType::F16 | DType::BF16)
         && inner.is_multiple_of(8)
         && shared <= most_shared
-        && (around.norm.is_none() || rows == 1)
+        && (around.norm.is_none() || tile.is_none())
         && (kinds == 1 || (outer.is_multiple_of(OUTS) && bias.is_none() && around.onto.is_none()));
     if !takes {
         return Ok(None);
@@ -139,18 +157,30 @@ fn few_rows(
     }
     let bias = bias.as_ref().map(|bias| bias.cuda(&stream)).transpose()?;
     let onto = onto.as_ref().map(|onto| onto.cuda_rows(&stream)).transpose()?;
-    let kernel = &LINEAR[kinds - 1][of(weight.format())][usize::from(dtype == DType::BF16)];
+    let by_kind = tile.map_or(&ROW, |rows| &TILES[rows / 16]);
+    let kernel = &by_kind[kinds - 1][of(weight.format())][usize::from(dtype == DType::BF16)];
     let [norm_weight, bias] = [&norm_weight, &bias].map(|address| address.as_ref().map_or(0, |address| address.value));
     let eps = around.norm.map_or(0.0, |norm| norm.eps as f32);
     let (onto, onto_stride) = onto.as_ref().map_or((0, 0), |onto| (onto.address.value, onto.strides[0]));
     let activation = linear::activation(around.gate);
-    let config = LaunchConfig { shared_mem_bytes: shared as u32, ..cuda::grid(outer.div_ceil(OUTS), (WARPS * 32, 1))? };
+    // As many blocks as run at once, one a multiprocessor, each with several panels in turn.
+    let row_blocks = tile.map_or(1, |tile| rows.div_ceil(tile));
+    let blocks = outer.div_ceil(OUTS).min((gpu.multiprocessors / row_blocks).max(1));
+    let mut config = LaunchConfig { shared_mem_bytes: shared as u32, ..cuda::grid(blocks, (WARPS * 32, 1))? };
+    config.grid_dim.1 = row_blocks as u32;
     let [rows, inner, weight_rows] = [rows, inner, weight_rows].map(|size| size as u32);
     let y = cuda::output(device, shape.clone(), dtype, |y| {
         let y = cuda::write(y, &Layout::contiguous(&shape), &stream)?;
         let mut launch = EarlyLaunch::of(device, kernel.on_sharing(device, most_shared)?);
-        launch.arg(&x.address.value).arg(&x.strides[0]).arg(&norm_weight).arg(&eps).arg(&weights.value).arg(&bias);
-        launch.arg(&onto).arg(&onto_stride).arg(&y.value).arg(&rows).arg(&inner).arg(&weight_rows).arg(&activation);
+        launch.arg(&x.address.value);
+        match tile {
+            None => launch.arg(&norm_weight).arg(&eps).arg(&weights.value).arg(&bias).arg(&onto).arg(&y.value),
+            Some(_) => {
+                launch.arg(&x.strides[0]).arg(&weights.value).arg(&bias).arg(&onto).arg(&onto_stride).arg(&y.value);
+                launch.arg(&rows)
+            }
+        };
+        launch.arg(&inner).arg(&weight_rows).arg(&activation);
         // SAFETY: the arguments are the kernel's, in its order; shapes, dtypes and alignment were compared above, and the
         // words are the blocks of `weight_rows` by `inner` weights.
         unsafe { launch.launch(config) }
@@ -182,7 +212,7 @@ impl Stack<'_> {
         let (rows, kinds, dtype) = (ids.elem_count(), if gate.is_some() { 2 } else { 1 }, x.dtype());
         let outer = weight_rows / kinds;
         let shared = row_shared(inner, dtype);
-        let most_shared = Gpu::of(device)?.shared[0] - OTHER_SHARED[kinds - 1];
+        let most_shared = Gpu::of(device)?.shared[0] - OTHER_SHARED;
         let takes = matches!(dtype, DType::F16 | DType::BF16)
             && (1..=usize::from(u16::MAX)).contains(&rows)
             && inner.is_multiple_of(8)

@@ -350,7 +350,7 @@ fn products_on_a_gpu_are_those_of_the_unpacked_weight() -> Result<()> {
                 let want = weight.index_select(&ids.to_device(&Device::Cpu)?, 0)?;
                 assert_eq!(values(&matrix.rows(&ids)?)?, values(&want)?, "{format:?} [{outer}, {inner}]");
                 for dtype in [DType::F32, DType::F16, DType::BF16] {
-                    for rows in [1, 2, 3, 7, 8, 9, 40] {
+                    for rows in [1, 2, 3, 7, 8, 9, 16, 17, 64, 65] {
                         let x = random.tensor(&[rows, inner + 16], 1.0, dtype, &device)?.narrow(1, 8, inner)?;
                         let bias = random.tensor(&[outer], 1.0, dtype, &device)?;
                         let onto = random.tensor(&[rows, outer], 1.0, dtype, &device)?;
@@ -375,22 +375,25 @@ fn products_on_a_gpu_are_those_of_the_unpacked_weight() -> Result<()> {
 fn what_surrounds_a_product_on_a_gpu_is_as_on_the_cpu() -> Result<()> {
     let mut random = Random::new(7);
     for device in devices().into_iter().filter(Device::is_cuda) {
-        for rows in [1, 5, 20] {
-            let (_, matrix, unpacked) = packed(Quantization::Q8, [80, 64], &mut random);
-            let dense = Tensor::from_vec(unpacked, (80, 64), &device)?.to_dtype(DType::BF16)?;
+        // Halves that end within a panel, few panels, more than there are multiprocessors, with more and fewer groups than
+        // warps.
+        let shapes = [(80, 64), (128, 1600), (12800, 136)];
+        for (i, (rows, (outer, inner))) in [1, 5, 13, 20].into_iter().flat_map(|n| shapes.map(|s| (n, s))).enumerate() {
+            let (_, matrix, unpacked) = packed(FORMATS[i / shapes.len() % 2], [outer, inner], &mut random);
+            let dense = Tensor::from_vec(unpacked, (outer, inner), &device)?.to_dtype(DType::BF16)?;
             let matrix = matrix.to_device(&device)?;
-            let x = random.tensor(&[rows, 64], 1.0, DType::BF16, &device)?;
-            let weight = random.tensor(&[64], 1.0, DType::F32, &device)?;
+            let x = random.tensor(&[rows, inner], 1.0, DType::BF16, &device)?;
+            let weight = random.tensor(&[inner], 1.0, DType::F32, &device)?;
             let (wide, narrow) = (
-                random.tensor(&[rows, 80], 1.0, DType::BF16, &device)?,
-                random.tensor(&[rows, 40], 1.0, DType::BF16, &device)?,
+                random.tensor(&[rows, outer], 1.0, DType::BF16, &device)?,
+                random.tensor(&[rows, outer / 2], 1.0, DType::BF16, &device)?,
             );
             for (gate, onto) in [(None, &wide), (Some(crate::activation::Activation::Silu), &narrow)] {
                 let norm = Some(crate::norm::Norm { weight: &weight, eps: 1e-6 });
                 let around = Around { norm, gate, onto: Some(onto) };
                 let got = values(&linear_around(&x, &matrix, None, around)?)?;
                 let want = values(&around.apply(&x, |x| x.matmul(&dense.t()?))?)?;
-                assert_close(&format!("{rows} rows, {gate:?}"), &got, &want, 1e-2);
+                assert_close(&format!("{rows} rows of {inner} by {outer}, {gate:?}"), &got, &want, 1e-2);
             }
         }
     }
