@@ -10,21 +10,29 @@ use crate::cuda::{self, EarlyLaunch, Floats, Gpu, Kernel, floats, modules};
 
 /// Of one row, plain and gated.
 static ROW: [Floats; 2] = [floats!(LINEAR, "linear"), floats!(LINEAR, "linear_gated")];
-/// Of several, on the matrix units, in f16 and in bf16, plain and gated.
-static TILES: [[Kernel; 2]; 2] = [
-    [Kernel::new(&modules::LINEAR, "linear_tiles_f16"), Kernel::new(&modules::LINEAR, "linear_tiles_gated_f16")],
-    [Kernel::new(&modules::LINEAR, "linear_tiles_bf16"), Kernel::new(&modules::LINEAR, "linear_tiles_gated_bf16")],
+macro_rules! tiles {
+    ($name:literal) => {
+        [Kernel::new(&modules::LINEAR, concat!($name, "_f16")), Kernel::new(&modules::LINEAR, concat!($name, "_bf16"))]
+    };
+}
+/// Of up to 8 and up to 16 rows, on the matrix units, plain and gated.
+static TILES: [[[Kernel; 2]; 2]; 2] = [
+    [tiles!("linear_tiles_8"), tiles!("linear_tiles_8_gated")],
+    [tiles!("linear_tiles_16"), tiles!("linear_tiles_16_gated")],
 ];
 
 /// Of a block, as in the kernels, and bytes of weights that each has under way.
 const WARPS: usize = 8;
 const RING_BYTES: usize = 6 << 10;
-/// Outputs of a block on the matrix units, and rows.
+/// Outputs of a block on the matrix units.
 const TILE: usize = 16;
+/// The most rows, and those of a weight of up to so many values: a larger one is then faster by cuBLAS.
 const MAX_ROWS: usize = 8;
-/// What a block has beside its dynamic shared memory, of one row and on the matrix units: its static one, and what the GPU
+const MAX_ROWS_OF_SMALL: usize = 16;
+const SMALL: usize = 8 << 20;
+/// What a block has beside its dynamic shared memory, of one row, up to 8 and up to 16: its static one, and what the GPU
 /// takes.
-const OTHER_SHARED: [usize; 2] = [2 << 10, 10 << 10];
+const OTHER_SHARED: [usize; 3] = [2 << 10, 10 << 10, 19 << 10];
 
 /// As the kernels number it.
 pub(crate) fn activation(gate: Option<Activation>) -> u32 {
@@ -70,8 +78,9 @@ fn few_rows(
     let ((rows, inner), (weight_rows, _), dtype) = (x.dims2()?, weight.dims2()?, x.dtype());
     let is_gated = around.gate.is_some();
     let on_tiles = rows > 1;
+    let most_rows = if inner * weight_rows <= SMALL { MAX_ROWS_OF_SMALL } else { MAX_ROWS };
     let takes = weight.dtype() == dtype
-        && (1..=MAX_ROWS).contains(&rows)
+        && (1..=most_rows).contains(&rows)
         && weight.is_contiguous()
         && !(is_gated && (bias.is_some() || around.onto.is_some() || weight_rows % 2 != 0))
         && match dtype {
@@ -112,12 +121,13 @@ fn few_rows(
         return Ok(None);
     }
     let (kernel, outputs_per_block, shared) = if on_tiles {
-        (&TILES[usize::from(dtype == DType::BF16)][usize::from(is_gated)], TILE, WARPS * RING_BYTES)
+        let by_kind = &TILES[usize::from(rows > 8)];
+        (&by_kind[usize::from(is_gated)][usize::from(dtype == DType::BF16)], TILE, WARPS * RING_BYTES)
     } else {
         let shared = WARPS * RING_BYTES + inner * dtype.size_in_bytes();
         (ROW[usize::from(is_gated)].of(dtype)?, WARPS, shared)
     };
-    let (gpu, other) = (Gpu::of(device)?, OTHER_SHARED[usize::from(on_tiles)]);
+    let (gpu, other) = (Gpu::of(device)?, OTHER_SHARED[usize::from(rows > 1) + usize::from(rows > 8)]);
     let most_shared = gpu.shared[0] - other;
     if shared > most_shared {
         return Ok(None);

@@ -123,14 +123,14 @@ __device__ void stream(const T *x, const float *norm, float eps, const T *weight
   }
 }
 
-// As `stream`, for up to 8 rows, on the matrix units: a block takes groups of 16 outputs in turn, and its warps share
+// As `stream`, for up to 8 TILES rows, on the matrix units: a block takes groups of 16 outputs in turn, and its warps share
 // the inner dimension. A lane's 16 bytes of a row, 8 values, are what two steps of 16 take from it;
 // which values meet in a step does not matter as long as both operands agree.
-template <typename T, bool GATED>
+template <typename T, bool GATED, int TILES>
 __device__ void stream_tiles(const T *x, const T *weight, Behind<T> behind, Operands o) {
   constexpr int KINDS = GATED ? 2 : 1, PIECES = 2 * KINDS, STAGES = RING_BYTES / 512 / PIECES;
   extern __shared__ uint4 shared[];
-  __shared__ float parts[WARPS][KINDS][8][17];
+  __shared__ float parts[WARPS][KINDS][TILES * 8][17];
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_of_lane = lane / 4, part = lane % 4;
   uint4 *const ring = shared + warp * (RING_BYTES / 16) + lane;
   const uint32_t turns = (o.inner / 32 + WARPS - 1) / WARPS, groups = (o.outer + 15) / 16;
@@ -159,14 +159,21 @@ __device__ void stream_tiles(const T *x, const T *weight, Behind<T> behind, Oper
   wait_for_inputs();
 
   // Those of a turn are asked for a turn ahead.
-  const T *const own_row = x + min(row_of_lane, o.rows - 1) * size_t(o.x_stride) + part * 8;
-  const auto values_of = [&](uint32_t turn) {
-    return *reinterpret_cast<const uint4 *>(own_row + min((turn * WARPS + warp) * 32, o.inner - 32));
+  const T *own_rows[TILES];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    own_rows[tile] = x + min(tile * 8 + row_of_lane, o.rows - 1) * size_t(o.x_stride) + part * 8;
+  uint4 ahead[TILES];
+  const auto take = [&](uint32_t turn) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      ahead[tile] =
+          *reinterpret_cast<const uint4 *>(own_rows[tile] + min((turn * WARPS + warp) * 32, o.inner - 32));
   };
-  uint4 ahead = values_of(0);
+  take(0);
   int stage = 0;
   for (uint32_t group = blockIdx.x; group < groups; group += gridDim.x) {
-    float sums[KINDS][4] = {};
+    float sums[KINDS][TILES][4] = {};
     for (uint32_t turn = 0; turn < turns; turn++) {
       wait_for_copies<STAGES - 1>();
       uint4 w[PIECES];
@@ -176,20 +183,28 @@ __device__ void stream_tiles(const T *x, const T *weight, Behind<T> behind, Oper
       fetch(stage);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
       // Weights beyond the end are zero.
-      const uint4 values = ahead;
-      ahead = values_of(turn + 1 < turns ? turn + 1 : 0);
+      uint4 values[TILES];
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+        values[tile] = ahead[tile];
+      take(turn + 1 < turns ? turn + 1 : 0);
 #pragma unroll
       for (int kind = 0; kind < KINDS; kind++) {
         const uint4 a = w[kind * 2], b = w[kind * 2 + 1];
-        multiply_add(sums[kind], {a.x, b.x, a.y, b.y}, values.x, values.y, T());
-        multiply_add(sums[kind], {a.z, b.z, a.w, b.w}, values.z, values.w, T());
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          multiply_add(sums[kind][tile], {a.x, b.x, a.y, b.y}, values[tile].x, values[tile].y, T());
+          multiply_add(sums[kind][tile], {a.z, b.z, a.w, b.w}, values[tile].z, values[tile].w, T());
+        }
       }
     }
 #pragma unroll
     for (int kind = 0; kind < KINDS; kind++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        parts[warp][kind][part * 2 + i % 2][row_of_lane + i / 2 * 8] = sums[kind][i];
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          parts[warp][kind][tile * 8 + part * 2 + i % 2][row_of_lane + i / 2 * 8] = sums[kind][tile][i];
     __syncthreads();
     const uint32_t row = threadIdx.x / 16, output = group * 16 + threadIdx.x % 16;
     if (row < o.rows && output < o.outer) {
@@ -219,11 +234,14 @@ __device__ void stream_tiles(const T *x, const T *weight, Behind<T> behind, Oper
 FOR_FLOATS(PLAIN, linear)
 FOR_FLOATS(GATED, linear_gated)
 
-#define TILES(name, T, GATED)                                                                                          \
+#define TILED(name, T, GATED, TILES)                                                                                   \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) name(ARGUMENTS(T)) {                                        \
-    stream_tiles<T, GATED>(x, weight, BEHIND, OPERANDS);                                                               \
+    stream_tiles<T, GATED, TILES>(x, weight, BEHIND, OPERANDS);                                                        \
   }
-TILES(linear_tiles_f16, __half, false)
-TILES(linear_tiles_gated_f16, __half, true)
-TILES(linear_tiles_bf16, __nv_bfloat16, false)
-TILES(linear_tiles_gated_bf16, __nv_bfloat16, true)
+#define ALL_TILED(T, suffix)                                                                                           \
+  TILED(linear_tiles_8_##suffix, T, false, 1)                                                                          \
+  TILED(linear_tiles_8_gated_##suffix, T, true, 1)                                                                     \
+  TILED(linear_tiles_16_##suffix, T, false, 2)                                                                         \
+  TILED(linear_tiles_16_gated_##suffix, T, true, 2)
+ALL_TILED(__half, f16)
+ALL_TILED(__nv_bfloat16, bf16)

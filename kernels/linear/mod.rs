@@ -39,7 +39,8 @@ use crate::simd::Stored;
 ///
 /// The inner dimensions differ, or the dtypes do on a device other than the CPU.
 ///
-/// Devices: CPU; CUDA, of more than 8 rows through cuBLASLt; Metal, of more than 8 rows through candle's matmul.
+/// Devices: CPU; CUDA, of more than 8 rows (16 of a small weight) through cuBLASLt; Metal, of more than 8 rows through
+/// candle's matmul.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     linear_around(x, weight, None, Around::default())
 }
@@ -106,7 +107,7 @@ impl Around<'_> {
     }
 }
 
-/// As [`linear`], or [`linear_with_bias`], with what surrounds it. On CUDA one kernel does it all, of up to 8 rows in f16
+/// As [`linear`], or [`linear_with_bias`], with what surrounds it. On CUDA one kernel does it all, of a few rows in f16
 /// and bf16 and one in f32; the norm has a kernel of its own from the second row on, and so has the gate beyond that. On
 /// Metal likewise, of up to 8 rows, with a kernel of its own for the norm. It rounds after the norm, before a gate with a
 /// kernel of its own, and at the end.
