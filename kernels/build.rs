@@ -38,7 +38,10 @@ fn compile() -> Result<(), String> {
     let arguments = arguments();
     let headers = headers().map_err(|error| format!("cuda: cannot read the headers: {error}"))?;
 
-    let mut table = String::new();
+    let hopper = caps().contains(&"90".to_string());
+    let mut table = format!(
+        "/// Whether the modules hold code for compute capability 9.0.\npub(crate) const HOPPER: bool = {hopper};\n"
+    );
     let mut stale = Vec::new();
     for source in &sources {
         let stem = source.file_stem().and_then(|stem| stem.to_str()).ok_or("cuda: a kernel's name is not UTF-8")?;
@@ -109,9 +112,16 @@ fn files(extension: &str) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// What machine code is for.
+fn caps() -> Vec<String> {
+    match env::var("CUDA_COMPUTE_CAP") {
+        Ok(cap) => vec![cap.replace(['.', 'a'], "")],
+        Err(_) => GENERATIONS.iter().map(|cap| cap.to_string()).collect(),
+    }
+}
+
 fn arguments() -> Vec<String> {
-    let asked = env::var("CUDA_COMPUTE_CAP").ok().map(|cap| cap.replace(['.', 'a'], ""));
-    let caps: Vec<&str> = asked.as_deref().map_or(GENERATIONS.to_vec(), |cap| vec![cap]);
+    let caps = caps();
     let mut arguments: Vec<String> = ["-fatbin", "-O3", "-std=c++17", "-I."].map(String::from).into();
     for cap in &caps {
         // Hopper's matrix and copy instructions exist in its `a` target alone.

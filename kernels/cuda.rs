@@ -210,7 +210,7 @@ impl Gpu {
                     get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
                     get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
                 ],
-                is_hopper: generation == 9,
+                is_hopper: modules::HOPPER && generation == 9,
             })
         })
     }

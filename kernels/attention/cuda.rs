@@ -357,7 +357,7 @@ impl Call<'_> {
         if !self.has_prompts {
             return Ok((decode_shared <= self.gpu.shared[0]).then_some((size, None)));
         }
-        let prompts = match self.wgmma(size) {
+        let prompts = match self.wgmma(size)? {
             Some(prompts) => prompts,
             None => self.mma(size)?,
         };
@@ -369,20 +369,19 @@ impl Call<'_> {
     }
 
     /// Needs pages that are whole boxes of a tile's rows: powers of two from a swizzle's 8 rows on.
-    fn wgmma(&self, size: usize) -> Option<Prompts<'_>> {
+    fn wgmma(&self, size: usize) -> Result<Option<Prompts<'_>>> {
         let block_size = self.step.block_size;
         let takes_pages = block_size == 0 || (block_size >= 8 && block_size.is_power_of_two());
         if !self.gpu.is_hopper || !takes_pages {
-            return None;
+            return Ok(None);
         }
         let [rows, keys, q_stages, stages] =
             [[128, 128, 2, 2], [128, 128, 2, 2], [128, 64, 1, 2], [64, 64, 1, 1]][size];
         let tiles = (q_stages * rows + 2 * stages * keys) * SIZES[size] * self.dtype.size_in_bytes();
         // Tiles are aligned to 1024 bytes; a stage of queries has two barriers, one of keys and values four.
         let shared = 1024 + tiles + (2 * q_stages + 4 * stages) * 8;
-        // A build for other GPUs has no such kernel.
-        let function = self.of(&FLASH_WGMMA, size).on_sharing(self.device, shared).ok()?;
-        Some(Prompts { function, tile: [rows, keys], threads: 384, shared, has_maps: true })
+        let function = self.of(&FLASH_WGMMA, size).on_sharing(self.device, shared)?;
+        Ok(Some(Prompts { function, tile: [rows, keys], threads: 384, shared, has_maps: true }))
     }
 
     fn mma(&self, size: usize) -> Result<Prompts<'_>> {
@@ -470,8 +469,7 @@ impl Call<'_> {
             return Ok(false);
         }
         let step = Step { splits: parts as u32, ..self.step };
-        // A build for other GPUs has no such kernel.
-        let Ok(kernel) = self.of(&PAGED_DECODE_CLUSTER, size).on_sharing(self.device, shared) else { return Ok(false) };
+        let kernel = self.of(&PAGED_DECODE_CLUSTER, size).on_sharing(self.device, shared)?;
         let config = config([parts, heads, step.num_sequences as usize], warps * 32, shared)?;
         let mut launch = EarlyLaunch::of(self.device, kernel);
         launch.in_clusters(parts).arg(&step).arg(entering);

@@ -203,12 +203,11 @@ impl Arguments<'_> {
         let rest = [&prepared, &self.state, &self.y, &self.starts, &self.lens, &self.slots];
         let sizes = [&sequences, &self.hk, &self.hv, &shortest];
         let heads = self.sequences * self.hv as usize;
-        // A build for other GPUs has no such kernel, and not all rows can be copied like that.
+        // Not all rows can be copied like that.
         if Gpu::of(device)?.is_hopper
-            && let Ok(function) = SCAN_WGMMA[dtype].on_sharing(device, WGMMA_SHARED)
             && let Ok(maps) = self.maps()
         {
-            let mut launch = EarlyLaunch::of(device, function);
+            let mut launch = EarlyLaunch::of(device, SCAN_WGMMA[dtype].on_sharing(device, WGMMA_SHARED)?);
             for map in &maps {
                 launch.arg(map);
             }

@@ -194,7 +194,7 @@ __device__ void prepare(const T *q, const T *k, const float *g, const float *bet
       prepared.to_state[row] = expf(left) * k_scale;
       prepared.to_output[row] = expf(sum) * q_scale;
       if (row == 0)
-        prepared.decay[0] = expf(last);
+        *reinterpret_cast<float4 *>(prepared.decay) = make_float4(expf(last), 0, 0, 0); // whole, as it is copied
     }
   }
   __syncthreads();
