@@ -55,15 +55,14 @@ pub(crate) struct SparseMlp {
 }
 
 impl SparseMlp {
-    /// Router and gate of the shared expert stay as they are stored: they are small, and the router decides. So do the
-    /// experts on CUDA, whose kernels for packed ones have not run on a GPU yet.
+    /// Router and gate of the shared expert stay as they are stored: they are small, and the router decides.
     pub fn load(weights: &Weights, hidden: usize, config: &Config) -> Result<Self> {
         let stored = weights.clone().quantized(None)?;
         let shared = config.shared_expert_intermediate_size;
         Ok(Self {
             gate: Linear::load(&stored.pp("gate"), hidden, config.num_experts, Bias::Absent)?,
             num_experts_per_tok: config.num_experts_per_tok,
-            experts: load_experts(if weights.device().is_cuda() { &stored } else { weights }, hidden, config)?,
+            experts: load_experts(weights, hidden, config)?,
             shared_expert: GatedMlp::load(&weights.pp("shared_expert"), hidden, shared, Activation::Silu)?,
             shared_expert_gate: Linear::load(&stored.pp("shared_expert_gate"), hidden, 1, Bias::Absent)?,
         })

@@ -9,6 +9,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 use taper_kernels::attention::{self, AttentionParams, Mask};
 use taper_kernels::moe::{self, Experts, Stack};
+use taper_kernels::quantized::{Quantization, QuantizedMatrix};
 use taper_kernels::testing::{Random, poisoned};
 use taper_kernels::{Batch, Segment, conv, gated_delta, norm};
 
@@ -52,8 +53,8 @@ fn main() -> Result<()> {
         bench.causal_conv1d(name, &sequences)?;
     }
     bench.rms_norm_gated(1 << 18, 128)?;
-    for n in [1, 8, 64, 4096] {
-        bench.sparse_mlp(n)?;
+    for format in [None, Some(Quantization::Q8), Some(Quantization::Q4)] {
+        bench.sparse_mlp(&[1, 8, 64, 4096], format)?;
     }
     Ok(())
 }
@@ -241,23 +242,37 @@ impl Bench {
     }
 
     /// Of Qwen3.5-35B-A3B: bytes are those of the experts that some token goes to. Each call is another layer's.
-    fn sparse_mlp(&self, n: usize) -> Result<()> {
+    fn sparse_mlp(&self, counts: &[usize], format: Option<Quantization>) -> Result<()> {
         let (num_experts, hidden, intermediate, k, layers) = (256, 2048, 512, 8, 3);
+        let fill = |row: usize, target: &mut [f32]| {
+            target.iter_mut().enumerate().for_each(|(i, x)| *x = (row * 7 + i * 13) as f32 % 17.0 - 8.0)
+        };
+        let pack = |format, dims| QuantizedMatrix::pack(format, dims, fill)?.to_device(&self.device);
         let stack = |rows: usize, columns: usize| -> Result<Stack> {
-            Ok(Stack::Dense(self.random(&[num_experts, rows, columns], DType::BF16)?))
+            Ok(match format {
+                None => Stack::Dense(self.random(&[num_experts, rows, columns], DType::BF16)?),
+                Some(format) => {
+                    Stack::Packed((0..num_experts).map(|_| pack(format, [rows, columns])).collect::<Result<_>>()?)
+                }
+            })
         };
         let experts = (0..layers)
             .map(|_| Experts::new(stack(2 * intermediate, hidden)?, stack(hidden, intermediate)?))
             .collect::<Result<Vec<_>>>()?;
-        let x = self.random(&[n, hidden], DType::BF16)?;
-        let routing = moe::route(&self.random(&[n, num_experts], DType::BF16)?, k)?;
-        let mut used: Vec<u32> = routing.experts.flatten_all()?.to_vec1()?;
-        used.sort_unstable();
-        used.dedup();
-        let bytes = used.len() * 3 * hidden * intermediate * 2 + 2 * n * hidden * 2;
-        self.row(&format!("sparse_mlp bf16, 8 of 256 experts of 512, {n} tokens"), bytes, |i| {
-            moe::sparse_mlp(&x, &routing, &experts[i % layers]).map(drop)
-        })?;
+        for &n in counts {
+            let x = self.random(&[n, hidden], DType::BF16)?;
+            let routing = moe::route(&self.random(&[n, num_experts], DType::BF16)?, k)?;
+            let mut used: Vec<u32> = routing.experts.flatten_all()?.to_vec1()?;
+            used.sort_unstable();
+            used.dedup();
+            let of = |dims| format.map_or(dims[0] * dims[1] * 2, |format: Quantization| format.bytes(dims));
+            let expert = of([2 * intermediate, hidden]) + of([hidden, intermediate]);
+            let weights = format.map_or("bf16".to_string(), |format| format!("{format:?}"));
+            let name = format!("sparse_mlp {weights}, 8 of 256 experts of 512, {n} tokens");
+            self.row(&name, used.len() * expert + 2 * n * hidden * 2, |i| {
+                moe::sparse_mlp(&x, &routing, &experts[i % layers]).map(drop)
+            })?;
+        }
         Ok(())
     }
 }

@@ -236,7 +236,8 @@ fn experts_are_the_reference_with_any_dtypes() -> Result<()> {
     experts_are_the_reference()
 }
 
-/// Packed experts on an accelerator, where activations are not rounded, beside the reference over unpacked weights.
+/// Packed experts on an accelerator, where activations are not rounded, beside the reference over unpacked weights. Those of
+/// two products in a row may be rounded to the dtype.
 fn run_packed(case: Case, format: Quantization, dtype: DType, device: &Device) -> Result<()> {
     let mut inputs = Inputs::new(case, dtype, DType::F32, &mut Random::new(5))?;
     let packed = suspended(|| inputs.packed(format))?;
@@ -256,7 +257,12 @@ fn run_packed(case: Case, format: Quantization, dtype: DType, device: &Device) -
     let Routing { experts: ids, weights } = &inputs.routing;
     let routing = Routing { experts: ids.to_device(device)?, weights: weights.to_device(device)? };
     let got = sparse_mlp(&inputs.x.to_device(device)?, &routing, &experts)?;
-    assert_close(&format!("{case:?} {format:?} {device:?}"), &values(&got)?, &inputs.reference(case)?, op_limit(dtype));
+    assert_close(
+        &format!("{case:?} {format:?} {device:?}"),
+        &values(&got)?,
+        &inputs.reference(case)?,
+        2.0 * op_limit(dtype),
+    );
     Ok(())
 }
 
