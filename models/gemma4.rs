@@ -12,12 +12,12 @@ use std::ops::Range;
 
 use candle_core::{IndexOp, Result, Tensor, bail};
 use kernels::Batch;
-use kernels::activation::{Activation, gated_activation};
+use kernels::activation::{Activation, gated_by};
 use kernels::attention::AttentionParams;
 use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::{Around, linear};
-use kernels::residual::add;
+use kernels::norm::add_rms_norm;
 use kernels::softcap::softcap;
 use serde::Deserialize;
 use serde_json::Value;
@@ -512,14 +512,14 @@ impl DecoderLayer {
         cache: &Cache,
     ) -> Result<Tensor> {
         let mixed = self.self_attn.forward(x, &self.input_layernorm, rotations, batch, cache)?;
-        let x = add(x, &self.post_attention_layernorm.forward(&mixed)?)?;
+        let x = add_rms_norm(x, &mixed, self.post_attention_layernorm.parts(), 1.0)?;
         let norm = Some(self.pre_feedforward_layernorm.parts());
         let y = self.mlp.forward_around(&x, Around { norm, ..Around::default() })?;
-        let mut x = add(&x, &self.post_feedforward_layernorm.forward(&y)?)?;
-        if let (Some(per_layer), Some(input)) = (&self.per_layer, input) {
-            x = add(&x, &per_layer.forward(&x, input)?)?;
+        let norm = self.post_feedforward_layernorm.parts();
+        match self.per_layer.as_ref().zip(input) {
+            Some((per_layer, input)) => per_layer.forward(&add_rms_norm(&x, &y, norm, 1.0)?, input, self.layer_scalar),
+            None => add_rms_norm(&x, &y, norm, self.layer_scalar),
         }
-        x * self.layer_scalar
     }
 }
 
@@ -544,10 +544,12 @@ impl PerLayerInput {
         })
     }
 
-    fn forward(&self, x: &Tensor, input: &Tensor) -> Result<Tensor> {
+    /// The sum, times the layer's factor.
+    fn forward(&self, x: &Tensor, input: &Tensor, factor: f64) -> Result<Tensor> {
         let gate = self.per_layer_input_gate.forward(x)?;
-        let gated = gated_activation(&Tensor::cat(&[&gate, input], 1)?, Activation::GeluTanh)?;
-        self.post_per_layer_input_norm.forward(&self.per_layer_projection.forward(&gated)?)
+        let gated = gated_by(&gate, input, Activation::GeluTanh)?;
+        let update = self.per_layer_projection.forward(&gated)?;
+        add_rms_norm(x, &update, self.post_per_layer_input_norm.parts(), factor)
     }
 }
 

@@ -30,12 +30,16 @@ const MAX_BLOCKS: usize = 4096;
 /// `gate_up` `[N, 2 * width]` in rows.
 pub fn gated_activation(device: &CudaDevice, gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
     let (_, width) = gate_up.dims2()?;
-    let (gate, up) = (gate_up.narrow(1, 0, width / 2)?, gate_up.narrow(1, width / 2, width / 2)?);
+    gated_by(device, &gate_up.narrow(1, 0, width / 2)?, &gate_up.narrow(1, width / 2, width / 2)?, activation)
+}
+
+/// `gate` and `up` of one shape, in rows.
+pub fn gated_by(device: &CudaDevice, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     let kernel = match activation {
         Activation::Silu => &SILU,
         Activation::GeluTanh => &GELU_TANH,
     };
-    paired(device, kernel, &gate, &up)
+    paired(device, kernel, gate, up)
 }
 
 /// `x` and `gate` of one shape, in rows.

@@ -55,6 +55,24 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
     gate_up.apply_op1_no_bwd(&GatedActivation(activation))
 }
 
+/// As [`gated_activation`], of a `gate` and an `up` `[N, I]` that do not lie side by side.
+///
+/// # Errors
+///
+/// `up` differs from `gate` in shape or dtype.
+///
+/// Devices: CUDA; elsewhere both are first laid side by side.
+pub fn gated_by(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = gate.device() {
+        if up.shape() != gate.shape() || up.dtype() != gate.dtype() {
+            bail!("gated_by: up is {:?} {:?}, gate {:?} {:?}", up.dims(), up.dtype(), gate.dims(), gate.dtype())
+        }
+        return cuda::gated_by(device, &as_rows(gate)?, &as_rows(up)?, activation);
+    }
+    gated_activation(&Tensor::cat(&[gate, up], 1)?, activation)
+}
+
 /// The Gaussian error linear unit, by the error function itself and not its usual approximation:
 ///
 /// ```text

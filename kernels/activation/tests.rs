@@ -25,6 +25,8 @@ fn run(case: Case, device: &Device) -> Result<()> {
         let got = gated_activation(&x, activation)?;
         assert_eq!((got.dims(), got.dtype()), (&[n, width][..], dtype));
         assert_close(&format!("gated_activation {case:?} {device:?}"), &values(&got)?, &want, op_limit(dtype));
+        let apart = gated_by(&x.narrow(1, 0, width)?, &x.narrow(1, width, width)?, activation)?;
+        assert_eq!(values(&apart)?, values(&got)?, "{case:?} {device:?}");
     }
     Ok(())
 }

@@ -11,6 +11,8 @@ static SCALAR: Floats = floats!(NORM, "rms_norm_scalar");
 static VECTOR: Floats = floats!(NORM, "rms_norm_vector");
 static GATED_SCALAR: Floats = floats!(NORM, "rms_norm_gated_scalar");
 static GATED_VECTOR: Floats = floats!(NORM, "rms_norm_gated_vector");
+static ADD_SCALAR: Floats = floats!(NORM, "add_rms_norm_scalar");
+static ADD_VECTOR: Floats = floats!(NORM, "add_rms_norm_vector");
 static LAYER_SCALAR: Floats = floats!(NORM, "add_layer_norm_scalar");
 static LAYER_VECTOR: Floats = floats!(NORM, "add_layer_norm_vector");
 
@@ -19,36 +21,54 @@ const THREADS: usize = 256;
 /// Accesses of a row that a thread keeps in registers.
 const KEPT: usize = 2;
 
-/// `x` and `gate` `[.., D]` in rows, or the gate `[N, H D]`, `weight` `[D]` contiguous.
-pub fn rms_norm(device: &CudaDevice, x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, eps: f32) -> Result<Tensor> {
+/// What is done with a norm on the way.
+pub enum Then<'a> {
+    Nothing,
+    /// `[.., D]`, or `[N, H D]`, in rows.
+    Gate(&'a Tensor),
+    /// Adds `[.., D]` in rows, and multiplies the sum.
+    Add(&'a Tensor, f32),
+}
+
+/// `x` `[.., D]` in rows, `weight` `[D]` contiguous.
+pub fn rms_norm(device: &CudaDevice, x: &Tensor, weight: &Tensor, eps: f32, then: Then) -> Result<Tensor> {
     let (shape, dtype, d) = (x.shape(), x.dtype(), weight.elem_count());
     let rows = cuda::rows_of(x.layout());
     let stream = device.cuda_stream();
-    let (x, gate, weight) = (Operand::new(x), gate.map(Operand::new), Operand::new(weight));
+    let other = match then {
+        Then::Nothing => None,
+        Then::Gate(other) | Then::Add(other, _) => Some(Operand::new(other)),
+    };
+    let (x, weight) = (Operand::new(x), Operand::new(weight));
     let (x, weight) = (x.cuda_rows(&stream)?, weight.cuda(&stream)?);
-    let gate_layout = gate.as_ref().map(|gate| with_heads(gate.layout, shape));
-    let gate = gate.zip(gate_layout.as_ref()).map(|(gate, layout)| Operand { layout, ..gate });
-    let gate = gate.as_ref().map(|gate| gate.cuda_rows(&stream)).transpose()?;
+    let other_layout = other.as_ref().map(|other| with_heads(other.layout, shape));
+    let other = other.zip(other_layout.as_ref()).map(|(other, layout)| Operand { layout, ..other });
+    let other = other.as_ref().map(|other| other.cuda_rows(&stream)).transpose()?;
 
     let wide = 16 / dtype.size_in_bytes();
-    let are_aligned = [Some(&x), gate.as_ref()].into_iter().flatten().all(|rows| rows.are_aligned(16, dtype));
+    let are_aligned = [Some(&x), other.as_ref()].into_iter().flatten().all(|rows| rows.are_aligned(16, dtype));
     let is_vector = d.is_multiple_of(wide) && are_aligned && weight.is_aligned(16);
-    let kernel = match (is_vector, &gate) {
-        (true, None) => &VECTOR,
-        (true, Some(_)) => &GATED_VECTOR,
-        (false, None) => &SCALAR,
-        (false, Some(_)) => &GATED_SCALAR,
+    let kernel = match (is_vector, &then) {
+        (true, Then::Nothing) => &VECTOR,
+        (true, Then::Gate(_)) => &GATED_VECTOR,
+        (true, Then::Add(..)) => &ADD_VECTOR,
+        (false, Then::Nothing) => &SCALAR,
+        (false, Then::Gate(_)) => &GATED_SCALAR,
+        (false, Then::Add(..)) => &ADD_SCALAR,
     };
     let config = config(rows, if is_vector { d / wide } else { d })?;
     let (num_rows, num_columns) = (rows as u32, d as u32);
     cuda::output(device, shape, dtype, |y| {
         let y = cuda::write(y, &Layout::contiguous(shape), &stream)?;
         let mut launch = EarlyLaunch::new(device, kernel.of(dtype)?)?;
-        for rows in [Some(&x), gate.as_ref()].into_iter().flatten() {
+        for rows in [Some(&x), other.as_ref()].into_iter().flatten() {
             launch.arg(&rows.address.value).rows(rows);
         }
         launch.arg(&weight.value).arg(&y.value).arg(&num_rows).arg(&num_columns).arg(&eps);
-        // SAFETY: the arguments are the kernel's, in its order; x, gate and y have `rows` rows of `d` values, weight `d`.
+        if let Then::Add(_, factor) = &then {
+            launch.arg(factor);
+        }
+        // SAFETY: the arguments are the kernel's, in its order; x, the other and y have `rows` rows of `d` values, weight `d`.
         unsafe { launch.launch(config) }
     })
 }

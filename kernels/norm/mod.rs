@@ -22,6 +22,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape
 use half::{bf16, f16};
 
 use crate::cpu::{as_rows, with_heads};
+use crate::residual::add;
 
 /// The weight `[D]` in f32 and the epsilon of an RMS norm, for ops that do one on the way.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +62,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let (x, weight) = (as_rows(x)?, weight.contiguous()?);
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device() {
-        return cuda::rms_norm(device, &x, None, &weight, eps as f32);
+        return cuda::rms_norm(device, &x, &weight, eps as f32, cuda::Then::Nothing);
     }
     x.apply_op2_no_bwd(&weight, &RmsNorm { eps: eps as f32 })
 }
@@ -97,9 +98,36 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
     let weight = weight.contiguous()?;
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device() {
-        return cuda::rms_norm(device, &x, Some(&gate), &weight, eps as f32);
+        return cuda::rms_norm(device, &x, &weight, eps as f32, cuda::Then::Gate(&gate));
     }
     x.apply_op3_no_bwd(&gate, &weight, &RmsNormGated { eps: eps as f32 })
+}
+
+/// The residual stream behind a block that has its norm behind it:
+///
+/// ```text
+/// y = cast(cast(x + rms_norm(update)) * factor)
+/// ```
+///
+/// `x` and `update` `[.., D]` of one dtype, f32, f16 or bf16. Returns `x`'s shape and dtype.
+///
+/// # Errors
+///
+/// `update` differs from `x` in shape or dtype, or the norm's weight is not f32 `[D]`.
+///
+/// Devices: CUDA; elsewhere the norm, the sum and the product by themselves, with the same roundings.
+pub fn add_rms_norm(x: &Tensor, update: &Tensor, norm: Norm, factor: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        check_weight("add_rms_norm", x, norm.weight)?;
+        if update.shape() != x.shape() || update.dtype() != x.dtype() {
+            bail!("add_rms_norm: {:?} {:?} is not like x {:?} {:?}", update.dims(), update.dtype(), x.dims(), x.dtype())
+        }
+        let (x, update, weight) = (as_rows(x)?, as_rows(update)?, norm.weight.contiguous()?);
+        return cuda::rms_norm(device, &update, &weight, norm.eps as f32, cuda::Then::Add(&x, factor as f32));
+    }
+    let sum = add(x, &norm.apply(update)?)?;
+    if factor == 1.0 { Ok(sum) } else { sum * factor }
 }
 
 /// Layer normalisation of a sum, as a block with its norm behind it needs it:

@@ -107,6 +107,27 @@ fn run_add_layer_norm(case: Case, device: &Device) -> Result<()> {
     check("add_layer_norm", case, device, &add_layer_norm(&x, &residual, &weight, &bias, EPS)?, &want)
 }
 
+/// Factors of 16 bits, as checkpoints have them.
+#[test]
+fn add_rms_norm_is_its_parts() -> Result<()> {
+    for device in devices() {
+        for case in cases() {
+            let Inputs { x, gate: update, weight, .. } = inputs(case, &device)?;
+            let norm = Norm { weight: &weight, eps: EPS };
+            for factor in [1.0, 0.34375] {
+                let want = (add(&x, &norm.apply(&update)?)? * factor)?;
+                let got = add_rms_norm(&x, &update, norm, factor)?;
+                assert_eq!((got.dims(), got.dtype()), (x.dims(), x.dtype()), "{case:?}");
+                assert_eq!(values(&got)?, values(&want)?, "{case:?} {factor} {device:?}");
+            }
+        }
+        let (x, weight) = (Tensor::zeros((2, 8), DType::F32, &device)?, Tensor::ones(8, DType::F32, &device)?);
+        let norm = Norm { weight: &weight, eps: EPS };
+        assert!(add_rms_norm(&x, &Tensor::zeros((1, 8), DType::F32, &device)?, norm, 1.0).is_err());
+    }
+    Ok(())
+}
+
 #[test]
 fn rms_norm_is_the_reference() -> Result<()> {
     for device in devices() {
