@@ -75,7 +75,7 @@ __device__ void rms_norm(const T *x, Rows x_rows, const T *other, Rows other_row
       if (THEN == Then::GATE)
         value *= silu(with);
       if (THEN == Then::ADD)
-        value = widen(narrow<T>(with + widen(narrow<T>(value)))) * multiplier;
+        value = widen(narrow<T>(__fadd_rn(with, widen(narrow<T>(value))))) * multiplier;
       pack.values[j] = narrow<T>(value);
     }
     to[i] = pack;
