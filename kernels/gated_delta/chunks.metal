@@ -150,7 +150,8 @@ template <typename T>
           const uint x = j * SIDE + part_x + n;
           const float decay = x <= y ? exp((sums[y] - sums[x]) + (rests[y] - rests[x])) : 0;
           out.p[y * CHUNK + x] = qk[i][j][n] * decay * q_scales[y] * k_scales[x];
-          shared[y * A_STRIDE + x] = x < y ? kk[i][j][n] * decay * betas[y] * k_scales[y] * k_scales[x] : 0;
+          // Read below the diagonal alone.
+          shared[y * A_STRIDE + x] = kk[i][j][n] * decay * betas[y] * k_scales[y] * k_scales[x];
         }
   }
   if (index < CHUNK) {

@@ -1,8 +1,13 @@
+//! The delta rule: against the recurrence, by hand, by a second definition, and against itself however a prompt is cut
+//! and packed.
+
+mod gates;
+mod on_metal;
+
 use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::Segment;
-use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
 use crate::simd::tests::portable;
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
@@ -223,142 +228,10 @@ fn agrees_with_the_reference() -> Result<()> {
 }
 
 #[test]
-fn metal_kernels_agree_with_the_reference() -> Result<()> {
-    emulated(|| {
-        agrees_with_the_reference()?;
-        agrees_with_numbers_by_hand()?;
-        reads_rows_that_lie_apart()?;
-        honours_any_start()
-    })
-}
-
-/// A few of the cases, where many mistakes are planted.
-fn smoke() -> Result<()> {
-    for sizes in [(64, 20), (33, 7)] {
-        let sequences = &[Continued(2), Fresh(3), Continued(1)];
-        run(&Case { sizes, sequences, offset: 1, ..BASE }, &Device::Cpu)?;
-    }
-    reads_rows_that_lie_apart()?;
-    honours_any_start()
-}
-
-#[test]
-fn metal_mutants_are_noticed() {
-    let mutants = [
-        ("head * sizes.hk / hv", "head * sizes.hk / hv * 0"),
-        ("row < vd;", "row <= vd;"),
-        ("context_lens[sequence] != end - begin", "context_lens[sequence] == end - begin"),
-        ("state_slots[sequence]", "sequence"),
-        ("row_start(sizes.q, token, shared_head)", "ulong(token * sizes.hk + shared_head) * kd"),
-        ("row_start(sizes.k, token, shared_head)", "row_start(sizes.q, token, shared_head)"),
-        ("row_start(sizes.v, token, head)", "(token * hv + head) * vd"),
-        ("step = PARTS / 2", "step = PARTS / 4"),
-        ("decay * (sums[2] * k_scale)", "sums[2] * k_scale"),
-        ("EXACT || column + j < kd", "true"),
-        ("inside && part == 0", "part == 0"),
-        ("cu_seqlens[sequence + 1]", "cu_seqlens[sequence + 1] - 1"),
-    ];
-    assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
-}
-
-#[test]
-fn wrong_metal_launches_are_noticed() {
-    assert_wrong_launches_fail(smoke);
-}
-
-#[test]
 fn portable_lanes_agree_with_the_reference() -> Result<()> {
     // Lanes are chosen for a thread: with one, no task runs on another.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
     pool.install(|| portable(|| cases().iter().try_for_each(|case| run(case, &Device::Cpu))))
-}
-
-/// Prompts that go by chunks on Metal, whole and in part, fresh and continued, beside sequences that do not.
-fn chunks_smoke() -> Result<()> {
-    let sequences = &[Continued(3), Fresh(70), Continued(24)];
-    let case = Case { heads: (1, 2), sizes: (128, 64), sequences, offset: 1, ..BASE };
-    run(&case, &Device::Cpu)?;
-    run(&Case { gates: Gates::Extreme, sequences: &[Continued(65)], ..case }, &Device::Cpu)?;
-
-    // Small gates behind large ones: a sum in f32 would lose their digits.
-    let case = Case { heads: (1, 1), sizes: (128, 32), ..BASE };
-    let mut operands = Operands::random(&case, 64, &mut Random::new(12), &Device::Cpu)?;
-    let gates: Vec<f32> = (0..64).map(|token| if token < 32 { -77.7 } else { -0.01 }).collect();
-    operands.g = Tensor::from_vec(gates, (64, 1), &Device::Cpu)?;
-    let batch = pack(&[(0, Fresh(64))], &Device::Cpu)?;
-    let state = poisoned(&[1, 1, 32, 128], DType::F32, &Device::Cpu)?;
-    let got = operands.run(&state, &batch)?;
-    let want = operands.define(reference::recurrent, &mut vec![f32::NAN; 32 * 128], &batch)?;
-    assert_close("small gates", &values(&got)?, &want, op_limit(DType::F32));
-    Ok(())
-}
-
-#[test]
-fn metal_chunks_agree_with_the_reference() -> Result<()> {
-    let is_thorough = crate::metal::emulator::is_thorough();
-    emulated(|| {
-        chunks_smoke()?;
-        if is_thorough {
-            return mixed_steps_agree_with_the_reference();
-        }
-        let sequences = &[Fresh(150), Continued(1), Continued(128), Fresh(23)];
-        for (dtype, gates) in [(DType::F16, Gates::Typical), (DType::BF16, Gates::Extreme)] {
-            run(&Case { dtype, heads: (1, 2), sizes: (128, 32), sequences, gates, offset: 0 }, &Device::Cpu)?;
-        }
-        // Gates that a sum of f32 would lose beside the large ones before them.
-        for gates in [Gates::Constant(0.0, 1.0), Gates::Constant(-0.01, 1.0), Gates::Constant(-20.0, 1.0)] {
-            let case = Case { heads: (1, 1), sizes: (128, 32), sequences: &[Fresh(100)], gates, ..BASE };
-            run(&case, &Device::Cpu)?;
-        }
-        Ok(())
-    })
-}
-
-#[test]
-fn mutants_of_metal_chunks_are_noticed() {
-    let barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);\n";
-    let dropped = |before: &str, after: &str| (format!("{before}{barrier}{after}"), format!("{before}{after}"));
-    let barriers = [
-        dropped("stage += STAGE) {\n    ", "    for (uint i = index"),
-        dropped("stage + c]) : 0;\n    }\n    ", ""),
-        dropped("hv + head];\n  ", "  UNROLL\n  for (uint i = 0; i < 2; i++) {\n    const uint y"),
-        dropped("exp(last + last_rest);\n  }\n  ", ""),
-        dropped("= x[y];\n    }\n  }\n  ", ""),
-        dropped("length - first, CHUNK);\n    ", "    // v - "),
-        dropped("chunk.to_output[row];\n      }\n    }\n    ", ""),
-        dropped("", "    UNROLL\n    for (uint i = 0; i < 2; i++) {\n      const uint row = own_part"),
-        dropped("= x[i][n][1];\n      }\n    }\n    ", ""),
-    ];
-    let barriers: Vec<(&str, &str)> = barriers.iter().map(|(from, to)| (from.as_str(), to.as_str())).collect();
-    let mutants = [
-        ("cu_seqlens[sequence] / CHUNK + sequence + chunk", "cu_seqlens[sequence] / CHUNK + chunk"),
-        ("CHUNK_PARTS - 1 - simdgroup", "CHUNK_PARTS - 2 - simdgroup"),
-        ("token <= min(index, tokens - 1)", "token < min(index, tokens - 1)"),
-        ("index < tokens ? beta[ulong(begin + index)", "index < tokens ? beta[ulong(begin)"),
-        ("rest += (sum - (next - taken)) + (gate - taken)", "rest += 0"),
-        ("x <= y ? exp(", "x < y ? exp("),
-        ("x < y ? kk", "x <= y ? kk"),
-        ("decay * betas[y] * k_scales[y]", "decay * k_scales[y]"),
-        ("decay * q_scales[y] * k_scales[x]", "decay * q_scales[y] * k_scales[y]"),
-        ("out.from_state[index] = decay *", "out.from_state[index] ="),
-        ("(last_rest - rests[index])) * k_scales", "(last_rest - rests[index]))  * q_scales"),
-        ("j < y; j++)\n        x[y]", "j + 1 < y; j++)\n        x[y]"),
-        ("-diagonal, sum", "diagonal, sum"),
-        ("t[y][n] * betas[x]", "t[y][n] * betas[y]"),
-        ("context_lens[sequence] != length", "context_lens[sequence] == length"),
-        ("state_slots[sequence]", "sequence"),
-        ("value - chunk.from_state[row] * memory[n]", "value - memory[n]"),
-        ("out[i][n] *= chunk.to_output[row]", "out[i][n] *= 1"),
-        ("s[r][c] *= chunk.decay[0]", "s[r][c] *= 1"),
-        ("first_k + c * SIDE + part_x, row < tokens", "first_k + c * SIDE + part_x, true"),
-        ("row_start(sizes.k, begin + token, shared_head) + c", "row_start(sizes.q, begin + token, shared_head) + c"),
-    ];
-    assert_mutants_fail(&metal::CHUNKS, &[&barriers[..], &mutants].concat(), chunks_smoke);
-}
-
-#[test]
-fn wrong_launches_of_metal_chunks_are_noticed() {
-    assert_wrong_launches_fail(chunks_smoke);
 }
 
 /// Two tokens of one head, by hand:
@@ -494,26 +367,27 @@ fn reads_rows_that_lie_apart() -> Result<()> {
     Ok(())
 }
 
-/// No start or stride here is a multiple of more than one value, where others let kernels move several at once.
 #[test]
 fn honours_any_start() -> Result<()> {
-    for device in devices() {
-        let (n, d) = (9, 32);
-        let batch = pack(&[(1, Fresh(n))], &device)?;
-        let mut random = Random::new(8);
-        let gate = |value: f32| Tensor::full(value, 2 * n + 1, &device)?.narrow(0, 1, 2 * n)?.reshape((n, 2));
-        let mut part = |i: usize| {
-            random.tensor(&[n, 6 + i, d + 1 + 2 * i], 1.0, DType::F32, &device)?.narrow(1, 2, 2)?.narrow(2, 1, d)
-        };
-        let operands = Operands { q: part(0)?, k: part(1)?, v: part(2)?, g: gate(-0.1)?, beta: gate(0.5)? };
-        let state = poisoned(&[1 + 4 * d * d], DType::F32, &device)?.narrow(0, 1, 4 * d * d)?.reshape((2, 2, d, d))?;
-        let out = operands.run(&state, &batch)?;
-        let mut want_state = vec![f32::NAN; 4 * d * d];
-        let want = operands.define(reference::recurrent, &mut want_state, &batch)?;
-        assert_close(&format!("{device:?}: output"), &values(&out)?, &want, op_limit(DType::F32));
-        let got = values(&state.get(1)?)?;
-        assert_close(&format!("{device:?}: state"), &got, &want_state[2 * d * d..], op_limit(DType::F32));
-    }
+    devices().iter().try_for_each(|device| any_start(9, 32, device))
+}
+
+/// No start or stride here is a multiple of more than one value, where others let kernels move several at once. `n` tokens
+/// of two heads, K and V `d`.
+fn any_start(n: usize, d: usize, device: &Device) -> Result<()> {
+    let batch = pack(&[(1, Fresh(n))], device)?;
+    let mut random = Random::new(8);
+    let gate = |value: f32| Tensor::full(value, 2 * n + 1, device)?.narrow(0, 1, 2 * n)?.reshape((n, 2));
+    let mut part =
+        |i: usize| random.tensor(&[n, 6 + i, d + 1 + 2 * i], 1.0, DType::F32, device)?.narrow(1, 2, 2)?.narrow(2, 1, d);
+    let operands = Operands { q: part(0)?, k: part(1)?, v: part(2)?, g: gate(-0.1)?, beta: gate(0.5)? };
+    let state = poisoned(&[1 + 4 * d * d], DType::F32, device)?.narrow(0, 1, 4 * d * d)?.reshape((2, 2, d, d))?;
+    let out = operands.run(&state, &batch)?;
+    let mut want_state = vec![f32::NAN; 4 * d * d];
+    let want = operands.define(reference::recurrent, &mut want_state, &batch)?;
+    assert_close(&format!("{device:?}: output"), &values(&out)?, &want, op_limit(DType::F32));
+    let got = values(&state.get(1)?)?;
+    assert_close(&format!("{device:?}: state"), &got, &want_state[2 * d * d..], op_limit(DType::F32));
     Ok(())
 }
 
@@ -595,78 +469,6 @@ fn padding_writes_no_state() -> Result<()> {
         assert!(live.iter().all(|s| s.is_finite()), "{device:?} {d}");
     }
     Ok(())
-}
-
-#[test]
-fn gates_agree_with_their_definition() -> Result<()> {
-    for device in devices() {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            gates_of(dtype, &device)?;
-        }
-    }
-    Ok(())
-}
-
-fn gates_of(dtype: DType, device: &Device) -> Result<()> {
-    let (n, hv) = (150, 3);
-    let mut random = Random::new(6);
-    // Column ranges, from far below to far above where softplus and sigmoid bend.
-    let all = random.tensor(&[n, 2 * hv + 1], 20.0, dtype, device)?;
-    let (a, b) = (all.narrow(1, 1, hv)?, all.narrow(1, hv + 1, hv)?);
-    let a_log = random.tensor(&[hv], 1.0, DType::F32, device)?;
-    let dt_bias = random.tensor(&[hv], 1.0, DType::F32, device)?;
-    let want = reference::gates(&values(&a)?, &values(&b)?, &values(&a_log)?, &values(&dt_bias)?);
-    let (g, beta) = gates(&a, &b, &a_log, &dt_bias)?;
-    assert_eq!((g.dims(), g.dtype()), ([n, hv].as_slice(), DType::F32));
-    assert_close(&format!("{device:?} {dtype:?}: g"), &values(&g)?, &want.0, op_limit(DType::F32));
-    assert_close(&format!("{device:?} {dtype:?}: beta"), &values(&beta)?, &want.1, op_limit(DType::F32));
-    Ok(())
-}
-
-/// softplus(0) = ln 2, softplus(ln 3) = ln 4, softplus(30) = 30; sigmoid(0) = 1/2, sigmoid(ln 3) = 3/4.
-#[test]
-fn gates_agree_with_numbers_by_hand() -> Result<()> {
-    for device in devices() {
-        let tensor = |values: &[f32], shape: &[usize]| Tensor::from_slice(values, shape, &device);
-        let three = 3f32.ln();
-        let a = tensor(&[-1.0, three, 29.0, -200.0], &[2, 2])?;
-        let b = tensor(&[0.0, three, 100.0, -100.0], &[2, 2])?;
-        let (g, beta) = gates(&a, &b, &tensor(&[0.0, 2f32.ln()], &[2])?, &tensor(&[1.0, 0.0], &[2])?)?;
-        assert_close("g", &values(&g)?, &[-(2f32.ln()), -2.0 * 4f32.ln(), -30.0, 0.0], 1e-6);
-        assert_close("beta", &values(&beta)?, &[0.5, 0.75, 1.0, 0.0], 1e-6);
-    }
-    Ok(())
-}
-
-#[test]
-fn metal_gates_agree_with_their_definition() -> Result<()> {
-    emulated(|| {
-        gates_agree_with_their_definition()?;
-        gates_agree_with_numbers_by_hand()
-    })
-}
-
-#[test]
-fn mutants_of_metal_gates_are_noticed() {
-    let mutants = [
-        ("row >= sizes.rows", "row > sizes.rows"),
-        ("a[row_start(sizes.a, row) + head]", "a[at.x]"),
-        ("b[row_start(sizes.b, row) + head]", "b[at.x]"),
-        ("at.x % sizes.heads", "0"),
-        ("x > 20 ? x", "x > 2 ? x"),
-        ("sizes.rows * sizes.heads + at.x", "sizes.heads + at.x"),
-    ];
-    assert_mutants_fail(&super::gates::metal::SOURCE, &mutants, gates_smoke);
-}
-
-/// One dtype of the table: a mutant is compiled without the others.
-fn gates_smoke() -> Result<()> {
-    gates_of(DType::F32, &Device::Cpu)
-}
-
-#[test]
-fn wrong_launches_of_metal_gates_are_noticed() {
-    assert_wrong_launches_fail(gates_smoke);
 }
 
 #[test]

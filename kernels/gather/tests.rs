@@ -73,6 +73,8 @@ fn metal_mutants_are_noticed() {
         ("i += threads.x", "i += threads.x + 1"),
         ("id < sizes.rows ?", "id <= sizes.rows ?"),
         ("ids[group.x]", "ids[0]"),
+        ("uint i = index", "uint i = index + 1"),
+        ("from[i] : T(0.0f)", "from[i] : from[0]"),
     ];
     assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
 }

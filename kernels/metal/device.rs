@@ -10,7 +10,7 @@ use candle_metal_kernels::metal::{Buffer, ComputePipeline, ConstantValues, Libra
 use objc2::available;
 use objc2_metal::{MTLCompileOptions, MTLMathFloatingPointFunctions, MTLMathMode, MTLSize};
 
-use super::pool::Pool;
+use super::pool::Memory;
 use super::{Argument, Backend, Launch, Source};
 
 impl Backend for MetalDevice {
@@ -65,25 +65,8 @@ impl Backend for MetalDevice {
     }
 }
 
-/// Bytes that may be idle at a step's end, in our pool; and by which the GPU's memory may have grown since the last wait:
-/// candle gives back what is idle in its own only then.
-const MAX_IDLE: usize = 512 << 20;
-/// Steps until candle lets go of command buffers, if nothing is read for so long. One that has read a result waits for
-/// nothing here.
-const STEPS: u32 = 32;
-
-/// What steps on a device leave behind.
-#[derive(Default)]
-struct Memory {
-    pool: Pool<Buffer>,
-    /// Since the last wait.
-    steps: u32,
-    /// Bytes that the GPU had given out after it.
-    allocated: usize,
-}
-
-fn with_memory<T>(device: &MetalDevice, f: impl FnOnce(&mut Memory) -> T) -> T {
-    static DEVICES: Mutex<Option<HashMap<DeviceId, Memory>>> = Mutex::new(None);
+fn with_memory<T>(device: &MetalDevice, f: impl FnOnce(&mut Memory<Buffer>) -> T) -> T {
+    static DEVICES: Mutex<Option<HashMap<DeviceId, Memory<Buffer>>>> = Mutex::new(None);
     let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
     f(devices.get_or_insert_default().entry(device.id()).or_default())
 }
@@ -94,21 +77,16 @@ fn with_memory<T>(device: &MetalDevice, f: impl FnOnce(&mut Memory) -> T) -> T {
 ///
 /// What the GPU was given before has failed.
 pub(crate) fn settle(device: &MetalDevice) -> Result<()> {
-    let is_due = with_memory(device, |memory| {
-        memory.steps += 1;
-        let has_grown = device.metal_device().current_allocated_size() > memory.allocated + MAX_IDLE;
-        has_grown || memory.steps >= STEPS || memory.pool.idle_bytes() > MAX_IDLE
-    });
-    if !is_due {
+    let allocated = || device.metal_device().current_allocated_size();
+    if !with_memory(device, |memory| memory.must_wait(allocated())) {
         return Ok(());
     }
     device.wait_until_completed()?;
     with_memory(device, |memory| {
-        let idle = memory.pool.trim(MAX_IDLE);
+        let idle = memory.trim();
         device.unregister_buffers(idle.iter().map(|buffer| buffer.as_ref()));
         drop(idle);
-        memory.steps = 0;
-        memory.allocated = device.metal_device().current_allocated_size();
+        memory.settled(allocated());
     });
     Ok(())
 }

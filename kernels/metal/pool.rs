@@ -1,5 +1,6 @@
-//! Buffers for results, kept from one launch to the next. Candle's own pool gives back all that is idle whenever a result
-//! is read, so that every decode step would ask the system for all of its buffers again, and nothing while none is read.
+//! Buffers for results, kept from one launch to the next, and when a step waits so that memory is given back. Candle's own
+//! pool gives back all that is idle whenever a result is read, so that every decode step would ask the system for all of
+//! its buffers again, and nothing while none is read.
 
 use std::sync::Arc;
 
@@ -71,6 +72,48 @@ fn roomy(bytes: usize) -> usize {
     bytes.next_multiple_of((bytes.next_power_of_two() / 16).max(256)).max(256)
 }
 
+/// Bytes that may be idle at a step's end, in our pool; and by which the GPU's memory may have grown since the last wait:
+/// candle gives back what is idle in its own only then.
+const MAX_IDLE: usize = 512 << 20;
+/// Steps until candle lets go of command buffers, if nothing is read for so long. One that has read a result waits for
+/// nothing here.
+const STEPS: u32 = 32;
+
+/// What steps on a device leave behind.
+pub(crate) struct Memory<B> {
+    pub pool: Pool<B>,
+    /// Since the last wait.
+    steps: u32,
+    /// Bytes that the GPU had given out after it.
+    allocated: usize,
+}
+
+impl<B> Default for Memory<B> {
+    fn default() -> Self {
+        Self { pool: Pool::default(), steps: 0, allocated: 0 }
+    }
+}
+
+impl<B> Memory<B> {
+    /// Whether a step that ends must wait for the GPU, which has given out `allocated` bytes: too much is idle, or may be,
+    /// or nobody has waited in a while.
+    pub fn must_wait(&mut self, allocated: usize) -> bool {
+        self.steps += 1;
+        let has_grown = allocated > self.allocated + MAX_IDLE;
+        has_grown || self.steps >= STEPS || self.pool.idle_bytes() > MAX_IDLE
+    }
+
+    /// After that wait: the buffers to give back.
+    pub fn trim(&mut self) -> Vec<Arc<B>> {
+        self.pool.trim(MAX_IDLE)
+    }
+
+    /// After they were given back, which leaves `allocated` bytes.
+    pub fn settled(&mut self, allocated: usize) {
+        (self.steps, self.allocated) = (0, allocated);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
@@ -89,13 +132,36 @@ mod tests {
         for _ in 0..2000 {
             let magnitude = random.below(24);
             let bytes = random.below(1 << magnitude);
-            let Ok(buffer) = pool.get(bytes, create);
-            assert!((bytes..2 * (bytes + bytes / 8 + 256)).contains(&*buffer), "{bytes} in {buffer}");
+            let room = bytes.max(1)..=bytes + bytes / 8 + 256;
+            let Ok(buffer) = pool.get(bytes, |created| {
+                assert!(room.contains(&created), "{bytes} in a new one of {created}");
+                create(created)
+            });
+            assert!((*room.start()..2 * room.end()).contains(&*buffer), "{bytes} in {buffer}");
             assert!(!used.iter().any(|other| Arc::ptr_eq(other, &buffer)), "{bytes}: somebody has it");
             used.push(buffer);
             while used.len() > 20 {
                 used.swap_remove(random.below(used.len()));
             }
+        }
+    }
+
+    #[test]
+    fn the_smallest_that_is_idle_is_taken() {
+        let mut pool = Pool::default();
+        drop([30, 18, 16, 40, 22].map(|size| pool.get(size << 16, create)));
+        // At last those that are idle are too small or too large.
+        let taken = [17, 18, 18, 18].map(|size| pool.get(size << 16, create));
+        assert_eq!(taken, [18, 22, 30, 18].map(|size| create(size << 16)));
+        assert_eq!(pool.idle_bytes(), (16 + 40) << 16);
+    }
+
+    #[test]
+    fn almost_the_same_sizes_share() {
+        let mut pool = Pool::default();
+        for (size, other) in [(100, 200), (300, 500), (70_000, 73_000)] {
+            drop(pool.get(size, create));
+            assert!(pool.get(other, Err).is_ok(), "{other} after {size}");
         }
     }
 
@@ -126,18 +192,42 @@ mod tests {
     fn what_is_idle_is_bounded_and_what_nobody_asks_for_goes() {
         let mut pool = Pool::default();
         let held: Vec<_> = (1..=8).map(|size| pool.get(size << 16, create)).collect();
-        assert_eq!((pool.idle_bytes(), pool.trim(0).len()), (0, 0));
+        for _ in 0..2 {
+            assert_eq!((pool.idle_bytes(), pool.trim(0).len()), (0, 0));
+        }
         drop(held);
         assert_eq!(pool.idle_bytes(), 36 << 16);
-        // One that was asked for again stays, and no other.
-        drop(pool.get(8 << 16, create));
+        // What was asked for since stays, again or for the first time, and nothing else: not the last one before.
+        drop((pool.get(7 << 16, create), pool.get(20 << 16, create)));
         pool.trim(usize::MAX);
-        assert_eq!(pool.idle_bytes(), 8 << 16);
-        // Over the limit, the longest unused goes first.
+        assert_eq!(pool.idle_bytes(), 27 << 16);
+        // Over the limit, the longest unused goes first, until the rest is within it.
         for _ in 0..2 {
-            drop((pool.get(3 << 16, create), pool.get(8 << 16, create)));
-            let out: Vec<usize> = pool.trim(8 << 16).iter().map(|buffer| **buffer).collect();
-            assert_eq!((pool.idle_bytes(), out), (8 << 16, vec![3 << 16]));
+            drop((pool.get(20 << 16, create), pool.get(3 << 16, create), pool.get(7 << 16, create)));
+            let out: Vec<usize> = pool.trim(10 << 16).iter().map(|buffer| **buffer).collect();
+            assert_eq!((pool.idle_bytes(), out), (10 << 16, vec![20 << 16]));
         }
+    }
+
+    #[test]
+    fn steps_wait_when_memory_grows_is_idle_or_nobody_has_waited() {
+        let mut memory = Memory::default();
+        memory.settled(1 << 30);
+        for _ in 0..2 {
+            assert!((1..STEPS).all(|_| !memory.must_wait((1 << 30) + MAX_IDLE)), "waits early");
+            assert!(memory.must_wait(0), "does not wait after {STEPS} steps");
+            memory.settled(1 << 30);
+        }
+        assert!(memory.must_wait((1 << 30) + MAX_IDLE + 1), "does not wait where memory has grown");
+        memory.settled(2 << 30);
+        assert!(!memory.must_wait(2 << 30));
+
+        let held = [0; 5].map(|_| memory.pool.get(MAX_IDLE / 4, create));
+        assert!(!memory.must_wait(2 << 30), "what is held is not idle");
+        drop(held);
+        assert!(memory.must_wait(2 << 30), "does not wait where too much is idle");
+        assert_eq!((memory.trim().len(), memory.pool.idle_bytes()), (1, MAX_IDLE));
+        memory.settled(2 << 30);
+        assert!(!memory.must_wait(2 << 30));
     }
 }

@@ -272,6 +272,19 @@ fn mutants_of_draws_on_metal_are_noticed() {
         ("+ sum.low * x", ""),
         ("a.high == b.high && a.low < b.low", "false"),
         ("first = simd_min(first);\n", ""),
+        ("ulong(group.y) * sizes.runs", "0"),
+        ("+ number) * BEST", ") * BEST"),
+        ("group.x * SIMDGROUPS + simdgroup", "group.x + simdgroup"),
+        ("to[lane + LANES] = best.back", "to[lane + LANES] = best.front"),
+        ("run.front = greater(run.front, back);", ""),
+        ("size / 2; distance > 0", "size / 2; distance > 1"),
+        ("sum.low - (high - sum.high)", "sum.low"),
+        ("at += SIMDGROUPS * BEST", "at += (SIMDGROUPS + 1) * BEST"),
+        ("ushort(0)", "ushort(1)"),
+        ("(value_of(own[n]) - value_of(most))", "value_of(own[n])"),
+        ("is_wanted && ", ""),
+        ("min(first, index_of(own[n]))", "index_of(own[n])"),
+        ("indices[group.x]", "indices[0]"),
     ];
     assert_mutants_fail(&metal::SAMPLING, &mutants, smoke_of_draws);
 }

@@ -49,5 +49,13 @@ template <typename T>
   y[index] = values[0];
 }
 
+// Waits for a value that nobody writes.
+[[kernel]] void endless(device float *y [[buffer(0)]], uint index [[thread_index_in_threadgroup]]) {
+  do {
+    y[index] = 1;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  } while (y[index] == 1);
+}
+
 #define MATRIX(variant, T) INSTANTIATE("matrix_" variant, matrix<T>)
 FOR_FLOATS(MATRIX)

@@ -20,6 +20,8 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use candle_core::{CpuStorage, DType, Error, Result, Storage, bail};
 use half::{bf16, f16};
@@ -31,6 +33,8 @@ use super::{Argument, Backend, Launch, Source};
 const CLANG: &str = "clang++-19";
 /// Orders of threads that the runtime knows; the last two are random.
 const SCHEDULES: u32 = 6;
+/// That a launch may take; the longest takes a few on a machine that has nothing else to do.
+const LAUNCH_SECONDS: u32 = 600;
 
 /// Runs `test` with every op that has a Metal kernel on the emulator, in what runs on this thread. Says so and does
 /// nothing where clang 19 is not installed. Schedules take turns. With `TAPER_EMULATOR=thorough` in the environment every
@@ -106,6 +110,8 @@ struct Session {
     /// Name of a source and the text that stands in for it.
     mutant: Option<(&'static str, String)>,
     wrong: Option<Wrong>,
+    /// Instead of [`LAUNCH_SECONDS`].
+    launch_seconds: Option<u32>,
     /// What could be made wrong in the launches so far.
     applicable: Vec<Wrong>,
 }
@@ -188,7 +194,8 @@ impl Session {
                 _ => (source.text, Origin::Written),
             };
             let program = build(source.name, text, self.sanitizer, origin).map_err(|error| Error::Msg(error).bt())?;
-            self.processes.insert(source.name, Process::start(&program)?);
+            self.processes
+                .insert(source.name, Process::start(&program, self.launch_seconds.unwrap_or(LAUNCH_SECONDS))?);
         }
         Ok(self.processes.get_mut(source.name).expect("just inserted"))
     }
@@ -254,11 +261,15 @@ struct Process {
     child: Child,
     requests: BufWriter<ChildStdin>,
     replies: BufReader<ChildStdout>,
+    /// Reads stderr to its end: a pipe holds little, and who writes to a full one waits.
+    report: Option<JoinHandle<Vec<u8>>>,
+    launch_seconds: u32,
 }
 
 impl Process {
-    fn start(program: &Path) -> Result<Self> {
+    fn start(program: &Path, launch_seconds: u32) -> Result<Self> {
         let mut child = Command::new(program)
+            .arg(launch_seconds.to_string())
             // Fibers bring their own stacks.
             .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:detect_leaks=0")
             .env("TSAN_OPTIONS", "halt_on_error=1")
@@ -268,16 +279,23 @@ impl Process {
             .spawn()?;
         let requests = BufWriter::new(child.stdin.take().expect("piped"));
         let replies = BufReader::new(child.stdout.take().expect("piped"));
-        Ok(Self { child, requests, replies })
+        let mut stderr = child.stderr.take().expect("piped");
+        let report = Some(thread::spawn(move || {
+            let mut report = Vec::new();
+            let _ = stderr.read_to_end(&mut report);
+            report
+        }));
+        Ok(Self { child, requests, replies, report, launch_seconds })
     }
 
     /// The contents of all written buffers after the launch.
     fn run(&mut self, request: &Request, schedule: u32) -> std::result::Result<Vec<Vec<u8>>, String> {
-        let reply = self.exchange(request, schedule);
-        reply.unwrap_or_else(|_| {
-            let mut report = String::new();
-            let _ = self.child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut report));
-            Err(report)
+        let start = Instant::now();
+        self.exchange(request, schedule).unwrap_or_else(|_| {
+            let end = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+            let report = self.report.take().and_then(|report| report.join().ok()).unwrap_or_default();
+            let (seconds, limit) = (start.elapsed().as_secs(), self.launch_seconds);
+            Err(format!("{end} after {seconds} s of {limit}\n{}", String::from_utf8_lossy(&report)))
         })
     }
 
@@ -343,10 +361,14 @@ pub fn is_thorough() -> bool {
 }
 
 fn is_available() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let can_run = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    let can_run = false;
     let has_clang = || Command::new(CLANG).arg("--version").output().is_ok_and(|output| output.status.success());
-    let is_available = cfg!(all(target_arch = "x86_64", target_os = "linux")) && has_clang();
+    let is_available = can_run && has_clang();
     if !is_available {
-        eprintln!("metal: no kernel was emulated: that takes {CLANG} on x86-64 Linux");
+        eprintln!("metal: no kernel was emulated: that takes {CLANG} on x86-64 Linux, and AVX2");
     }
     is_available
 }
@@ -370,7 +392,8 @@ fn folder(name: &str, parts: impl Hash) -> (PathBuf, Arc<Mutex<()>>) {
     (folder, lock)
 }
 
-const COMMON: [&str; 3] = ["-g1", "-Wno-unknown-attributes", "-Wno-psabi"];
+/// Fused products and conversions of half floats are instructions; nothing is fused that kernels do not fuse.
+const COMMON: [&str; 5] = ["-g1", "-march=x86-64-v3", "-ffp-contract=off", "-Wno-unknown-attributes", "-Wno-psabi"];
 
 /// The object file of what runs kernels; built once.
 fn build_runtime(sanitizer: Sanitizer) -> std::result::Result<PathBuf, String> {
@@ -527,6 +550,16 @@ mod tests {
             assert!(error.contains("data race"), "{error}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_launch_without_end_is_ended() {
+        if is_available() {
+            let session = Session { launch_seconds: Some(1), ..Default::default() };
+            let run = || launch("endless", "", vec![Argument::Write(&mut Emulator.allocate(32, DType::F32)?, 0)]);
+            let error = session.run(run).expect_err("no end").to_string();
+            assert!(error.contains("endless, schedule 1: ") && error.contains("s of 1"), "{error}");
+        }
     }
 
     #[test]

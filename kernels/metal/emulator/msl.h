@@ -186,17 +186,16 @@ typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
 namespace emulator {
 
-// Where the lane's two elements are, and which lane has (row, column).
+// Where the lane's two elements are.
 inline uint32_t matrix_row(uint32_t lane) { return (lane >> 4 & 1) * 4 + (lane >> 1 & 3); }
 inline uint32_t matrix_column(uint32_t lane) { return (lane >> 3 & 1) * 4 + (lane & 1) * 2; }
-inline uint32_t matrix_lane(uint32_t row, uint32_t column) {
-  return (row >> 2) * 16 + (column >> 2) * 8 + (row & 3) * 2 + (column >> 1 & 1);
-}
 
-template <class A, class B> struct Factors {
+template <class A, class B, class C> struct Terms {
   metal::vec<A, 2> a;
   metal::vec<B, 2> b;
+  metal::vec<C, 2> c;
 };
+typedef metal::vec<float, 8> Row;
 inline void whole_simdgroup(uint32_t lanes, int line) {
   if (lanes != 32)
     fail("a matrix needs 32 lanes", line);
@@ -211,19 +210,30 @@ template <class T, class A, class B, class C>
 void simdgroup_multiply_accumulate(simdgroup_matrix<T, 8, 8> &to, simdgroup_matrix<A, 8, 8> a,
                                    simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c,
                                    int line = __builtin_LINE()) {
-  const auto lanes = emulator::share(4, emulator::Factors<A, B>{a.elements, b.elements}, line);
+  const auto lanes = emulator::share(4, emulator::Terms<A, B, C>{a.elements, b.elements, c.elements}, line);
   emulator::whole_simdgroup(lanes.all.lanes, line);
+  emulator::Reduced &reduced = *lanes.all.reduced;
+  auto &sums = reinterpret_cast<emulator::Row(&)[8]>(reduced.value);
+  if (!reduced.is_there) {
+    emulator::Row rows[2][8];
+    for (uint32_t lane = 0; lane < 32; lane++) {
+      const auto terms = lanes[lane];
+      const uint32_t row = emulator::matrix_row(lane), column = emulator::matrix_column(lane);
+      for (uint32_t i = 0; i < 2; i++) {
+        rows[0][row][column + i] = float(terms.a[i]);
+        rows[1][row][column + i] = float(terms.b[i]);
+        sums[row][column + i] = float(terms.c[i]);
+      }
+    }
+    for (uint32_t row = 0; row < 8; row++)
+      for (uint32_t k = 0; k < 8; k++)
+        sums[row] = __builtin_elementwise_fma(emulator::Row(rows[0][row][k]), rows[1][k], sums[row]);
+    reduced.is_there = true;
+  }
   const uint32_t lane = emulator::this_thread().lane;
   const uint32_t row = emulator::matrix_row(lane), column = emulator::matrix_column(lane);
-  float sums[2] = {float(c.elements[0]), float(c.elements[1])};
-  for (uint32_t k = 0; k < 8; k++) {
-    const float factor = float(lanes[emulator::matrix_lane(row, k)].a[k & 1]);
-    const auto of_k = lanes[emulator::matrix_lane(k, column)].b;
-    for (int i = 0; i < 2; i++)
-      sums[i] = __builtin_fmaf(factor, float(of_k[i]), sums[i]);
-  }
-  to.elements[0] = T(sums[0]);
-  to.elements[1] = T(sums[1]);
+  for (uint32_t i = 0; i < 2; i++)
+    to.elements[i] = T(sums[row][column + i]);
 }
 template <class T, class A, class B>
 void simdgroup_multiply(simdgroup_matrix<T, 8, 8> &to, simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,

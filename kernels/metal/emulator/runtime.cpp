@@ -6,6 +6,7 @@
 #include "runtime.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -100,7 +101,9 @@ std::map<uint32_t, bool *> &constants() {
   return constants;
 }
 
+// Kept from one threadgroup to the next; the first `count` are the running one's.
 std::vector<Fiber> fibers;
+uint32_t count;
 std::vector<Simdgroup> simdgroups;
 Fiber *running;
 void *host_top, *host_tsan;
@@ -112,10 +115,23 @@ char launched, finished, at_barrier, at_simdgroup[MAX_THREADS / LANES];
 uint64_t threadgroup_number;
 size_t threadgroup_bytes;
 
-void park() {
-  __tsan_switch_to_fiber(host_tsan, 1); // 1: a switch orders nothing
-  switch_stack(&running->top, host_top);
+// The lanes of the simdgroup whose turn it is, in order, and how many of them have had it.
+std::vector<Fiber *> turn;
+size_t taken;
+
+// The next one that can run, to which `top` gives way; the host if there is none.
+void give_way(void *&top) {
+  running = nullptr;
+  while (!running && taken < turn.size() && error.empty()) {
+    Fiber *const next = turn[taken++];
+    if (next->state == State::READY)
+      running = next;
+  }
+  __tsan_switch_to_fiber(running ? running->tsan : host_tsan, 1); // 1: a switch orders nothing
+  switch_stack(&top, running ? running->top : host_top);
 }
+
+void park() { give_way(running->top); }
 
 void run_thread() {
   __tsan_acquire(&launched);
@@ -126,22 +142,15 @@ void run_thread() {
   abort();
 }
 
-void resume(Fiber &fiber) {
-  running = &fiber;
-  __tsan_switch_to_fiber(fiber.tsan, 1);
-  switch_stack(&host_top, fiber.top);
-}
-
 // Fibers of a threadgroup, about to start.
 void start(const Launch &launch, const uint32_t threadgroup[3]) {
-  const uint32_t count = launch.threads[0] * launch.threads[1] * launch.threads[2];
+  count = launch.threads[0] * launch.threads[1] * launch.threads[2];
   while (fibers.size() < count) {
     Fiber fiber{};
     fiber.stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     fiber.tsan = __tsan_create_fiber(0);
     fibers.push_back(fiber);
   }
-  fibers.resize(count);
   simdgroups.resize((count + LANES - 1) / LANES);
   for (Simdgroup &simdgroup : simdgroups)
     simdgroup.lanes = 0;
@@ -203,25 +212,24 @@ void settle(const Simdgroup &simdgroup) {
 // Lets a threadgroup go on that waits at one barrier. False if all of its threads are done.
 bool pass_barrier() {
   const auto waits = [](const Fiber &fiber) { return fiber.state == State::AT_BARRIER; };
-  const auto waiting = std::find_if(fibers.begin(), fibers.end(), waits);
-  if (waiting == fibers.end())
+  Fiber *const end = fibers.data() + count, *const waiting = std::find_if(fibers.data(), end, waits);
+  if (waiting == end)
     return false;
-  for (Fiber &fiber : fibers) {
-    if (!waits(fiber) || fiber.line != waiting->line) {
+  for (Fiber *fiber = fibers.data(); fiber != end; fiber++)
+    if (!waits(*fiber) || fiber->line != waiting->line) {
       error = "a part of the threads is at the barrier" + at(waiting->line);
       return true;
     }
-  }
-  for (Fiber &fiber : fibers)
-    fiber.state = State::READY;
+  for (Fiber *fiber = fibers.data(); fiber != end; fiber++)
+    fiber->state = State::READY;
   return true;
 }
 
 // Schedules: 0 simdgroups in turn, 1 the same backwards, 2 the first that can run as far as it can, 3 the last,
 // others at random.
 void run_threadgroup(uint32_t schedule, std::mt19937 &random) {
-  static std::vector<uint32_t> order, ready;
-  size_t turn = 0;
+  static std::vector<uint32_t> ready;
+  size_t turns = 0;
   while (error.empty()) {
     ready.clear();
     for (uint32_t i = 0; i < simdgroups.size(); i++)
@@ -234,19 +242,18 @@ void run_threadgroup(uint32_t schedule, std::mt19937 &random) {
     }
     if (schedule == 1)
       std::reverse(ready.begin(), ready.end());
-    const size_t pick = schedule <= 1   ? turn++ % ready.size()
+    const size_t pick = schedule <= 1   ? turns++ % ready.size()
                         : schedule == 2 ? 0
                         : schedule == 3 ? ready.size() - 1
                                         : random() % ready.size();
     const Simdgroup &simdgroup = simdgroups[ready[pick]];
-    order.resize(simdgroup.lanes);
+    turn.resize(simdgroup.lanes);
     for (uint32_t i = 0; i < simdgroup.lanes; i++)
-      order[i] = schedule % 2 == 1 ? simdgroup.lanes - 1 - i : i;
+      turn[i] = &fibers[simdgroup.first + (schedule % 2 == 1 ? simdgroup.lanes - 1 - i : i)];
     if (schedule > 3)
-      std::shuffle(order.begin(), order.end(), random);
-    for (uint32_t i : order)
-      if (fibers[simdgroup.first + i].state == State::READY && error.empty())
-        resume(fibers[simdgroup.first + i]);
+      std::shuffle(turn.begin(), turn.end(), random);
+    taken = 0;
+    give_way(host_top);
     if (error.empty())
       settle(simdgroup);
   }
@@ -294,9 +301,9 @@ void run(const Launch &launch) {
   }
   kernel = &found->second;
   const uint32_t *groups = launch.threadgroups, *threads = launch.threads;
-  const uint64_t count = uint64_t(threads[0]) * threads[1] * threads[2];
-  if (count == 0 || count > MAX_THREADS) {
-    error = std::to_string(count) + " threads in a threadgroup";
+  const uint64_t in_threadgroup = uint64_t(threads[0]) * threads[1] * threads[2];
+  if (in_threadgroup == 0 || in_threadgroup > MAX_THREADS) {
+    error = std::to_string(in_threadgroup) + " threads in a threadgroup";
     return;
   }
   for (auto [index, value] : constants()) {
@@ -366,6 +373,7 @@ const Thread &this_thread() { return running->thread; }
 
 void fail(const char *message, int line) {
   error = message + at(line);
+  __tsan_release(&finished); // the message
   park();
   abort();
 }
@@ -399,6 +407,7 @@ Exchange exchange(int operation, int line, const void *value, size_t bytes) {
   case 4: memcpy(slot, value, 4); break;
   case 8: memcpy(slot, value, 8); break;
   case 16: memcpy(slot, value, 16); break;
+  case 24: memcpy(slot, value, 24); break;
   default: memcpy(slot, value, bytes);
   }
   simdgroup.reduced[side].is_there = false;
@@ -428,12 +437,15 @@ void add_constant(uint32_t index, bool *value) { constants()[index] = value; }
 
 } // namespace emulator
 
-int main() {
+// The first argument: seconds that a launch may take, after which the process dies of SIGALRM.
+int main(int, char **arguments) {
   using namespace emulator;
   for (;;) {
     Launch launch = read_launch();
     error.clear();
+    alarm(atoi(arguments[1]));
     run(launch);
+    alarm(0);
     const uint32_t length = error.size();
     fwrite(&length, sizeof length, 1, stdout);
     fwrite(error.data(), 1, length, stdout);

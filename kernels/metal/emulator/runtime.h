@@ -19,10 +19,10 @@ void threadgroup_wait(int line);
 void simdgroup_wait(int operation, int line);
 
 constexpr size_t SLOT_BYTES = 64;
-// What the first lane that comes to it makes of all lanes' values, for the others.
+// What the first lane that comes to it makes of all lanes' values, for the others: a matrix of floats at most.
 struct Reduced {
   bool is_there;
-  unsigned char value[SLOT_BYTES];
+  alignas(SLOT_BYTES) unsigned char value[8 * 8 * sizeof(float)];
 };
 // A value from each lane of the simdgroup.
 struct Exchange {
