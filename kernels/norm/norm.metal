@@ -1,5 +1,5 @@
-// RMS normalisation. threads.x threads, whole simdgroups, share a row; threads.y rows share a threadgroup if a row takes
-// no more than a simdgroup, else a row has the threadgroup to itself.
+// RMS normalisation. threads.x threads, whole simdgroups, share a row; threads.y rows share a threadgroup if a row
+// takes no more than a simdgroup, else a row has the threadgroup to itself.
 
 constant bool IS_GATED [[function_constant(0)]];
 
