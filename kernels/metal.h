@@ -26,6 +26,12 @@ inline ulong row_start(constant Rows &rows, uint row) { return row_start(rows, r
 #define FOR_FLOATS(KERNEL) KERNEL("f32", float) KERNEL("f16", half)
 #endif
 
+// Products and sums are rounded apart wherever a kernel does not say `fma`, as the emulator rounds them: even safe math
+// may fuse them within a statement.
+#if !defined(EMULATOR)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
 // Before a loop whose bounds are constants, lest an array that it indexes leave the registers.
 #if defined(EMULATOR)
 #define UNROLL
