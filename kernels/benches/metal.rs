@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
-use taper_kernels::activation::{Activation, gated_activation, gelu, sigmoid_gated};
+use taper_kernels::activation::{Activation, gated_activation, gated_by, gelu, sigmoid_gated};
 use taper_kernels::attention::{AttentionParams, paged_attention, write_kv};
 use taper_kernels::conv::causal_conv1d;
 use taper_kernels::gated_delta::{gated_delta_rule, gates};
@@ -14,7 +14,7 @@ use taper_kernels::gather::gather;
 use taper_kernels::heads::{KeyValueHeads, norm_rope_write};
 use taper_kernels::linear::linear;
 use taper_kernels::moe::{Experts, Stack, route, sparse_mlp};
-use taper_kernels::norm::{Norm, add_layer_norm, rms_norm, rms_norm_gated};
+use taper_kernels::norm::{Norm, add_layer_norm, add_rms_norm, rms_norm, rms_norm_gated};
 use taper_kernels::quantized::{self, Quantization, QuantizedMatrix};
 use taper_kernels::rope::{rope, rotations};
 use taper_kernels::sampling::{Draw, Draws, argmax, sample};
@@ -44,15 +44,21 @@ fn tensor(shape: &[usize], device: &Device) -> Result<Tensor> {
 /// Norms, activations and copies of rows.
 fn rows(device: &Device) -> Result<()> {
     let x = tensor(&[4096, 1024], device)?;
+    let y = x.copy()?;
     let (weight, bias) = (Tensor::ones(1024, DType::F32, device)?, Tensor::zeros(1024, DType::F32, device)?);
     report(device, "rms_norm [4096, 1024]", 16.8e6, 0.0, || rms_norm(&x, &weight, 1e-6))?;
-    report(device, "add_layer_norm [4096, 1024]", 25.2e6, 0.0, || add_layer_norm(&x, &x, &weight, &bias, 1e-5))?;
+    let norm = Norm { weight: &weight, eps: 1e-6 };
+    report(device, "add_rms_norm [4096, 1024]", 25.2e6, 0.0, || add_rms_norm(&x, &y, norm, 0.5))?;
+    report(device, "add_layer_norm [4096, 1024]", 25.2e6, 0.0, || add_layer_norm(&x, &y, &weight, &bias, 1e-5))?;
     let heads = tensor(&[4096, 16, 128], device)?;
+    let gate = heads.copy()?;
     let weight = Tensor::ones(128, DType::F32, device)?;
-    report(device, "rms_norm_gated [4096, 16, 128]", 50.3e6, 0.0, || rms_norm_gated(&heads, &heads, &weight, 1e-6))?;
+    report(device, "rms_norm_gated [4096, 16, 128]", 50.3e6, 0.0, || rms_norm_gated(&heads, &gate, &weight, 1e-6))?;
+    report(device, "sigmoid_gated [4096, 16, 128]", 50.3e6, 0.0, || sigmoid_gated(&heads, &gate))?;
     let gate_up = tensor(&[4096, 6144], device)?;
     report(device, "gated_activation [4096, 2 x 3072]", 75.5e6, 0.0, || gated_activation(&gate_up, Activation::Silu))?;
-    report(device, "sigmoid_gated [4096, 16, 128]", 50.3e6, 0.0, || sigmoid_gated(&heads, &heads))?;
+    let (gate, up) = (gate_up.narrow(1, 0, 3072)?, gate_up.narrow(1, 3072, 3072)?);
+    report(device, "gated_by [4096, 3072]", 75.5e6, 0.0, || gated_by(&gate, &up, Activation::GeluTanh))?;
     let x = tensor(&[4096, 4096], device)?;
     report(device, "gelu [4096, 4096]", 67.1e6, 0.0, || gelu(&x))?;
     let table = tensor(&[32_768, 1024], device)?;
@@ -125,14 +131,15 @@ fn step(new: usize, past: usize, device: &Device) -> Result<Batch> {
 fn attention(device: &Device) -> Result<()> {
     let (pages, prompt) = (tensor(&[2, 132, 32, 8, 128], device)?, step(4096, 0, device)?);
     let (q, k) = (tensor(&[4096, 16, 128], device)?, tensor(&[4096, 8, 128], device)?);
-    report(device, "write_kv [4096, 8, 128]", 33.6e6, 0.0, || write_kv(&pages, &k, &k, &prompt))?;
+    let v = k.copy()?;
+    report(device, "write_kv [4096, 8, 128]", 33.6e6, 0.0, || write_kv(&pages, &k, &v, &prompt))?;
     let inv_freq = Tensor::from_vec((0..64).map(|i| 1e6f32.powf(-i as f32 / 64.0)).collect(), 64, device)?;
     report(device, "rotations, 4096 tokens, 64 of them", 2.1e6, 0.0, || rotations(&prompt.positions, &inv_freq))?;
     let (cos, sin) = rotations(&prompt.positions, &inv_freq)?;
     report(device, "rope [4096, 16, 128]", 33.6e6, 0.0, || rope(&q, &cos, &sin))?;
     let weight = Tensor::ones(128, DType::F32, device)?;
     let norm = Norm { weight: &weight, eps: 1e-6 };
-    let heads = KeyValueHeads { k: &k, v: &k, k_norm: norm, v_norm: None };
+    let heads = KeyValueHeads { k: &k, v: &v, k_norm: norm, v_norm: None };
     report(device, "norm_rope_write, 4096 tokens, 16:8 heads of 128", 67e6, 0.0, || {
         norm_rope_write(&q, norm, Some(heads), (&cos, &sin), &pages, &prompt)
     })?;
@@ -157,11 +164,12 @@ fn recurrences(device: &Device) -> Result<()> {
     report(device, "gates [4096, 16]", 0.8e6, 0.0, || gates(&a, &a, &constants, &constants))?;
     let state = Tensor::zeros((1, 16, 128, 128), DType::F32, device)?;
     for (batch, n, bytes) in [(&token, 1, 2.1e6), (&prompt, 4096, 69e6)] {
-        let x = tensor(&[n, 16, 128], device)?;
+        let q = tensor(&[n, 16, 128], device)?;
+        let (k, v) = (q.copy()?, q.copy()?);
         let decay = Tensor::full(-0.1f32, (n, 16), device)?;
         let name = format!("gated_delta_rule, {n} tokens, 16 x 128 x 128");
         report(device, &name, bytes, 2.1e6 * n as f64, || {
-            gated_delta_rule(&x, &x, &x, &decay, &decay.neg()?, &state, batch)
+            gated_delta_rule(&q, &k, &v, &decay, &decay.neg()?, &state, batch)
         })?;
     }
     Ok(())
