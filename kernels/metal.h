@@ -26,6 +26,12 @@ inline ulong row_start(constant Rows &rows, uint row) { return row_start(rows, r
 #define FOR_FLOATS(KERNEL) KERNEL("f32", float) KERNEL("f16", half)
 #endif
 
+// Products and sums are rounded apart wherever a kernel does not say `fma`, as the emulator rounds them: even safe math
+// may fuse them within a statement.
+#if !defined(EMULATOR)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
 // Before a loop whose bounds are constants, lest an array that it indexes leave the registers.
 #if defined(EMULATOR)
 #define UNROLL
@@ -33,8 +39,8 @@ inline ulong row_start(constant Rows &rows, uint row) { return row_start(rows, r
 #define UNROLL _Pragma("clang loop unroll(full)")
 #endif
 
-// Matrix units multiply parts of 8 x 8. A lane has two neighbours of a row, so that rows can be scaled, masked and summed
-// where they are. The layout is not documented; it is the one that MLX's kernels rely on.
+// Matrix units multiply parts of 8 x 8. A lane has two neighbours of a row, so that rows can be scaled, masked and
+// summed where they are. The layout is not documented; it is the one that MLX's kernels rely on.
 constant constexpr uint SIDE = 8;
 inline uint part_row(uint lane) { return (lane & 16) / 4 + lane / 2 % 4; }
 inline uint part_column(uint lane) { return (lane & 8) / 2 + lane % 2 * 2; }

@@ -148,9 +148,11 @@ pub(crate) trait Lanes: Copy {
 /// An element type that lanes are loaded from and rounded to.
 pub(crate) trait Stored: Element {
     /// How many bf16 values add up to one of these, at most.
+    #[cfg_attr(not(any(test, target_arch = "x86_64")), expect(dead_code, reason = "for AMX"))]
     const PARTS: usize;
 
     /// The values, if they are bf16.
+    #[cfg_attr(not(any(test, target_arch = "x86_64")), expect(dead_code, reason = "for AMX"))]
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }

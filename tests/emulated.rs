@@ -40,7 +40,7 @@ fn agrees(family: &str, variant: &str, seed: u32, expected: &[&str]) {
 
 #[test]
 fn qwen3() {
-    agrees("qwen3", "base", 0, &[&DECODER[..], &["gated_activation"]].concat());
+    agrees("qwen3", "base", 0, &[&DECODER[..], &["silu_gated"]].concat());
 }
 
 #[test]
@@ -49,7 +49,7 @@ fn qwen3_5() {
         "qwen3_5",
         "base",
         0,
-        &[&DECODER[..], &["gated_activation", "causal_conv1d", "gates", "gated_delta_rule", "sigmoid_gated"]].concat(),
+        &[&DECODER[..], &["silu_gated", "causal_conv1d", "gates", "gated_delta_rule", "sigmoid_gated"]].concat(),
     );
 }
 
@@ -65,7 +65,7 @@ fn qwen3_5_moe() {
 
 #[test]
 fn gemma4() {
-    agrees("gemma4", "base", 0, &[&DECODER[..], &["gated_activation", "softcap"]].concat());
+    agrees("gemma4", "base", 0, &[&DECODER[..], &["gelu_tanh_gated", "softcap"]].concat());
 }
 
 #[test]

@@ -1,43 +1,33 @@
 // Activations. A thread takes one value; of rows, group.y is the row.
 
-constant bool IS_GELU [[function_constant(0)]];
-
-struct ActivationSizes {
-  Rows gate_up;
+struct PairSizes {
+  Rows a, b;
   uint width;
 };
 
-// gate_up [N, 2 width] in rows; y [N, width].
-template <typename T>
-[[kernel]] void gated_activation(device T *y [[buffer(0)]], device const T *gate_up [[buffer(1)]],
-                                 constant ActivationSizes &sizes [[buffer(2)]],
-                                 uint3 at [[thread_position_in_grid]]) {
-  const uint width = sizes.width, i = at.x, row = at.y;
-  if (i >= width)
-    return;
-  device const T *from = gate_up + row_start(sizes.gate_up, row, 0);
-  const float gate = float(from[i]), up = float(from[width + i]);
+struct SiluGated {
+  static float of(float gate, float up) { return gate / (1 + exp(-gate)) * up; }
+};
+struct GeluTanhGated {
   // (1 + tanh(u)) / 2 is sigmoid(2 u), with u = sqrt(2 / pi) (gate + 0.044715 gate^3).
-  const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
-  const float x = IS_GELU ? 2 * u : gate;
-  y[ulong(row) * width + i] = T(gate / (1 + exp(-x)) * up);
-}
-
-struct SigmoidSizes {
-  Rows x, gate;
-  uint width;
+  static float of(float gate, float up) {
+    const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+    return gate / (1 + exp(-2 * u)) * up;
+  }
+};
+struct SigmoidGated {
+  static float of(float x, float gate) { return x / (1 + exp(-gate)); }
 };
 
-// x and gate [N, width] in rows; y [N, width].
-template <typename T>
-[[kernel]] void sigmoid_gated(device T *y [[buffer(0)]], device const T *x [[buffer(1)]],
-                              device const T *gate [[buffer(2)]], constant SigmoidSizes &sizes [[buffer(3)]],
-                              uint3 at [[thread_position_in_grid]]) {
+// a and b [N, width] in rows; y [N, width].
+template <typename T, typename F>
+[[kernel]] void paired(device T *y [[buffer(0)]], device const T *a [[buffer(1)]], device const T *b [[buffer(2)]],
+                       constant PairSizes &sizes [[buffer(3)]], uint3 at [[thread_position_in_grid]]) {
   const uint i = at.x, row = at.y;
   if (i >= sizes.width)
     return;
-  const float value = float(x[row_start(sizes.x, row) + i]), logit = float(gate[row_start(sizes.gate, row) + i]);
-  y[ulong(row) * sizes.width + i] = T(value / (1 + exp(-logit)));
+  const float value = float(a[row_start(sizes.a, row) + i]), other = float(b[row_start(sizes.b, row) + i]);
+  y[ulong(row) * sizes.width + i] = T(F::of(value, other));
 }
 
 // 1 - erf(x / sqrt(2)) for x from 0 up, by the Chebyshev fit of Press et al., "Numerical Recipes", 2nd edition, 6.2.
@@ -80,11 +70,13 @@ template <typename T, typename F>
     y[at.x] = T(F::of(float(x[at.x]), sizes.parameter));
 }
 
-#define GATED_ACTIVATION(variant, T) INSTANTIATE("gated_activation_" variant, gated_activation<T>)
-#define SIGMOID_GATED(variant, T) INSTANTIATE("sigmoid_gated_" variant, sigmoid_gated<T>)
+#define SILU_GATED(variant, T) INSTANTIATE("silu_gated_" variant, paired<T, SiluGated>)
+#define GELU_TANH_GATED(variant, T) INSTANTIATE("gelu_tanh_gated_" variant, paired<T, GeluTanhGated>)
+#define SIGMOID_GATED(variant, T) INSTANTIATE("sigmoid_gated_" variant, paired<T, SigmoidGated>)
 #define GELU(variant, T) INSTANTIATE("gelu_" variant, each<T, Gelu>)
 #define SOFTCAP(variant, T) INSTANTIATE("softcap_" variant, each<T, Softcap>)
-FOR_FLOATS(GATED_ACTIVATION)
+FOR_FLOATS(SILU_GATED)
+FOR_FLOATS(GELU_TANH_GATED)
 FOR_FLOATS(SIGMOID_GATED)
 FOR_FLOATS(GELU)
 FOR_FLOATS(SOFTCAP)

@@ -1,11 +1,10 @@
 //! Activations on Metal.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{Layout, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::Activation;
 use crate::cpu::Operand;
-use crate::metal::{self, Argument, Backend, Launch, Rows, Source, float, source};
+use crate::metal::{self, Argument, Backend, Launch, Source, float, source};
 
 pub(crate) static SOURCE: Source = source!("activation");
 
@@ -13,51 +12,43 @@ pub(crate) static SOURCE: Source = source!("activation");
 const THREADS: usize = 256;
 
 /// `gate_up` `[N, 2 I]` in rows.
-pub fn gated_activation<B: Backend>(
-    backend: &B,
-    gate_up: &B::Storage,
-    layout: &Layout,
-    activation: Activation,
-) -> Result<B::Storage> {
-    let (n, width) = layout.shape().dims2()?;
-    let (dtype, width) = (gate_up.dtype(), width / 2);
-    let rows = Rows::new(dtype, layout)?;
-    let mut out = backend.allocate(n * width, dtype)?;
-    backend.launch(Launch {
-        source: &SOURCE,
-        kernel: "gated_activation",
-        variant: float(dtype)?,
-        constants: vec![activation == Activation::GeluTanh],
-        threadgroups: [width.div_ceil(THREADS), n, 1],
-        threads: [THREADS, 1, 1],
-        arguments: vec![
-            Argument::Write(&mut out, 0),
-            Argument::Read(gate_up, rows.start),
-            Argument::Words([&rows.words()[..], &[width as u32]].concat()),
-        ],
-    })?;
-    Ok(out)
+pub fn gated_activation<B: Backend>(backend: &B, gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
+    let width = gate_up.dim(1)? / 2;
+    gated_by(backend, &gate_up.narrow(1, 0, width)?, &gate_up.narrow(1, width, width)?, activation)
+}
+
+/// `gate` and `up` in rows, of one shape.
+pub fn gated_by<B: Backend>(backend: &B, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    let kernel = match activation {
+        Activation::Silu => "silu_gated",
+        Activation::GeluTanh => "gelu_tanh_gated",
+    };
+    paired(backend, kernel, gate, up)
 }
 
 /// `x` and `gate` in rows, of one shape.
 pub fn sigmoid_gated<B: Backend>(backend: &B, x: &Tensor, gate: &Tensor) -> Result<Tensor> {
-    let (dtype, width) = (x.dtype(), x.dims().last().copied().unwrap_or(1));
-    let rows = x.elem_count() / width.max(1);
-    let operands = [x, gate].map(Operand::new);
-    let [(x, x_rows), (gate, gate_rows)] = [operands[0].metal_rows::<B>()?, operands[1].metal_rows::<B>()?];
+    paired(backend, "sigmoid_gated", x, gate)
+}
+
+fn paired<B: Backend>(backend: &B, kernel: &'static str, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (dtype, width) = (a.dtype(), a.dims().last().copied().unwrap_or(1));
+    let rows = a.elem_count() / width.max(1);
+    let operands = [a, b].map(Operand::new);
+    let [(a, a_rows), (b, b_rows)] = [operands[0].metal_rows::<B>()?, operands[1].metal_rows::<B>()?];
     metal::output(backend, operands[0].layout.shape().clone(), dtype, |y| {
         backend.launch(Launch {
             source: &SOURCE,
-            kernel: "sigmoid_gated",
+            kernel,
             variant: float(dtype)?,
             constants: vec![],
             threadgroups: [width.div_ceil(THREADS), rows, 1],
             threads: [THREADS, 1, 1],
             arguments: vec![
                 Argument::Write(y, 0),
-                x,
-                gate,
-                Argument::Words([&x_rows.words()[..], &gate_rows.words(), &[width as u32]].concat()),
+                a,
+                b,
+                Argument::Words([&a_rows.words()[..], &b_rows.words(), &[width as u32]].concat()),
             ],
         })
     })

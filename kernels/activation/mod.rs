@@ -10,10 +10,6 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-#[cfg(feature = "metal")]
-use candle_core::MetalStorage;
-#[cfg(feature = "metal")]
-use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::{as_rows, dtype_of};
@@ -52,6 +48,7 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
     if let candle_core::Device::Cuda(device) = gate_up.device() {
         return cuda::gated_activation(device, &gate_up, activation);
     }
+    on_metal!(gate_up, backend => metal::gated_activation(backend, &gate_up, activation));
     gate_up.apply_op1_no_bwd(&GatedActivation(activation))
 }
 
@@ -61,13 +58,14 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
 ///
 /// `up` differs from `gate` in shape or dtype.
 ///
-/// Devices: CUDA; elsewhere both are first laid side by side.
+/// Devices: CUDA, Metal; on the CPU both are first laid side by side.
 pub fn gated_by(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    if up.shape() != gate.shape() || up.dtype() != gate.dtype() {
+        bail!("gated_by: up is {:?} {:?}, gate {:?} {:?}", up.dims(), up.dtype(), gate.dims(), gate.dtype())
+    }
+    on_metal!(gate, backend => metal::gated_by(backend, &as_rows(gate)?, &as_rows(up)?, activation));
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = gate.device() {
-        if up.shape() != gate.shape() || up.dtype() != gate.dtype() {
-            bail!("gated_by: up is {:?} {:?}, gate {:?} {:?}", up.dims(), up.dtype(), gate.dims(), gate.dtype())
-        }
         return cuda::gated_by(device, &as_rows(gate)?, &as_rows(up)?, activation);
     }
     gated_activation(&Tensor::cat(&[gate, up], 1)?, activation)
@@ -177,10 +175,6 @@ impl CustomOp1 for GatedActivation {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n, width) = xl.shape().dims2()?;
-        #[cfg(any(test, feature = "emulator"))]
-        if let Some(emulator) = crate::metal::emulator::emulator() {
-            return Ok((metal::gated_activation(&emulator, x, xl, self.0)?, (n, width / 2).into()));
-        }
         let out = match x {
             CpuStorage::F32(x) => CpuStorage::F32(cpu::gated_activation(x, xl, self.0)?),
             CpuStorage::F16(x) => CpuStorage::F16(cpu::gated_activation(x, xl, self.0)?),
@@ -188,11 +182,5 @@ impl CustomOp1 for GatedActivation {
             other => bail!("gated_activation: gate_up is {:?}, expected f32, f16 or bf16", dtype_of(other)),
         };
         Ok((out, (n, width / 2).into()))
-    }
-
-    #[cfg(feature = "metal")]
-    fn metal_fwd(&self, x: &MetalStorage, xl: &Layout) -> Result<(MetalStorage, Shape)> {
-        let (n, width) = xl.shape().dims2()?;
-        Ok((metal::gated_activation(x.device(), x, xl, self.0)?, (n, width / 2).into()))
     }
 }

@@ -28,16 +28,16 @@ INSTANTIATE("write_kv_u16", write_kv<ushort>)
 INSTANTIATE("write_kv_u32", write_kv<uint>)
 INSTANTIATE("write_kv_u128", write_kv<uint4>)
 
-// Attention, a threadgroup for a query of one head, or for a part of its keys: simdgroups take keys in turn, each with an
-// online softmax of its own, and meet in threadgroup memory. No score is ever stored.
+// Attention, a threadgroup for a query of one head, or for a part of its keys: simdgroups take keys in turn, each with
+// an online softmax of its own, and meet in threadgroup memory. No score is ever stored.
 
 // Whether the keys are shared by several threadgroups; `attention_merge` then joins their parts.
 constant bool IS_SPLIT [[function_constant(1)]];
 
 constant constexpr uint ATTENTION_SIMDGROUPS = 4;
 
-// y and q [N, hq, d], q in rows; k and v in pages or rows; partial [N, hq, splits, 2 + d]: largest score, sum of weights,
-// weighted values. group.x is the head, group.y the token, group.z the split. D bounds d, and is d if EXACT.
+// y and q [N, hq, d], q in rows; k and v in pages or rows; partial [N, hq, splits, 2 + d]: largest score, sum of
+// weights, weighted values. group.x is the head, group.y the token, group.z the split. D bounds d, and is d if EXACT.
 template <typename T, uint D, bool EXACT>
 [[kernel]] void attention_rows(device T *y [[buffer(0)]], device const T *q [[buffer(1)]],
                                device const T *k [[buffer(2)]], device const T *v [[buffer(3)]],

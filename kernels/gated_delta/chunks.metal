@@ -8,8 +8,8 @@
 //   S = exp(G[last]) S + X^T (exp(G[last] - G) k)
 //
 // T and P do not depend on the state: `prepare` finds them for all chunks at once. `scan` then takes the chunks of a
-// sequence one after the other, for SLICE rows of the state a threadgroup. All of it is in f32; norms and decays enter as
-// factors of results, so that products see q, k and v as they are stored.
+// sequence one after the other, for SLICE rows of the state a threadgroup. All of it is in f32; norms and decays enter
+// as factors of results, so that products see q, k and v as they are stored.
 
 constant constexpr uint CHUNK = 64;
 constant constexpr uint K = 128;

@@ -1,7 +1,7 @@
-// The gated delta rule by its recurrence, for sequences too short for chunks. PARTS lanes hold one row of the state (K values of one of the V) in registers
-// from a sequence's first token to its last, so a step reads and writes the state once. The rows of a simdgroup share
-// nothing but their instructions: no threadgroup memory and no barrier. group.x counts rows in tiles, group.y is the
-// head, group.z the sequence.
+// The gated delta rule by its recurrence, for sequences too short for chunks. PARTS lanes hold one row of the state (K
+// values of one of the V) in registers from a sequence's first token to its last, so a step reads and writes the state
+// once. The rows of a simdgroup share nothing but their instructions: no threadgroup memory and no barrier. group.x
+// counts rows in tiles, group.y is the head, group.z the sequence.
 //
 // State layout: [S, Hv, V, K], contiguous along K. A lane owns CHUNKS groups of four neighbours, PARTS * 4 apart, so
 // that the lanes of a row read neighbouring groups.

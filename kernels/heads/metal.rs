@@ -20,7 +20,8 @@ const LANES: usize = 32;
 /// Of a threadgroup, as in the kernel.
 const SIMDGROUPS: usize = 4;
 
-/// As the public function, and `None` for operands that the kernel does not take; its parts say what is wrong with them.
+/// As the public function, and `None` for operands that the kernel does not take; its parts say what is wrong with
+/// them.
 pub fn norm_rope_write<B: Backend>(
     backend: &B,
     q: &Tensor,

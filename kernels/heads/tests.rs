@@ -152,7 +152,8 @@ fn wrong_metal_launches_are_noticed() {
 
 #[test]
 fn on_the_cpu_it_is_norm_rope_and_write() -> Result<()> {
-    // One token, one head of two values, a quarter turn: (3, 4) normed to (3, 4) / sqrt(12.5) becomes (-4, 3) / sqrt(12.5).
+    // One token, one head of two values, a quarter turn: (3, 4) normed to (3, 4) / sqrt(12.5) becomes (-4, 3) /
+    // sqrt(12.5).
     let device = Device::Cpu;
     let batch = Batch::new(&[Segment { tokens: &[0], past: 0, blocks: &[0], slot: 0 }], 1, &device)?;
     let head = Tensor::new(&[[[3f32, 4.0]]], &device)?;
@@ -168,8 +169,8 @@ fn on_the_cpu_it_is_norm_rope_and_write() -> Result<()> {
     Ok(())
 }
 
-/// Steps of one token a sequence, which a GPU takes in one kernel, with splits of long contexts: the pages and the mixed
-/// values of the two ops by themselves.
+/// Steps of one token a sequence, which a GPU takes in one kernel, with splits of long contexts: the pages and the
+/// mixed values of the two ops by themselves.
 #[test]
 fn attending_is_its_parts() -> Result<()> {
     for device in devices() {

@@ -1,5 +1,5 @@
-// Products of few rows. A simdgroup has OUTS outputs, for ROWS rows at once: its lanes share the inner dimension, so that
-// every weight is read once. In the same pass the bias, the gate and the residual sum.
+// Products of few rows. A simdgroup has OUTS outputs, for ROWS rows at once: its lanes share the inner dimension, so
+// that every weight is read once. In the same pass the bias, the gate and the residual sum.
 
 constant bool IS_GATED [[function_constant(1)]]; // by SiLU, or GELU
 constant bool IS_GELU [[function_constant(2)]];
@@ -31,8 +31,8 @@ inline float gate_of(float x) {
   return x / (1 + exp(IS_GELU ? -2 * u : -x));
 }
 
-// y [rows, outer]; x [rows, inner] in rows; weight [outer, inner], or [2 outer, inner] if gated, and one for each expert if
-// routed; bias [outer]; residual [rows, outer]. group.x counts outputs, group.y rows.
+// y [rows, outer]; x [rows, inner] in rows; weight [outer, inner], or [2 outer, inner] if gated, and one for each
+// expert if routed; bias [outer]; residual [rows, outer]. group.x counts outputs, group.y rows.
 template <typename T, uint ROWS, bool EXACT>
 [[kernel]] void linear(device T *y [[buffer(0)]], device const T *x [[buffer(1)]], device const T *weight [[buffer(2)]],
                        constant LinearSizes &sizes [[buffer(3)]],

@@ -1,6 +1,6 @@
-//! Buffers for results, kept from one launch to the next, and when a step waits so that memory is given back. Candle's own
-//! pool gives back all that is idle whenever a result is read, so that every decode step would ask the system for all of
-//! its buffers again, and nothing while none is read.
+//! Buffers for results, kept from one launch to the next, and when a step waits so that memory is given back. Candle's
+//! own pool gives back all that is idle whenever a result is read, so that every decode step would ask the system for
+//! all of its buffers again, and nothing while none is read.
 
 use std::sync::Arc;
 
@@ -33,8 +33,8 @@ impl<B> Default for Pool<B> {
 }
 
 impl<B> Pool<B> {
-    /// A buffer of at least `bytes` that holds anything: the smallest idle one that is not twice as large as it need be,
-    /// or one that `create` makes of the bytes that it is told.
+    /// A buffer of at least `bytes` that holds anything: the smallest idle one that is not twice as large as it need
+    /// be, or one that `create` makes of the bytes that it is told.
     pub fn get<E>(&mut self, bytes: usize, create: impl FnOnce(usize) -> Result<Arc<B>, E>) -> Result<Arc<B>, E> {
         let bytes = roomy(bytes);
         self.asked += 1;
@@ -72,8 +72,8 @@ fn roomy(bytes: usize) -> usize {
     bytes.next_multiple_of((bytes.next_power_of_two() / 16).max(256)).max(256)
 }
 
-/// Bytes that may be idle at a step's end, in our pool; and by which the GPU's memory may have grown since the last wait:
-/// candle gives back what is idle in its own only then.
+/// Bytes that may be idle at a step's end, in our pool; and by which the GPU's memory may have grown since the last
+/// wait: candle gives back what is idle in its own only then.
 const MAX_IDLE: usize = 512 << 20;
 /// Steps until candle lets go of command buffers, if nothing is read for so long. One that has read a result waits for
 /// nothing here.
@@ -95,8 +95,8 @@ impl<B> Default for Memory<B> {
 }
 
 impl<B> Memory<B> {
-    /// Whether a step that ends must wait for the GPU, which has given out `allocated` bytes: too much is idle, or may be,
-    /// or nobody has waited in a while.
+    /// Whether a step that ends must wait for the GPU, which has given out `allocated` bytes: too much is idle, or may
+    /// be, or nobody has waited in a while.
     pub fn must_wait(&mut self, allocated: usize) -> bool {
         self.steps += 1;
         let has_grown = allocated > self.allocated + MAX_IDLE;

@@ -65,8 +65,8 @@ struct GroupSizes {
   uint pairs, experts;
 };
 
-// starts [experts + 1] and order [pairs]: the pairs of each expert, in their order. A thread has an expert, and looks at
-// all pairs twice; those of experts that are not there are behind the last one's, in no order.
+// starts [experts + 1] and order [pairs]: the pairs of each expert, in their order. A thread has an expert, and looks
+// at all pairs twice; those of experts that are not there are behind the last one's, in no order.
 [[kernel]] void moe_group(device uint *starts [[buffer(0)]], device uint *order [[buffer(1)]],
                           device const uint *ids [[buffer(2)]], constant GroupSizes &sizes [[buffer(3)]],
                           uint3 at [[thread_position_in_grid]]) {
@@ -88,7 +88,8 @@ struct CombineSizes {
   uint hidden, k, experts;
 };
 
-// y [N, hidden], the weighted sum of terms [N, k, hidden] in the order of their experts, ids [N, k]; group.y is the token.
+// y [N, hidden], the weighted sum of terms [N, k, hidden] in the order of their experts, ids [N, k]; group.y is the
+// token.
 template <typename T>
 [[kernel]] void moe_combine(device T *y [[buffer(0)]], device const T *terms [[buffer(1)]],
                             device const uint *ids [[buffer(2)]], device const T *weights [[buffer(3)]],

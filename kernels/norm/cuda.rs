@@ -3,6 +3,7 @@
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, Layout, Result, Tensor};
 
+use super::Then;
 use crate::cpu::{Operand, with_heads};
 use crate::cuda::{self, EarlyLaunch, Floats, floats};
 
@@ -20,15 +21,6 @@ static LAYER_VECTOR: Floats = floats!(NORM, "add_layer_norm_vector");
 const THREADS: usize = 256;
 /// Accesses of a row that a thread keeps in registers.
 const KEPT: usize = 2;
-
-/// What is done with a norm on the way.
-pub enum Then<'a> {
-    Nothing,
-    /// `[.., D]`, or `[N, H D]`, in rows.
-    Gate(&'a Tensor),
-    /// Adds `[.., D]` in rows, and multiplies the sum.
-    Add(&'a Tensor, f32),
-}
 
 /// `x` `[.., D]` in rows, `weight` `[D]` contiguous.
 pub fn rms_norm(device: &CudaDevice, x: &Tensor, weight: &Tensor, eps: f32, then: Then) -> Result<Tensor> {

@@ -1,10 +1,10 @@
 //! The norms on Metal: chooses the threads of a row.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{Layout, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use crate::cpu::Operand as Locked;
-use crate::metal::{self, Argument, Backend, Launch, Rows, Source, float, source};
+use super::Then;
+use crate::cpu::{Operand, with_heads};
+use crate::metal::{self, Argument, Backend, Launch, Source, float, source};
 
 pub(super) static SOURCE: Source = source!("norm");
 pub(super) static LAYER_SOURCE: Source = source!("layer_norm");
@@ -15,43 +15,39 @@ const LANES: usize = 32;
 /// Of a threadgroup at most, so that several share a core.
 const SIMDGROUPS: usize = 8;
 
-type Operand<'a, B> = (&'a <B as Backend>::Storage, &'a Layout);
-
-/// `x` and `gate` `[.., D]` in rows, `weight` `[D]` contiguous.
-pub fn rms_norm<B: Backend>(
-    backend: &B,
-    (x, xl): Operand<B>,
-    gate: Option<Operand<B>>,
-    (weight, wl): Operand<B>,
-    eps: f32,
-) -> Result<B::Storage> {
-    let (dtype, d) = (x.dtype(), wl.shape().elem_count());
-    let rows: usize = xl.dims()[..xl.dims().len() - 1].iter().product();
-    let mut out = backend.allocate(rows * d, dtype)?;
-    let x_rows = Rows::new(dtype, xl)?;
-    let gate_rows = gate.map(|(_, layout)| Rows::new(dtype, layout)).transpose()?;
-    let mut sizes = [x_rows.words(), gate_rows.unwrap_or(x_rows).words()].concat();
-    sizes.extend([rows as u32, d as u32, eps.to_bits()]);
+/// `x` `[.., D]` in rows, `weight` `[D]` contiguous.
+pub fn rms_norm<B: Backend>(backend: &B, x: &Tensor, weight: &Tensor, eps: f32, then: Then) -> Result<Tensor> {
+    let (shape, dtype, d) = (x.shape(), x.dtype(), weight.elem_count());
+    let rows = shape.elem_count() / d.max(1);
+    let (other, is_gated, factor) = match then {
+        Then::Nothing => (None, false, 1.0),
+        Then::Gate(gate) => (Some(Operand::new(gate)), true, 1.0),
+        Then::Add(to, factor) => (Some(Operand::new(to)), false, factor),
+    };
+    let other_layout = other.as_ref().map(|other| with_heads(other.layout, shape));
+    let other = other.zip(other_layout.as_ref()).map(|(other, layout)| Operand { layout, ..other });
+    let (x, weight) = (Operand::new(x), Operand::new(weight));
+    let (x, x_rows) = x.metal_rows::<B>()?;
+    let (other, other_rows) = other.as_ref().map(Operand::metal_rows::<B>).transpose()?.unzip();
+    let mut sizes = [x_rows.words(), other_rows.unwrap_or(x_rows).words()].concat();
+    sizes.extend([rows as u32, d as u32, eps.to_bits(), factor.to_bits()]);
 
     let simdgroups = d.div_ceil(TAKES * LANES).clamp(1, SIMDGROUPS);
     let rows_of_threadgroup = if simdgroups == 1 { SIMDGROUPS } else { 1 };
-    let mut arguments = vec![
-        Argument::Read(x, x_rows.start),
-        Argument::read(weight, wl)?,
-        Argument::Write(&mut out, 0),
-        Argument::Words(sizes),
-    ];
-    arguments.extend(gate.zip(gate_rows).map(|((gate, _), rows)| Argument::Read(gate, rows.start)));
-    backend.launch(Launch {
-        source: &SOURCE,
-        kernel: "rms_norm",
-        variant: float(dtype)?,
-        constants: vec![gate.is_some()],
-        threadgroups: [rows.div_ceil(rows_of_threadgroup), 1, 1],
-        threads: [simdgroups * LANES, rows_of_threadgroup, 1],
-        arguments,
-    })?;
-    Ok(out)
+    let constants = vec![other.is_some(), is_gated];
+    metal::output(backend, shape, dtype, |y| {
+        let mut arguments = vec![Argument::Write(y, 0), x, weight.metal::<B>()?, Argument::Words(sizes)];
+        arguments.extend(other);
+        backend.launch(Launch {
+            source: &SOURCE,
+            kernel: "rms_norm",
+            variant: float(dtype)?,
+            constants,
+            threadgroups: [rows.div_ceil(rows_of_threadgroup), 1, 1],
+            threads: [simdgroups * LANES, rows_of_threadgroup, 1],
+            arguments,
+        })
+    })
 }
 
 /// `x` and `residual` `[.., D]` in rows; `weight` and `bias` `[D]` contiguous.
@@ -63,7 +59,7 @@ pub fn add_layer_norm<B: Backend>(
 ) -> Result<Tensor> {
     let (dtype, d) = (x.dtype(), constants[0].elem_count());
     let rows = x.elem_count() / d.max(1);
-    let (operands, constants) = ([x, residual].map(Locked::new), constants.map(Locked::new));
+    let (operands, constants) = ([x, residual].map(Operand::new), constants.map(Operand::new));
     let [(x, x_rows), (residual, residual_rows)] = [operands[0].metal_rows::<B>()?, operands[1].metal_rows::<B>()?];
     metal::output(backend, operands[0].layout.shape().clone(), dtype, |y| {
         backend.launch(Launch {

@@ -13,10 +13,6 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-#[cfg(feature = "metal")]
-use candle_core::MetalStorage;
-#[cfg(feature = "metal")]
-use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use half::{bf16, f16};
@@ -59,12 +55,7 @@ impl Norm<'_> {
 /// Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     check_weight("rms_norm", x, weight)?;
-    let (x, weight) = (as_rows(x)?, weight.contiguous()?);
-    #[cfg(feature = "cuda")]
-    if let candle_core::Device::Cuda(device) = x.device() {
-        return cuda::rms_norm(device, &x, &weight, eps as f32, cuda::Then::Nothing);
-    }
-    x.apply_op2_no_bwd(&weight, &RmsNorm { eps: eps as f32 })
+    run(&as_rows(x)?, weight, eps, Then::Nothing)
 }
 
 /// RMS normalisation followed by a SiLU gate:
@@ -95,12 +86,7 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
             x.dtype()
         )
     }
-    let weight = weight.contiguous()?;
-    #[cfg(feature = "cuda")]
-    if let candle_core::Device::Cuda(device) = x.device() {
-        return cuda::rms_norm(device, &x, &weight, eps as f32, cuda::Then::Gate(&gate));
-    }
-    x.apply_op3_no_bwd(&gate, &weight, &RmsNormGated { eps: eps as f32 })
+    run(&x, weight, eps, Then::Gate(&gate))
 }
 
 /// The residual stream behind a block that has its norm behind it:
@@ -115,19 +101,39 @@ pub fn rms_norm_gated(x: &Tensor, gate: &Tensor, weight: &Tensor, eps: f64) -> R
 ///
 /// `update` differs from `x` in shape or dtype, or the norm's weight is not f32 `[D]`.
 ///
-/// Devices: CUDA; elsewhere the norm, the sum and the product by themselves, with the same roundings.
+/// Devices: CUDA, Metal; on the CPU the norm, the sum and the product by themselves, with the same roundings.
 pub fn add_rms_norm(x: &Tensor, update: &Tensor, norm: Norm, factor: f64) -> Result<Tensor> {
+    check_weight("add_rms_norm", x, norm.weight)?;
+    if update.shape() != x.shape() || update.dtype() != x.dtype() {
+        bail!("add_rms_norm: {:?} {:?} is not like x {:?} {:?}", update.dims(), update.dtype(), x.dims(), x.dtype())
+    }
+    run(&as_rows(update)?, norm.weight, norm.eps, Then::Add(&as_rows(x)?, factor as f32))
+}
+
+/// What is done with a norm on the way.
+enum Then<'a> {
+    Nothing,
+    /// Multiplies by SiLU of `[.., D]`, or of `[N, H D]`, in rows.
+    Gate(&'a Tensor),
+    /// Adds `[.., D]` in rows, and multiplies the sum.
+    Add(&'a Tensor, f32),
+}
+
+/// `x` in rows.
+fn run(x: &Tensor, weight: &Tensor, eps: f64, then: Then) -> Result<Tensor> {
+    let (weight, eps) = (weight.contiguous()?, eps as f32);
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device() {
-        check_weight("add_rms_norm", x, norm.weight)?;
-        if update.shape() != x.shape() || update.dtype() != x.dtype() {
-            bail!("add_rms_norm: {:?} {:?} is not like x {:?} {:?}", update.dims(), update.dtype(), x.dims(), x.dtype())
-        }
-        let (x, update, weight) = (as_rows(x)?, as_rows(update)?, norm.weight.contiguous()?);
-        return cuda::rms_norm(device, &update, &weight, norm.eps as f32, cuda::Then::Add(&x, factor as f32));
+        return cuda::rms_norm(device, x, &weight, eps, then);
     }
-    let sum = add(x, &norm.apply(update)?)?;
-    if factor == 1.0 { Ok(sum) } else { sum * factor }
+    on_metal!(x, backend => metal::rms_norm(backend, x, &weight, eps, then));
+    let plain = || x.apply_op2_no_bwd(&weight, &RmsNorm { eps });
+    match then {
+        Then::Nothing => plain(),
+        Then::Gate(gate) => x.apply_op3_no_bwd(gate, &weight, &RmsNormGated { eps }),
+        Then::Add(to, 1.0) => add(to, &plain()?),
+        Then::Add(to, factor) => add(to, &plain()?)? * f64::from(factor),
+    }
 }
 
 /// Layer normalisation of a sum, as a block with its norm behind it needs it:
@@ -185,13 +191,7 @@ impl CustomOp2 for RmsNorm {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((run("rms_norm", (x, xl), None, (w, wl), self.eps)?, xl.shape().clone()))
-    }
-
-    #[cfg(feature = "metal")]
-    fn metal_fwd(&self, x: &MetalStorage, xl: &Layout, w: &MetalStorage, wl: &Layout) -> Result<(MetalStorage, Shape)> {
-        let out = metal::rms_norm(x.device(), (x, xl), None, (w, wl), self.eps)?;
-        Ok((out, xl.shape().clone()))
+        Ok((on_cpu("rms_norm", (x, xl), None, (w, wl), self.eps)?, xl.shape().clone()))
     }
 }
 
@@ -214,22 +214,7 @@ impl CustomOp3 for RmsNormGated {
         wl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let gl = &with_heads(gl, xl.shape());
-        Ok((run("rms_norm_gated", (x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
-    }
-
-    #[cfg(feature = "metal")]
-    fn metal_fwd(
-        &self,
-        x: &MetalStorage,
-        xl: &Layout,
-        gate: &MetalStorage,
-        gl: &Layout,
-        w: &MetalStorage,
-        wl: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        let gl = &with_heads(gl, xl.shape());
-        let out = metal::rms_norm(x.device(), (x, xl), Some((gate, gl)), (w, wl), self.eps)?;
-        Ok((out, xl.shape().clone()))
+        Ok((on_cpu("rms_norm_gated", (x, xl), Some((gate, gl)), (w, wl), self.eps)?, xl.shape().clone()))
     }
 }
 
@@ -266,11 +251,7 @@ impl CustomOp3 for AddLayerNorm<'_> {
 
 type Operand<'a> = (&'a CpuStorage, &'a Layout);
 
-fn run(op: &str, x: Operand, gate: Option<Operand>, weight: Operand, eps: f32) -> Result<CpuStorage> {
-    #[cfg(any(test, feature = "emulator"))]
-    if let Some(emulator) = crate::metal::emulator::emulator() {
-        return metal::rms_norm(&emulator, x, gate, weight, eps);
-    }
+fn on_cpu(op: &str, x: Operand, gate: Option<Operand>, weight: Operand, eps: f32) -> Result<CpuStorage> {
     match x.0 {
         CpuStorage::F32(_) => cpu::rms_norm::<f32>(x, gate, weight, eps),
         CpuStorage::F16(_) => cpu::rms_norm::<f16>(x, gate, weight, eps),

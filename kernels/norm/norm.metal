@@ -1,22 +1,25 @@
-// RMS normalisation. threads.x threads, whole simdgroups, share a row; threads.y rows share a threadgroup if a row takes
-// no more than a simdgroup, else a row has the threadgroup to itself.
+// RMS normalisation. threads.x threads, whole simdgroups, share a row; threads.y rows share a threadgroup if a row
+// takes no more than a simdgroup, else a row has the threadgroup to itself.
 
-constant bool IS_GATED [[function_constant(0)]];
+// The norm is multiplied by SiLU of the other operand, or the other operand is added to it and the sum multiplied by a
+// factor.
+constant bool HAS_OTHER [[function_constant(0)]];
+constant bool IS_GATED [[function_constant(1)]];
 
 // Neighbours that a thread takes at once.
 constant constexpr uint TAKES = 4;
 
 struct NormSizes {
-  Rows x, gate;
+  Rows x, other;
   uint rows, d;
-  float eps;
+  float eps, factor;
 };
 
-// x and gate [rows, d] in rows; weight [d]; y [rows, d].
+// x and other [rows, d] in rows; weight [d]; y [rows, d].
 template <typename T>
-[[kernel]] void rms_norm(device const T *x [[buffer(0)]], device const float *weight [[buffer(1)]],
-                         device T *y [[buffer(2)]], constant NormSizes &sizes [[buffer(3)]],
-                         device const T *gate [[buffer(4), function_constant(IS_GATED)]],
+[[kernel]] void rms_norm(device T *y [[buffer(0)]], device const T *x [[buffer(1)]],
+                         device const float *weight [[buffer(2)]], constant NormSizes &sizes [[buffer(3)]],
+                         device const T *other [[buffer(4), function_constant(HAS_OTHER)]],
                          uint3 group [[threadgroup_position_in_grid]],
                          uint3 position [[thread_position_in_threadgroup]],
                          uint3 threads [[threads_per_threadgroup]],
@@ -48,13 +51,14 @@ template <typename T>
   device T *to = y + ulong(row) * d;
   for (uint first = TAKES * position.x; first < d; first += TAKES * threads.x)
     for (uint i = first; i < min(first + TAKES, d); i++) {
-        float value = float(from[i]) * scale * weight[i];
-        if (IS_GATED) {
-          const float gate_value = float(gate[row_start(sizes.gate, row) + i]);
-          value *= gate_value / (1 + exp(-gate_value));
-        }
-        to[i] = T(value);
+      float value = float(from[i]) * scale * weight[i];
+      if (HAS_OTHER) {
+        const float with = float(other[row_start(sizes.other, row) + i]);
+        // A sum is rounded where ops by themselves would round.
+        value = IS_GATED ? value * (with / (1 + exp(-with))) : float(T(with + float(T(value)))) * sizes.factor;
       }
+      to[i] = T(value);
+    }
 }
 
 #define RMS_NORM(variant, T) INSTANTIATE("rms_norm_" variant, rms_norm<T>)

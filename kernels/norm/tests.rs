@@ -107,23 +107,25 @@ fn run_add_layer_norm(case: Case, device: &Device) -> Result<()> {
     check("add_layer_norm", case, device, &add_layer_norm(&x, &residual, &weight, &bias, EPS)?, &want)
 }
 
-/// Factors of 16 bits, as checkpoints have them.
+/// Against its parts, by factors of 16 bits, as checkpoints have them.
+fn run_add_rms_norm(case: Case, device: &Device) -> Result<()> {
+    let Inputs { x, gate: update, weight, .. } = inputs(case, device)?;
+    let norm = Norm { weight: &weight, eps: EPS };
+    for factor in [1.0, 0.34375] {
+        let want = (add(&x, &norm.apply(&update)?)? * factor)?;
+        let got = add_rms_norm(&x, &update, norm, factor)?;
+        assert_eq!((got.dims(), got.dtype()), (x.dims(), x.dtype()), "{case:?}");
+        assert_eq!(values(&got)?, values(&want)?, "{case:?} {factor} {device:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn add_rms_norm_is_its_parts() -> Result<()> {
     for device in devices() {
         for case in cases() {
-            let Inputs { x, gate: update, weight, .. } = inputs(case, &device)?;
-            let norm = Norm { weight: &weight, eps: EPS };
-            for factor in [1.0, 0.34375] {
-                let want = (add(&x, &norm.apply(&update)?)? * factor)?;
-                let got = add_rms_norm(&x, &update, norm, factor)?;
-                assert_eq!((got.dims(), got.dtype()), (x.dims(), x.dtype()), "{case:?}");
-                assert_eq!(values(&got)?, values(&want)?, "{case:?} {factor} {device:?}");
-            }
+            run_add_rms_norm(case, &device)?;
         }
-        let (x, weight) = (Tensor::zeros((2, 8), DType::F32, &device)?, Tensor::ones(8, DType::F32, &device)?);
-        let norm = Norm { weight: &weight, eps: EPS };
-        assert!(add_rms_norm(&x, &Tensor::zeros((1, 8), DType::F32, &device)?, norm, 1.0).is_err());
     }
     Ok(())
 }
@@ -199,6 +201,7 @@ fn metal_kernels_are_the_reference() -> Result<()> {
         rms_norm_reads_rows_that_lie_apart()?;
         rms_norm_gated_is_the_reference()?;
         rms_norm_gated_splits_the_gate_like_x()?;
+        add_rms_norm_is_its_parts()?;
         add_layer_norm_is_the_reference()
     })
 }
@@ -244,6 +247,7 @@ fn smoke() -> Result<()> {
         let case = Case { dtype: DType::F32, rows, d, deviation: 1.0, view };
         run_rms_norm(case, &Device::Cpu)?;
         run_rms_norm_gated(case, &Device::Cpu)?;
+        run_add_rms_norm(case, &Device::Cpu)?;
     }
     Ok(())
 }
@@ -255,9 +259,11 @@ fn metal_mutants_are_noticed() {
         ("i < threads.x / LANES", "i + 1 < threads.x / LANES"),
         ("row < sizes.rows", "row <= sizes.rows"),
         ("x + row_start(sizes.x, inside ? row : 0)", "x + (inside ? row : 0) * d"),
-        ("row_start(sizes.gate, row)", "row_start(sizes.x, 0)"),
-        ("exp(-gate_value)", "exp(gate_value)"),
-        ("        if (IS_GATED) {", "        if (!IS_GATED) {"),
+        ("row_start(sizes.other, row)", "row_start(sizes.x, 0)"),
+        ("exp(-with)", "exp(with)"),
+        ("IS_GATED ? value", "!IS_GATED ? value"),
+        ("T(with + float", "T(with - float"),
+        (" * sizes.factor", ""),
         ("squares / d", "squares"),
     ];
     assert_mutants_fail(&metal::SOURCE, &mutants, smoke);
@@ -316,6 +322,9 @@ fn refuses_operands_that_disagree() -> Result<()> {
     assert!(rms_norm(&x, &weight.to_dtype(DType::F16)?, EPS).is_err());
     assert!(rms_norm_gated(&x, &x.narrow(0, 0, 1)?, &weight, EPS).is_err());
     assert!(rms_norm_gated(&x, &x.to_dtype(DType::F32)?, &weight, EPS).is_err());
+    let norm = |weight| Norm { weight, eps: EPS };
+    assert!(add_rms_norm(&x, &x.narrow(0, 0, 1)?, norm(&weight), 1.0).is_err());
+    assert!(add_rms_norm(&x, &x, norm(&weight.narrow(0, 0, 3)?), 1.0).is_err());
     assert!(add_layer_norm(&x, &x.narrow(0, 0, 1)?, &weight, &weight, EPS).is_err());
     assert!(add_layer_norm(&x, &x, &weight, &weight.narrow(0, 0, 3)?, EPS).is_err());
     Ok(())

@@ -1,5 +1,5 @@
-// Products of few rows with packed weights, and rows of packed weights. A threadgroup has a panel: a lane has an output,
-// so that no sum crosses lanes, and simdgroups share the groups of inputs.
+// Products of few rows with packed weights, and rows of packed weights. A threadgroup has a panel: a lane has an
+// output, so that no sum crosses lanes, and simdgroups share the groups of inputs.
 
 constant constexpr uint QUANTIZED_SIMDGROUPS = 8;
 

@@ -36,6 +36,8 @@ impl Order {
         if super::amx::takes(n) {
             return Self::ByRows;
         }
+        #[cfg(not(any(test, target_arch = "x86_64")))]
+        let _ = n;
         let mut rows = 1;
         dot::dispatch(instructions, Rows(&mut rows));
         Self::BySteps(rows)

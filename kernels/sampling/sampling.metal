@@ -8,7 +8,8 @@ struct Run {
   uint2 front, back;
 };
 
-// One step of a bitonic sort: keys at a distance below 32 of each other. The greater one goes to the front where `falls`.
+// One step of a bitonic sort: keys at a distance below 32 of each other. The greater one goes to the front where
+// `falls`.
 inline uint2 compare(uint2 key, uint lane, uint distance, bool falls) {
   const uint2 other = simd_shuffle_xor(key, ushort(distance));
   return is_greater(key, other) == (((lane & distance) == 0) == falls) ? key : other;

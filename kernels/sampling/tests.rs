@@ -162,8 +162,8 @@ fn draws_are_those_of_the_host() -> Result<()> {
     devices().iter().try_for_each(|device| draws_agree(40, &sizes, device))
 }
 
-/// For rows of which so many values take part. A device's exponential may move a draw that falls next to an edge: rarely,
-/// and no further than to a neighbour.
+/// For rows of which so many values take part. A device's exponential may move a draw that falls next to an edge:
+/// rarely, and no further than to a neighbour.
 fn draws_agree(rows: usize, sizes: &[(usize, usize)], device: &Device) -> Result<()> {
     let mut random = Random::new(5);
     for dtype in [DType::F32, DType::BF16] {

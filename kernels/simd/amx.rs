@@ -46,6 +46,7 @@ pub(crate) trait Tiles {
 pub(crate) fn dispatch<K: Kernel>(widths: [usize; REGISTERS], kernel: K) {
     #[cfg(test)]
     if !is_available() {
+        #[allow(clippy::needless_return, reason = "more follows where there may be registers")]
         return kernel.run(&mut tests::Emulated::new(widths));
     }
     #[cfg(target_arch = "x86_64")]

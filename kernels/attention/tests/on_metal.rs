@@ -49,7 +49,7 @@ fn tiles_smoke() -> Result<()> {
     for params in [causal, window, ahead] {
         run_paged_attention(Case { params, ..base }, &Device::Cpu)?;
     }
-    run_attention(base, &Device::Cpu)?;
+    run_attention(Case { sequences: &[(0, 17), (0, 2)], ..base }, &Device::Cpu)?;
     run_paged_attention(Case { d: 256, hq: 2, hk: 1, sequences: &[(9, 16)], ..base }, &Device::Cpu)
 }
 
@@ -102,7 +102,9 @@ fn paged_attention_smoke() -> Result<()> {
         run_paged_attention(Case { params, ..base }, &Device::Cpu)?;
         run_paged_attention(Case { params, d: 33, ..base }, &Device::Cpu)?;
     }
-    run_paged_attention(Case { sequences: STEPS[5], ..base }, &Device::Cpu)
+    run_paged_attention(Case { sequences: STEPS[5], ..base }, &Device::Cpu)?;
+    // A split context beside a prompt in tiles, which the merge leaves alone.
+    run_paged_attention(Case { sequences: &[(1100, 1), (0, 17)], ..base }, &Device::Cpu)
 }
 
 #[test]

@@ -1,6 +1,7 @@
 // For the emulator's own tests.
 
-// y [8, 8] = a [8, 8] b^T, b [8, 8], by matrices of T; where [2, 8, 8] has each lane and element at its place in a matrix.
+// y [8, 8] = a [8, 8] b^T, b [8, 8], by matrices of T; where [2, 8, 8] has each lane and element at its place in a
+// matrix.
 template <typename T>
 [[kernel]] void matrix(device float *y [[buffer(0)]], device float *where [[buffer(1)]],
                        device const T *a [[buffer(2)]], device const T *b [[buffer(3)]],

@@ -7,7 +7,8 @@
 //! with it. What the emulator refuses and Metal may not: a part of a simdgroup at a simdgroup operation, an
 //! argument that is not bound as the kernel declares it, a read of threadgroup memory before a write.
 //!
-//! What it cannot show: Apple's compiler, registers and occupancy, fast math, caches, speed.
+//! What it cannot show: Apple's compiler, registers and occupancy, fast math, caches, speed, and whether a barrier names
+//! the memory that it orders, because here it orders all.
 
 #[cfg(test)]
 mod planted;
@@ -26,7 +27,7 @@ use std::time::Instant;
 use candle_core::{CpuStorage, DType, Error, Result, Storage, bail};
 use half::{bf16, f16};
 #[cfg(test)]
-pub(crate) use planted::{assert_mutants_fail, assert_wrong_launches_fail, suspended};
+pub(crate) use planted::{assert_mutants_fail, assert_wrong_launches_fail, assert_wrong_launches_fail_but, suspended};
 
 use super::{Argument, Backend, Launch, Source};
 
@@ -37,9 +38,9 @@ const SCHEDULES: u32 = 6;
 const LAUNCH_SECONDS: u32 = 600;
 
 /// Runs `test` with every op that has a Metal kernel on the emulator, in what runs on this thread. Says so and does
-/// nothing where clang 19 is not installed. Schedules take turns. With `TAPER_EMULATOR=thorough` in the environment every
-/// launch runs in all of them, whose results must agree to the bit, and `test` runs again under TSan, which judges by what
-/// orders two accesses, not by which came first: there they take turns.
+/// nothing where clang 19 is not installed. Schedules take turns. With `TAPER_EMULATOR=thorough` in the environment
+/// every launch runs in all of them, whose results must agree to the bit, and `test` runs again under TSan, which
+/// judges by what orders two accesses, not by which came first: there they take turns.
 pub fn emulated(test: impl Fn() -> Result<()>) -> Result<()> {
     if !is_available() {
         return Ok(());
@@ -109,11 +110,12 @@ struct Session {
     in_all_schedules: bool,
     /// Name of a source and the text that stands in for it.
     mutant: Option<(&'static str, String)>,
-    wrong: Option<Wrong>,
+    /// What is made wrong in the launches of a function.
+    wrong: Option<(String, Wrong)>,
     /// Instead of [`LAUNCH_SECONDS`].
     launch_seconds: Option<u32>,
     /// What could be made wrong in the launches so far.
-    applicable: Vec<Wrong>,
+    applicable: Vec<(String, Wrong)>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Hash)]
@@ -161,11 +163,17 @@ impl Session {
             });
         }
         for wrong in request.applicable() {
-            if !self.applicable.contains(&wrong) {
-                self.applicable.push(wrong);
-            }
-            if self.wrong == Some(wrong) {
+            let of_kernel = (kernel.clone(), wrong);
+            if self.wrong.as_ref() == Some(&of_kernel) {
                 request.spoil(wrong);
+                if let Wrong::Exchanged(i, j) = wrong
+                    && request.arguments[i].access == 1
+                {
+                    outputs.swap(request.outputs_before(i), request.outputs_before(j));
+                }
+            }
+            if !self.applicable.contains(&of_kernel) {
+                self.applicable.push(of_kernel);
             }
         }
         self.launches += 1;
@@ -234,6 +242,10 @@ impl Request<'_> {
             Wrong::FromStart(index) => self.arguments[index].start = 0,
             Wrong::Exchanged(i, j) => self.arguments.swap(i, j),
         }
+    }
+
+    fn outputs_before(&self, index: usize) -> usize {
+        self.arguments[..index].iter().filter(|argument| argument.access == 1).count()
     }
 
     fn encode(&self, schedule: u32) -> Vec<u8> {

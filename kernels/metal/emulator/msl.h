@@ -1,5 +1,5 @@
-// Stands in for <metal_stdlib>: as much of MSL as Taper's kernels use, for clang 19. With EMULATOR_FLAT all memory is one
-// address space, which sanitizers need; without it casts between address spaces can be found.
+// Stands in for <metal_stdlib>: as much of MSL as Taper's kernels use, for clang 19. With EMULATOR_FLAT all memory is
+// one address space, which sanitizers need; without it casts between address spaces can be found.
 #pragma once
 #pragma clang system_header // may use more of C++ than kernels
 #include "runtime.h"

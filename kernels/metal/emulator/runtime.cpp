@@ -147,7 +147,8 @@ void start(const Launch &launch, const uint32_t threadgroup[3]) {
   count = launch.threads[0] * launch.threads[1] * launch.threads[2];
   while (fibers.size() < count) {
     Fiber fiber{};
-    fiber.stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    fiber.stack =
+        mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     fiber.tsan = __tsan_create_fiber(0);
     fibers.push_back(fiber);
   }

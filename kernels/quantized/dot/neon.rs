@@ -149,8 +149,8 @@ impl Dot for Neon {
     #[inline(always)]
     fn load_half(values: &[f32; HALF]) -> Self::Half {
         let mut half = [unsafe { vdupq_n_f32(0.0) }; 4];
-        for i in 0..4 {
-            half[i] = unsafe { vld1q_f32(values.as_chunks::<4>().0[i].as_ptr()) };
+        for (half, values) in half.iter_mut().zip(values.as_chunks::<4>().0) {
+            *half = unsafe { vld1q_f32(values.as_ptr()) };
         }
         half
     }
