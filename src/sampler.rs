@@ -244,7 +244,7 @@ impl Sampler {
         let logits = self.penalised(raw);
         let max = if self.params.has_penalties() { checked_max(&logits)? } else { raw_max };
         let token = if self.params.temperature == 0.0 {
-            logits.iter().position(|&logit| logit == max).expect("the maximum is one of them")
+            first(&logits, max).expect("the maximum is one of them")
         } else {
             draw(&self.candidates(&logits, max), uniform(self.seed, self.step)) as usize
         };
@@ -300,12 +300,18 @@ pub(crate) fn nothing_to_choose_from() -> Error {
 
 /// The largest of `logits`, or an error if they leave nothing to choose from.
 fn checked_max(logits: &[f32]) -> Result<f32> {
-    let mut max = f32::NEG_INFINITY;
-    let mut has_nan = false;
-    for &logit in logits {
-        has_nan |= logit.is_nan();
-        max = if logit > max { logit } else { max };
+    // In lanes, of which the compiler makes vectors.
+    const LANES: usize = 16;
+    let (mut max, mut has_nan) = ([f32::NEG_INFINITY; LANES], [false; LANES]);
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    for logits in whole {
+        for (lane, &logit) in logits.iter().enumerate() {
+            has_nan[lane] |= logit.is_nan();
+            max[lane] = if logit > max[lane] { logit } else { max[lane] };
+        }
     }
+    let has_nan = has_nan.contains(&true) || rest.iter().any(|logit| logit.is_nan());
+    let max = max.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
     let message = if has_nan {
         "NaN among the logits".into()
     } else if max == f32::INFINITY {
@@ -316,6 +322,14 @@ fn checked_max(logits: &[f32]) -> Result<f32> {
         return Ok(max);
     };
     Err(candle_core::Error::Msg(format!("sampler: {message}")).into())
+}
+
+/// Where `value` first is; a part in which it may be is searched without a branch for each logit.
+fn first(logits: &[f32], value: f32) -> Option<usize> {
+    const PART: usize = 256;
+    let has = |part: &[f32]| part.iter().fold(false, |found, &logit| found | (logit == value));
+    let start = PART * logits.chunks(PART).position(has)?;
+    logits[start..].iter().position(|&logit| logit == value).map(|index| start + index)
 }
 
 /// Larger values first; equal ones by id.

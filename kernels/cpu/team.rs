@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use rayon::prelude::*;
 
-use self::manners::Manners;
+use self::manners::{Manners, processor};
 
 mod manners;
 
@@ -124,6 +124,8 @@ struct Team {
     next: Line<AtomicUsize>,
     /// Helpers that may be at the job.
     busy: Line<AtomicUsize>,
+    /// Where the leader is.
+    leader: Line<AtomicUsize>,
     /// Written by the leader while the epoch is even and nobody is busy, read by helpers that are busy in an odd one.
     job: UnsafeCell<Option<Job<'static>>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -140,6 +142,7 @@ impl Team {
         // SAFETY: the epoch is even and nobody is busy. The references end before this function does: it returns or
         // unwinds only when the epoch is even again and nobody busy.
         unsafe { *self.job.get() = Some(std::mem::transmute::<Job<'_>, Job<'static>>(job)) };
+        self.leader.0.store(processor(), Relaxed);
         self.next.0.store(0, Relaxed);
         self.epoch.0.fetch_add(1, SeqCst);
         {
@@ -182,7 +185,7 @@ impl Team {
                 _ if patience.wait() => _ = rayon::yield_now(),
                 _ => {}
             }
-            if manners.rest() {
+            if manners.rest(self.leader.0.load(Relaxed)) {
                 seen = 0;
             }
         }

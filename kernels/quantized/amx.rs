@@ -13,8 +13,8 @@ use super::dot::{self, Dot, Four, HALF};
 use super::rounded::Factors;
 use super::{OUTS, STEPS};
 use crate::linear::tile::pieces;
+use crate::simd::Stored;
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
-use crate::simd::{Stored, prefetch};
 
 /// Groups that all rows meet before the next: codes of a panel and of a register of rows take 24 KiB, which stay in the
 /// first-level cache.
@@ -84,19 +84,14 @@ impl<B: Block, X: Stored, T: Tiles> dot::Kernel for Panel<'_, B, X, T> {
                 fetch(ahead, group);
                 block.prepare::<D>(unpacked);
             }
+            let halves = 2 * totals.len();
             let half = |index: usize| {
                 let (codes, factors) = x.register(first + index / 2, groups.clone());
                 Half { blocks, unpacked, codes, factors, half: index % 2 }
             };
-            let halves = 2 * totals.len();
             let mut behind = None;
             for index in 0..=halves {
                 let current = (index < halves).then(|| half(index));
-                if index % 2 == 1 && index + 1 < halves {
-                    let (codes, factors) = x.register(first + index / 2 + 1, groups.clone());
-                    prefetch(codes);
-                    prefetch(factors);
-                }
                 let register = index.saturating_sub(1) / 2;
                 add::<B, D, T>(tiles, &mut ring, current.as_ref(), behind.as_ref(), &mut totals[register]);
                 if groups.end == x.groups {

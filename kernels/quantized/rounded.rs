@@ -209,6 +209,10 @@ impl<X: Stored> Kernel for Round<'_, X> {
                 let factors = Factors { scale, sum: scale * sum as f32, offset: -128 * sum };
                 self.factors[group * self.places + row] = factors;
                 let target = &mut self.codes[group * STEPS * self.places + row * self.strides[0]..];
+                if self.strides[1] == 1 {
+                    target[..STEPS].copy_from_slice(codes.as_chunks().0);
+                    continue;
+                }
                 for (target, codes) in target.iter_mut().step_by(self.strides[1]).zip(codes.as_chunks().0) {
                     *target = *codes;
                 }

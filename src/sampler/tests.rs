@@ -275,6 +275,22 @@ fn greedy_takes_the_largest_logit() {
     assert_eq!(greedy(&[f32::NEG_INFINITY, -5.0, f32::NEG_INFINITY]), 1);
 }
 
+/// Wherever it is: logits are read in vectors and in parts.
+#[test]
+fn the_largest_logit_and_nan_are_found_anywhere() {
+    for len in [1, 15, 16, 17, 255, 256, 257, 700] {
+        for index in 0..len {
+            let mut logits: Vec<f32> = (0..len).map(|i| -1.0 - (i * 37 % 11) as f32).collect();
+            logits[index] = 1.0;
+            logits[len - 1] = 1.0;
+            let sample = |logits: &[f32]| sampler(SamplingParams::default()).sample(logits);
+            assert_eq!(sample(&logits).unwrap().token as usize, index, "{len}");
+            logits[index] = f32::NAN;
+            assert!(sample(&logits).is_err(), "{index} of {len}");
+        }
+    }
+}
+
 #[test]
 fn padding_rows_are_never_chosen() {
     let logits = [1.0, 2.0, 0.0, 1.5, 9.0, f32::NAN];

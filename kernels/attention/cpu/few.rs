@@ -3,7 +3,6 @@
 
 use std::cell::Cell;
 use std::ops::Range;
-use std::ptr;
 
 use super::{Attention, CHUNK, Mix, Operand, Part, softmax};
 use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_at};
@@ -143,7 +142,8 @@ impl<P> Rows<'_, P> {
     #[inline(always)]
     fn ahead(&self, at: usize, head: usize) -> Lines<P> {
         let len = (self.heads.len() - 1) * self.keys.strides[1] + self.d;
-        let mut lines = Lines { starts: [ptr::null(); TILE], count: 0, len, at: 0, offset: 0 };
+        let any = self.keys.head(self.places[0], self.heads.start, self.d).as_ptr();
+        let mut lines = Lines { starts: [any; TILE], count: 0, len, at: 0, offset: 0 };
         let share = |head: usize| at + AHEAD + head * TILE / self.heads.len();
         for index in share(head)..share(head + 1) {
             let (operand, index) = match index.checked_sub(self.places.len()) {
@@ -172,17 +172,24 @@ struct Lines<P> {
 }
 
 impl<P> Lines<P> {
-    /// Asks for 64 bytes, of elements of four bytes for 128: as many as are used in one turn of [`score`] or [`weigh`].
+    /// Of a line; elements of four bytes take two.
+    const ELEMENTS: usize = 32;
+
+    /// Where the lines of as many turns of [`score`] or [`weigh`] begin, for [`Lines::fetch`]. From the last one on, those
+    /// of the same positions again.
     #[inline(always)]
-    fn next(&mut self) {
-        const ELEMENTS: usize = 32;
-        if self.at < self.count {
-            prefetch_at(self.starts[self.at].wrapping_add(self.offset), ELEMENTS);
-            self.offset += ELEMENTS;
-            if self.offset >= self.len {
-                (self.at, self.offset) = (self.at + 1, 0);
-            }
+    fn next(&mut self, turns: usize) -> *const P {
+        let start = self.starts[self.at].wrapping_add(self.offset);
+        self.offset += turns * Self::ELEMENTS;
+        while self.offset >= self.len {
+            (self.at, self.offset) = ((self.at + 1).min(self.count.max(1) - 1), self.offset - self.len);
         }
+        start
+    }
+
+    #[inline(always)]
+    fn fetch(start: *const P, turn: usize) {
+        prefetch_at(start.wrapping_add(turn * Self::ELEMENTS), Self::ELEMENTS);
     }
 }
 
@@ -234,6 +241,7 @@ fn weigh_rows<V: Lanes, P: Stored>(
         let alike = bounds[row..].iter().take(ROWS).take_while(|bounds| within(bounds, at) == keys).count();
         let (weights, mix) = (&weights[row..], &mut mix[row * lanes..]);
         match alike {
+            _ if keys.is_empty() => {}
             1 => weigh::<V, P, 1>(weights, tile, mix, at, keys, ahead),
             2 => weigh::<V, P, 2>(weights, tile, mix, at, keys, ahead),
             _ => weigh::<V, P, ROWS>(weights, tile, mix, at, keys, ahead),
@@ -265,8 +273,9 @@ fn score<V: Lanes, P: Stored, const R: usize>(
             keys[key] = &tile[half + key][..lanes];
         }
         let mut sums = [[V::splat(0.0); KEYS]; R];
+        let line = ahead.next(lanes);
         for i in 0..lanes {
-            ahead.next();
+            Lines::fetch(line, i);
             let mut query = [V::splat(0.0); R];
             for row in 0..R {
                 query[row] = V::load(&rows[row][i]);
@@ -322,30 +331,48 @@ fn weigh_columns<V: Lanes, P: Stored, const R: usize, const C: usize>(
 ) {
     let lanes = tile[0].len();
     let mut sums = [[V::splat(0.0); C]; R];
+    let mut rows = [&[0.0; TILE]; R];
     for row in 0..R {
         let mix = &mix[row * lanes + column..][..C];
         for c in 0..C {
             sums[row][c] = V::load(&mix[c]);
         }
+        rows[row] = &weights[row].as_chunks().0[at / TILE];
     }
-    for key in keys {
-        ahead.next();
-        let value = &tile[key - at][column..][..C];
-        let mut weight = [V::splat(0.0); R];
-        for row in 0..R {
-            weight[row] = V::splat(weights[row][key]);
+    let line = ahead.next(keys.len());
+    // The same twice, the usual case without a loop.
+    if keys.len() == TILE {
+        for key in 0..TILE {
+            Lines::fetch(line, key);
+            weigh_key::<V, P, R, C>(&rows, tile, key, column, &mut sums);
         }
-        for c in 0..C {
-            let value: V = P::load(&value[c]);
-            for row in 0..R {
-                sums[row][c] = weight[row].mul_add(value, sums[row][c]);
-            }
+    } else {
+        for key in keys.start - at..keys.end - at {
+            Lines::fetch(line, key);
+            weigh_key::<V, P, R, C>(&rows, tile, key, column, &mut sums);
         }
     }
     for row in 0..R {
         let mix = &mut mix[row * lanes + column..][..C];
         for c in 0..C {
             sums[row][c].store(&mut mix[c]);
+        }
+    }
+}
+
+#[inline(always)]
+fn weigh_key<V: Lanes, P: Stored, const R: usize, const C: usize>(
+    weights: &[&[f32; TILE]; R],
+    tile: &Sources<P>,
+    key: usize,
+    column: usize,
+    sums: &mut [[V; C]; R],
+) {
+    let value = &tile[key][column..][..C];
+    for c in 0..C {
+        let value: V = P::load(&value[c]);
+        for row in 0..R {
+            sums[row][c] = V::splat(weights[row][key]).mul_add(value, sums[row][c]);
         }
     }
 }

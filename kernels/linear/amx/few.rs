@@ -9,7 +9,7 @@ use super::{BLOCK, Product, RUN, RUNS, parts};
 use crate::cpu::share_pieces;
 use crate::linear::cpu::{MIN_TASK, aligned, write_rounded};
 use crate::linear::tile::pieces;
-use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, prefetch, prefetch_far};
+use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, prefetch_far};
 
 /// Up to this many rows, weights are read from memory faster than registers are filled with them.
 pub const MOST: usize = 3;
@@ -85,7 +85,6 @@ impl<X: Stored> Kernel for Few<'_, X> {
         let Self { product: &Product { weight, inner, .. }, x, outs, sums } = self;
         // Beyond the last output it is computed again.
         let row = |out: usize| &weight[(outs.start + out).min(outs.end - 1) * inner..][..inner];
-        let is_near = LANES * inner * size_of::<bf16>() <= PREFETCHED_BYTES;
         let mut next = weight[outs.end * inner..].chunks(4 * BLOCK);
         let row_of_x = x.len() / sums.len();
         let mut totals = [V::splat(0.0); MOST];
@@ -94,9 +93,12 @@ impl<X: Stored> Kernel for Few<'_, X> {
                 let x = &x[row_index * row_of_x + block.start * X::PARTS..(row_index + 1) * row_of_x];
                 let mut terms = [[[0.0; RUNS]; 3]; LANES];
                 for (four, terms) in terms.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let weights = std::array::from_fn(|i| &row(4 * four + i)[block.clone()]);
+                    let mut weights = [&weight[..0]; 4];
+                    for (i, weights) in weights.iter_mut().enumerate() {
+                        *weights = &row(4 * four + i)[block.clone()];
+                    }
                     let next = if row_index == 0 { next.next().unwrap_or_default() } else { &[] };
-                    let four = Four { weights, next, is_near, terms };
+                    let four = Four { weights, next, terms };
                     match X::PARTS {
                         1 => four.run::<1>(x),
                         2 => four.run::<2>(x),
@@ -125,15 +127,11 @@ impl<X: Stored> Kernel for Few<'_, X> {
     }
 }
 
-/// Weights that are asked for ahead of time stay in the first-level cache if they are no more than these bytes.
-const PREFETCHED_BYTES: usize = 24 << 10;
-
 /// Four outputs with a block of `x`.
 struct Four<'a> {
     weights: [&'a [bf16]; 4],
     /// What will be wanted next.
     next: &'a [bf16],
-    is_near: bool,
     terms: &'a mut [Terms; 4],
 }
 
@@ -172,44 +170,67 @@ impl Four<'_> {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
     unsafe fn run_avx512<const PARTS: usize>(self, x: &[[[f32; RUNS]; 2]]) {
-        use std::arch::x86_64::*;
-        let Self { weights, next, is_near, terms } = self;
-        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-        let mut sums = [[[_mm512_setzero_ps(); 2]; PARTS]; 4];
+        use std::arch::x86_64::{_mm512_add_ps, _mm512_setzero_ps, _mm512_storeu_ps};
+        let Self { weights, next, terms } = self;
         let (runs, rest) = (weights[0].len() / RUN, weights[0].len() % RUN);
-        let mut next = next.chunks(4 * RUN);
-        for (run, x) in x.as_chunks::<PARTS>().0.iter().enumerate().take(runs + usize::from(rest > 0)) {
-            match next.next() {
-                None => {}
-                Some(next) if is_near => prefetch(next),
-                Some(next) => prefetch_far(next),
+        let mut whole: [&[[bf16; RUN]]; 4] = [&[]; 4];
+        for (whole, weights) in whole.iter_mut().zip(weights) {
+            *whole = &weights.as_chunks().0[..runs];
+        }
+        let mut sums = [[[_mm512_setzero_ps(); 2]; PARTS]; 4];
+        let (xs, _) = x.as_chunks::<PARTS>();
+        let mut next = next.as_chunks::<{ 4 * RUN }>().0.iter();
+        for run in 0..runs {
+            prefetch_far(next.next().map_or(&[][..], |next| next));
+            // SAFETY: the feature is there.
+            unsafe { multiply([&whole[0][run], &whole[1][run], &whole[2][run], &whole[3][run]], &xs[run], &mut sums) };
+        }
+        if rest > 0 {
+            let mut padded = [[bf16::ZERO; RUN]; 4];
+            for (padded, weights) in padded.iter_mut().zip(weights) {
+                padded[..rest].copy_from_slice(&weights[runs * RUN..]);
             }
-            for out in 0..4 {
-                let mut padded = [half::bf16::ZERO; RUN];
-                let weights = match weights[out].as_chunks::<RUN>().0.get(run) {
-                    Some(weights) => weights,
-                    None => {
-                        padded[..rest].copy_from_slice(&weights[out][runs * RUN..]);
-                        &padded
-                    }
-                };
-                // SAFETY: loads and stores here and below cover exactly an array.
-                let weights = unsafe { _mm512_loadu_si512(weights.as_ptr().cast()) };
-                let first = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(weights));
-                let second = _mm512_castsi512_ps(_mm512_and_si512(weights, upper));
-                for part in 0..PARTS {
-                    let [a, b] = &x[part];
-                    let (a, b) = unsafe { (_mm512_loadu_ps(a.as_ptr()), _mm512_loadu_ps(b.as_ptr())) };
-                    sums[out][part][0] = _mm512_fmadd_ps(a, first, sums[out][part][0]);
-                    sums[out][part][1] = _mm512_fmadd_ps(b, second, sums[out][part][1]);
-                }
-            }
+            // SAFETY: the feature is there.
+            unsafe { multiply([&padded[0], &padded[1], &padded[2], &padded[3]], &xs[runs], &mut sums) };
         }
         for out in 0..4 {
             for part in 0..PARTS {
                 let [first, second] = sums[out][part];
+                // SAFETY: the store covers exactly an array.
                 unsafe { _mm512_storeu_ps(terms[out][part].as_mut_ptr(), _mm512_add_ps(first, second)) };
             }
+        }
+    }
+}
+
+/// Adds the products of a run: 24 sums, the three parts' pair of `x` and the weights are as many registers as there are.
+///
+/// # Safety
+///
+/// The machine has AVX-512 F.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply<const PARTS: usize>(
+    weights: [&[bf16; RUN]; 4],
+    x: &[[[f32; RUNS]; 2]; PARTS],
+    sums: &mut [[[std::arch::x86_64::__m512; 2]; PARTS]; 4],
+) {
+    use std::arch::x86_64::{
+        _mm512_and_si512, _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+        _mm512_slli_epi32,
+    };
+    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    for out in 0..4 {
+        // SAFETY: loads here and below cover exactly an array.
+        let weights = unsafe { _mm512_loadu_si512(weights[out].as_ptr().cast()) };
+        let first = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(weights));
+        let second = _mm512_castsi512_ps(_mm512_and_si512(weights, upper));
+        for part in 0..PARTS {
+            let [a, b] = &x[part];
+            let (a, b) = unsafe { (_mm512_loadu_ps(a.as_ptr()), _mm512_loadu_ps(b.as_ptr())) };
+            sums[out][part][0] = _mm512_fmadd_ps(a, first, sums[out][part][0]);
+            sums[out][part][1] = _mm512_fmadd_ps(b, second, sums[out][part][1]);
         }
     }
 }
