@@ -3,11 +3,16 @@
 use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+#[cfg(any(test, target_arch = "x86_64"))]
+use std::ops::Range;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
 use half::{bf16, f16};
-use rayon::prelude::*;
+
+pub(crate) use self::team::{share, share_pieces};
+
+mod team;
 
 /// A storage type whose values are exact in f32.
 pub(crate) trait Element: WithDType + Send + Sync {
@@ -50,7 +55,7 @@ pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     if crate::metal::emulator::emulator().is_some() {
         return f();
     }
-    rayon::scope(|_| f())
+    team::lead(f)
 }
 
 /// A contiguous operand that an op struct borrows as a tensor, locked for reading.
@@ -112,6 +117,15 @@ impl<'a, T> Shared<'a, T> {
         assert!(start + len <= self.len, "part {start}..{} of a buffer of {}", start + len, self.len);
         // SAFETY: within the buffer by the assertion, unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+#[cfg(any(test, target_arch = "x86_64"))]
+impl<T> Shared<'_, T> {
+    /// Asks for a part to be brought near.
+    #[inline(always)]
+    pub fn fetch(&self, part: Range<usize>) {
+        crate::simd::prefetch_at(self.start.wrapping_add(part.start), part.len());
     }
 }
 
@@ -201,12 +215,11 @@ pub(crate) fn fill_rows<T: Element>(len: usize, d: usize, fill: impl Fn(usize, &
         fill(first, unsafe { &mut *(part as *mut [MaybeUninit<T>] as *mut [T]) })
     };
     let mut out = Vec::with_capacity(len);
-    let parts = &mut out.spare_capacity_mut()[..len];
-    if len <= rows * d {
-        fill(0, parts)
-    } else {
-        parts.par_chunks_mut((rows * d).max(1)).enumerate().for_each(|(task, part)| fill(task * rows, part))
-    }
+    let parts = Shared::new(&mut out.spare_capacity_mut()[..len]);
+    share_pieces(0..len, (rows * d).max(1), |part| {
+        // SAFETY: pieces do not overlap.
+        fill(part.start / d, unsafe { parts.part(part.start, part.len()) })
+    });
     // SAFETY: the parts cover it, and each was written.
     unsafe { out.set_len(len) };
     out

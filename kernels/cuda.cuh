@@ -40,6 +40,19 @@ __device__ inline float sum_lanes(float x, int width) {
   return x;
 }
 
+// 2^x; subnormal results are zero.
+__device__ inline float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1 / x within two units of the last place; subnormal values count as zero.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Waits, in a kernel that may start while the one before it in its stream still runs, until that one has ended and what
 // it wrote can be seen. Whatever it does not write may be read earlier. Does nothing in a kernel launched otherwise.
 __device__ inline void wait_for_inputs() {
@@ -53,6 +66,11 @@ __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Waits until all threads of the cluster have come, and what they have written to shared memory can be seen.
+__device__ inline void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Defines `extern "C"` kernels <name>_f32, <name>_f16 and <name>_bf16 of one function template over the dtype:

@@ -98,10 +98,3 @@ template <int FROM, int TO> __device__ inline float max_lanes(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, offset));
   return x;
 }
-
-// 2^x; subnormal results are zero.
-__device__ inline float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}

@@ -232,14 +232,20 @@ pub(crate) fn store<V: Lanes, T: Stored>(lanes: V, target: &mut [T]) {
 /// Asks for `data` to be brought near, where the machine can be asked.
 #[inline(always)]
 pub(crate) fn prefetch<T>(data: &[T]) {
+    prefetch_at(data.as_ptr(), data.len());
+}
+
+/// As [`prefetch`], of `count` values from `start` on, wherever that is.
+#[inline(always)]
+pub(crate) fn prefetch_at<T>(start: *const T, count: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(data)).step_by(64) {
+    for line in (0..count * size_of::<T>()).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch has no effect but speed.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(line)) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.cast::<i8>().wrapping_add(line)) }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = data;
+    let _ = (start, count);
 }
 
 /// As [`prefetch`], into the second-level cache.

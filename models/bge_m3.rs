@@ -7,7 +7,6 @@
 
 use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
-use kernels::activation::gelu;
 use kernels::attention::{AttentionParams, Mask, attention};
 use kernels::gather::gather;
 use kernels::norm::add_layer_norm;
@@ -238,7 +237,7 @@ impl EncoderLayer {
 
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let x = self.attention_norm.forward(&self.attention.forward(x, batch)?, x)?;
-        let y = self.output.forward(&gelu(&self.intermediate.forward(&x)?)?)?;
+        let y = self.output.forward(&self.intermediate.forward_gelu(&x)?)?;
         self.output_norm.forward(&y, &x)
     }
 }

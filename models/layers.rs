@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
-use kernels::activation::Activation;
+use kernels::activation::{Activation, gelu};
 use kernels::attention::AttentionParams;
 use kernels::gather::gather;
 use kernels::heads::{KeyValueHeads, norm_rope_attend};
-use kernels::linear::{Around, linear_around};
+use kernels::linear::{Around, linear_around, linear_gelu};
 use kernels::norm::{self, Norm};
 use kernels::quantized::{self, QuantizedMatrix};
 use kernels::{Batch, rope};
@@ -113,6 +113,18 @@ impl Linear {
         match &self.weight {
             Matrix::Dense(weight) => linear_around(x, weight, self.bias.as_ref(), around),
             Matrix::Packed(weight) => quantized::linear_around(x, weight, self.bias.as_ref(), around),
+        }
+    }
+
+    /// The GELU of [`Linear::forward`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Linear::forward`].
+    pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.weight {
+            Matrix::Dense(weight) => linear_gelu(x, weight, self.bias.as_ref()),
+            Matrix::Packed(_) => gelu(&self.forward(x)?),
         }
     }
 }

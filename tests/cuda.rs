@@ -64,6 +64,12 @@ fn requests(count: u32) -> Vec<Request> {
         .collect()
 }
 
+#[test]
+fn every_family_agrees_with_transformers() {
+    let Some(device) = gpu() else { return };
+    support::assert_fixtures_agree(&device);
+}
+
 const FIXTURES: [&str; 4] = ["qwen3-base-s0", "qwen3_5-base-s0", "qwen3_5_moe-base-s4", "gemma4-base-s0"];
 
 #[test]

@@ -6,8 +6,7 @@
 mod support;
 
 use candle_core::{DType, Device};
-use models::{Checkpoint, Quantization};
-use taper::verify::{Entry, verify};
+use models::Quantization;
 use taper::{DeviceChoice, EngineOptions, Options, SamplingParams};
 
 fn gpu() -> Option<Device> {
@@ -18,38 +17,10 @@ fn gpu() -> Option<Device> {
     device.ok()
 }
 
-/// Every committed fixture, all families, in f32 and with bf16 weights and activations. All failures are told at once. The
-/// limits of bf16 are transformers' own errors, and a few arrays are as far off on the CPU: those say nothing of Metal.
 #[test]
 fn every_family_agrees_with_transformers() {
     let Some(device) = gpu() else { return };
-    let (mut compared, mut failures) = (0, Vec::new());
-    for fixture in support::fixtures() {
-        let reference = fixture.join("reference.safetensors");
-        let bf16 = support::derive_bf16(&fixture.join("f32"));
-        for (folder, dtype) in [(fixture.join("f32"), DType::F32), (bf16.path().into(), DType::BF16)] {
-            let name = format!("{} {dtype:?}", fixture.display());
-            let checkpoint = Checkpoint::Folder(folder);
-            let failed_on = |device: &Device| {
-                let report = verify(&checkpoint, &reference, dtype, device)?;
-                let failed: Vec<Entry> = report.entries.iter().filter(|entry| !entry.passed).cloned().collect();
-                Ok::<_, taper::Error>((report.entries.len(), failed))
-            };
-            match failed_on(&device) {
-                Err(error) => failures.push(format!("{name}: {error}")),
-                Ok((len, mut failed)) => {
-                    compared += len;
-                    if !failed.is_empty() {
-                        let (_, elsewhere) = failed_on(&Device::Cpu).expect("the CPU runs every fixture");
-                        failed.retain(|entry| !elsewhere.iter().any(|other| other.name == entry.name));
-                    }
-                    failures.extend(failed.iter().map(|entry| format!("{name}: {entry:?}")));
-                }
-            }
-        }
-    }
-    assert!(failures.is_empty(), "{} of {compared} arrays:\n{}", failures.len(), failures.join("\n"));
-    assert!(compared > 200, "{compared} arrays compared");
+    support::assert_fixtures_agree(&device);
 }
 
 #[test]

@@ -1,31 +1,5 @@
 // Activations: gates of MLPs and of attention, GELU, the softcap. N values at a time where rows allow it.
-#include "cuda.cuh"
-
-__device__ float silu(float x) { return x / (1 + expf(-x)); }
-// 0.5 (1 + tanh(z)) = sigmoid(2 z), and 1 + erf(z) = erfc(-z): these lose nothing where the result is small.
-__device__ float gelu_tanh(float x) { return x / (1 + expf(-1.5957691216f * fmaf(0.044715f * x * x, x, x))); }
-__device__ float gelu(float x) { return 0.5f * x * erfcf(-0.7071067812f * x); }
-
-// erfc(z) = t exp(p(t) - z^2) with t = 2 / (2 + z) and z from 0 on: within 1.2e-7 of it, relatively. Coefficients:
-// Press et al., "Numerical Recipes", section 6.2.
-__device__ float erfc_of_positive(float z) {
-  constexpr float P[] = {-1.26551223f, 1.00002368f, 0.37409196f, 0.09678418f, -0.18628806f,
-                         0.27886807f,  -1.13520398f, 1.48851587f, -0.82215223f, 0.17087277f};
-  const float t = __fdividef(1, fmaf(0.5f, z, 1));
-  float p = P[9];
-#pragma unroll
-  for (int i = 8; i >= 0; i--)
-    p = fmaf(p, t, P[i]);
-  return t * __expf(fmaf(-z, z, p));
-}
-
-// For what is rounded to 16 bits anyway, in a third of the time: what `__expf` loses is below 1e-5 where a result is not
-// zero in f16, and 1e-4 in bf16.
-__device__ float gelu_rounded(float x) {
-  const float tail = erfc_of_positive(fabsf(x) * 0.7071067812f);
-  return 0.5f * x * (x < 0 ? tail : 2 - tail);
-}
-template <typename T> __device__ float gelu_of(float x) { return sizeof(T) == 2 ? gelu_rounded(x) : gelu(x); }
+#include "activation/activation.cuh"
 
 // y [n, d] of a and b, rows of two strides each; a thread has N values of a row.
 template <typename T, int N, typename F>

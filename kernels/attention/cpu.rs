@@ -10,13 +10,12 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use self::few::Few;
 use self::many::Many;
 use super::AttentionParams;
 use crate::Batch;
 use crate::batch::Sequence;
+use crate::cpu::{Shared, share};
 #[cfg(target_arch = "x86_64")]
 use crate::linear::tile::Wide;
 use crate::linear::tile::{Narrow, Tile, pieces};
@@ -71,103 +70,112 @@ pub struct Attention<'a, T, P> {
     pub params: AttentionParams,
 }
 
-/// Consecutive tokens of a sequence, the query heads of some key heads, and where their results go.
-struct Block<'a, T> {
+/// Consecutive tokens of a sequence and the query heads of some key heads.
+struct Block<'a> {
     sequence: &'a Sequence,
     heads: Range<usize>,
     tokens: Range<usize>,
-    /// `[heads, tokens]`
-    out: Vec<&'a mut [T]>,
+    /// Positions that each token sees. Both ends move forward from token to token.
+    seen: Vec<Range<usize>>,
 }
 
 impl<T: Stored, P: Stored> Attention<'_, T, P> {
     /// `[N, hq, d]`
     pub fn run(&self) -> Vec<T> {
         let mut out = vec![T::round(0.0); self.batch.num_tokens() * self.hq * self.d];
-        let blocks = self.blocks(&mut out);
+        let target = Shared::new(&mut out);
         let work: usize = self.batch.host.iter().map(|sequence| sequence.tokens.len() * sequence.context_len).sum();
-        if work * self.hq * self.d < SERIAL {
-            blocks.into_iter().for_each(|block| self.block(block, false))
+        let is_serial = work * self.hq * self.d < SERIAL;
+        let blocks = self.blocks(is_serial);
+        let attend =
+            |block| self.write(block, &Part { attention: self, block, chunks: block.chunks() }.attend(), &target);
+        if is_serial {
+            blocks.iter().for_each(attend);
+        } else if blocks.len() >= 4 * rayon::current_num_threads() {
+            share(blocks.len(), |i| attend(&blocks[i]));
         } else {
-            let split = blocks.len() < 4 * rayon::current_num_threads();
-            blocks.into_par_iter().for_each(|block| self.block(block, split))
+            self.attend_by_chunks(&blocks, &target);
         }
         out
     }
 
+    /// Too few blocks for all threads, which share the chunks of each as well.
+    fn attend_by_chunks(&self, blocks: &[Block], out: &Shared<T>) {
+        let mut parts = Vec::new();
+        let mut parts_of = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let first = parts.len();
+            parts.extend(block.chunks().map(|chunk| Part { attention: self, block, chunks: chunk..chunk + 1 }));
+            parts_of.push(first..parts.len());
+        }
+        let mut mixes: Vec<Option<Mix>> = parts.iter().map(|_| None).collect();
+        let mixes = Shared::new(&mut mixes);
+        // SAFETY: every task has a mix of its own.
+        share(parts.len(), |i| unsafe { mixes.part(i, 1) }[0] = Some(parts[i].attend()));
+        share(blocks.len(), |i| {
+            // SAFETY: every task has mixes of its own.
+            let mixes = unsafe { mixes.part(parts_of[i].start, parts_of[i].len()) };
+            let mut mixes = mixes.iter_mut().flatten();
+            let mix = mixes.next().expect("a query sees at least itself");
+            mixes.for_each(|later| mix.merge(later));
+            self.write(&blocks[i], mix, out);
+        });
+    }
+
     /// Few rows of all heads make one block, which reads whole pages from end to end; with many rows every key head
     /// has blocks of its own.
-    fn blocks<'a>(&'a self, out: &'a mut [T]) -> Vec<Block<'a, T>> {
+    fn blocks(&self, is_serial: bool) -> Vec<Block<'_>> {
         let group = self.hq / self.hk;
         let rows = (BLOCK_ELEMENTS / self.d / 12 * 12).clamp(12, BLOCK_ROWS);
         let chunks: usize = self.batch.host.iter().map(|sequence| sequence.context_len.div_ceil(CHUNK)).sum();
-        let shares = (2 * rayon::current_num_threads() / chunks.max(1)).clamp(1, self.hk);
-        let mut out = out.chunks_exact_mut(group * self.d);
-        let mut blocks: Vec<Block<T>> = Vec::new();
+        // So many that all threads have some of the chunks, and then of the blocks.
+        let threads = if is_serial { 0 } else { rayon::current_num_threads() };
+        let sequences = self.batch.host.len();
+        let shares = (4 * threads).div_ceil(chunks.max(1)).max(threads.div_ceil(sequences)).clamp(1, self.hk);
+        let mut blocks = Vec::new();
         for sequence in &self.batch.host {
-            let few = self.are_few(sequence.tokens.len());
-            let heads_each = if few { self.hk.div_ceil(shares) } else { 1 };
+            let heads_each = if self.are_few(sequence.tokens.len()) { self.hk.div_ceil(shares) } else { 1 };
             for tokens in pieces(sequence.tokens.clone(), rows.div_ceil(group)) {
-                let mut outs: Vec<Vec<&mut [T]>> = (0..self.hk).map(|_| Vec::with_capacity(tokens.len())).collect();
-                for _ in tokens.clone() {
-                    outs.iter_mut().zip(&mut out).for_each(|(outs, out)| outs.push(out));
-                }
-                let mut outs = outs.into_iter();
+                let visible = |token| self.params.visible(sequence.position(token), sequence.context_len);
+                let seen: Vec<Range<usize>> = tokens.clone().map(visible).collect();
                 blocks.extend(pieces(0..self.hk, heads_each).map(|heads| Block {
                     sequence,
-                    out: outs.by_ref().take(heads.len()).flatten().collect(),
                     heads,
                     tokens: tokens.clone(),
+                    seen: seen.clone(),
                 }));
             }
         }
         blocks
     }
 
+    fn write(&self, block: &Block, mix: &Mix, out: &Shared<T>) {
+        dispatch(Write { attention: self, block, mix, out });
+    }
+
     /// Whether so many tokens of a sequence stream their keys; lanes are then whole in every row.
     fn are_few(&self, tokens: usize) -> bool {
         tokens * (self.hq / self.hk) <= FEW_ROWS && self.d.is_multiple_of(LANES)
     }
+}
 
-    fn block(&self, block: Block<T>, split: bool) {
-        let Block { sequence, heads, tokens, out } = block;
-        let seen: Vec<Range<usize>> =
-            tokens.clone().map(|token| self.params.visible(sequence.position(token), sequence.context_len)).collect();
-        // Both ends of what is seen move forward from token to token.
-        let chunks = seen[0].start / CHUNK..seen[seen.len() - 1].end.div_ceil(CHUNK);
-        let part = Part { attention: self, sequence, heads, tokens, seen: &seen, chunks };
-        let mix = if split {
-            let chunks = part.chunks.clone().into_par_iter();
-            let parts: Vec<Mix> = chunks.map(|chunk| part.of(chunk..chunk + 1).attend()).collect();
-            let mut parts = parts.into_iter();
-            let mut mix = parts.next().expect("a query sees at least itself");
-            parts.for_each(|part| mix.merge(&part));
-            mix
-        } else {
-            part.attend()
-        };
-        dispatch(Write { mix, out, d: self.d });
+impl Block<'_> {
+    /// Those that hold what the tokens see.
+    fn chunks(&self) -> Range<usize> {
+        self.seen[0].start / CHUNK..self.seen[self.seen.len() - 1].end.div_ceil(CHUNK)
     }
 }
 
 /// A block over some chunks of keys.
 struct Part<'a, T, P> {
     attention: &'a Attention<'a, T, P>,
-    sequence: &'a Sequence,
-    heads: Range<usize>,
-    tokens: Range<usize>,
-    /// Positions that each token sees.
-    seen: &'a [Range<usize>],
+    block: &'a Block<'a>,
     chunks: Range<usize>,
 }
 
 impl<T: Stored, P: Stored> Part<'_, T, P> {
-    fn of(&self, chunks: Range<usize>) -> Self {
-        Self { heads: self.heads.clone(), tokens: self.tokens.clone(), chunks, ..*self }
-    }
-
     fn attend(&self) -> Mix {
-        if self.attention.are_few(self.sequence.tokens.len()) {
+        if self.attention.are_few(self.block.sequence.tokens.len()) {
             return dispatch(Few(self));
         }
         match instructions() {
@@ -191,35 +199,37 @@ impl<T: Stored, P: Stored> Part<'_, T, P> {
 
     /// Rows of each key head, by token and then by query head.
     fn rows(&self) -> usize {
-        self.tokens.len() * self.group()
+        self.block.tokens.len() * self.group()
     }
 
     /// Row `row` of `head`.
     #[inline(always)]
     fn query(&self, head: usize, row: usize) -> &[T] {
         let Attention { ref q, d, .. } = *self.attention;
-        q.head(self.tokens.start + row / self.group(), head * self.group() + row % self.group(), d)
+        q.head(self.block.tokens.start + row / self.group(), head * self.group() + row % self.group(), d)
     }
 
     /// The keys of `chunk` that `row` sees, within the chunk.
     fn bounds(&self, chunk: usize, row: usize) -> Range<usize> {
-        let seen = &self.seen[row / self.group()];
+        let seen = &self.block.seen[row / self.group()];
         let clip = |position: usize| position.clamp(chunk * CHUNK, (chunk + 1) * CHUNK) - chunk * CHUNK;
         clip(seen.start)..clip(seen.end)
     }
 
-    /// The keys of `chunk` that any row sees, within the chunk, and the rows of the operands that hold them.
-    fn places(&self, chunk: usize) -> (Range<usize>, Vec<usize>) {
-        let sequence = self.sequence;
+    /// The keys of `chunk` that any row sees, within the chunk; `places` become the rows of the operands that hold them.
+    fn find(&self, chunk: usize, places: &mut Vec<usize>) -> Range<usize> {
+        let sequence = self.block.sequence;
         let range = self.bounds(chunk, 0).start..self.bounds(chunk, self.rows() - 1).end;
         let positions = chunk * CHUNK + range.start..chunk * CHUNK + range.end;
-        let places = match self.attention.block_size {
-            None => positions.map(|position| sequence.tokens.start + position).collect(),
+        places.clear();
+        match self.attention.block_size {
+            None => places.extend(positions.map(|position| sequence.tokens.start + position)),
             Some(size) => {
-                positions.map(|position| sequence.blocks[position / size] as usize * size + position % size).collect()
+                let place = |position| sequence.blocks[position / size] as usize * size + position % size;
+                places.extend(positions.map(place))
             }
-        };
-        (range, places)
+        }
+        range
     }
 }
 
@@ -229,6 +239,7 @@ thread_local! {
 }
 
 /// What the rows of a block make of some keys.
+#[derive(Default)]
 struct Mix {
     /// Of the scores.
     max: Vec<f32>,
@@ -242,6 +253,13 @@ impl Mix {
     /// Of no keys.
     fn new(rows: usize, lanes: usize) -> Self {
         Self { max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], values: vec![[0.0; LANES]; rows * lanes] }
+    }
+
+    /// Of any content.
+    fn resize(&mut self, rows: usize, lanes: usize) {
+        self.max.resize(rows, 0.0);
+        self.sum.resize(rows, 0.0);
+        self.values.resize(rows * lanes, [0.0; LANES]);
     }
 
     /// Adds what the same rows make of later keys.
@@ -297,25 +315,32 @@ fn softmax<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, softcap: 
     (max, sum.sum())
 }
 
-/// Divides by the sums and rounds, `out` in pieces of whole rows.
-struct Write<'a, T> {
-    mix: Mix,
-    out: Vec<&'a mut [T]>,
-    d: usize,
+/// Divides the mix of a block by its sums and rounds it.
+struct Write<'a, T, P> {
+    attention: &'a Attention<'a, T, P>,
+    block: &'a Block<'a>,
+    mix: &'a Mix,
+    out: &'a Shared<'a, T>,
 }
 
-impl<T: Stored> Kernel for Write<'_, T> {
+impl<T: Stored, P> Kernel for Write<'_, T, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let lanes = self.d.div_ceil(LANES);
-        let rows = self.mix.values.chunks_exact(lanes).zip(&self.mix.sum);
-        let out = self.out.into_iter().flat_map(|out| out.chunks_exact_mut(self.d));
-        for ((values, &sum), out) in rows.zip(out) {
-            let factor = V::splat(1.0 / sum);
-            for (values, out) in values.iter().zip(out.chunks_mut(LANES)) {
-                store(V::load(values).mul(factor), out);
+        let &Attention { hq, hk, d, .. } = self.attention;
+        let (group, lanes) = (hq / hk, d.div_ceil(LANES));
+        let mut rows = self.mix.values.chunks_exact(lanes).zip(&self.mix.sum);
+        for head in self.block.heads.clone() {
+            for token in self.block.tokens.clone() {
+                // SAFETY: no other block has these heads of these tokens.
+                let out = unsafe { self.out.part((token * hq + head * group) * d, group * d) };
+                for (out, (values, &sum)) in out.chunks_exact_mut(d).zip(&mut rows) {
+                    let factor = V::splat(1.0 / sum);
+                    for (values, out) in values.iter().zip(out.chunks_mut(LANES)) {
+                        store(V::load(values).mul(factor), out);
+                    }
+                }
             }
         }
     }

@@ -32,10 +32,6 @@ struct Entering {
 // A slot of a key that is not there, whose place is filled with zeros, and of one that another warp brings.
 constexpr int NO_KEY = -1, ENTERS = -2;
 
-// Waits until all threads of the cluster have come, and what they have written to shared memory can be seen.
-__device__ inline void synchronize_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 // What the block of that rank has where this one has `own`.
 template <typename V> __device__ inline const V &in_block(const V &own, uint32_t rank) {
   uint64_t address;

@@ -6,8 +6,13 @@
 
 use std::time::Instant;
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
+use taper_kernels::activation::{Activation, gated_activation, gelu};
 use taper_kernels::attention::{self, AttentionParams, Mask};
+use taper_kernels::device::upload;
+use taper_kernels::linear::{Around, linear, linear_around, linear_gelu, linear_with_bias};
 use taper_kernels::moe::{self, Experts, Stack};
 use taper_kernels::quantized::{Quantization, QuantizedMatrix};
 use taper_kernels::testing::{Random, poisoned};
@@ -53,6 +58,11 @@ fn main() -> Result<()> {
         bench.causal_conv1d(name, &sequences)?;
     }
     bench.rms_norm_gated(1 << 18, 128)?;
+    for (n, inner, outer) in [(4096, 1024, 3072), (4096, 4096, 12288), (512, 4096, 12288), (32768, 2560, 9216)] {
+        bench.gated(n, inner, outer)?;
+    }
+    bench.gelu(16384, 1024, 4096)?;
+    bench.upload()?;
     for format in [None, Some(Quantization::Q8), Some(Quantization::Q4)] {
         bench.sparse_mlp(&[1, 8, 64, 4096], format)?;
     }
@@ -241,6 +251,58 @@ impl Bench {
         Ok(())
     }
 
+    /// The first product of an MLP, and with its gate, op by op and as models ask for it.
+    fn gated(&self, n: usize, inner: usize, outer: usize) -> Result<()> {
+        let [x, weight] = [[n, inner], [2 * outer, inner]].map(|shape| self.random(&shape, DType::BF16));
+        let (x, weight) = (x?, weight?);
+        let (name, operations) = (format!("[{n}, {inner}] by 2 x {outer}"), 4 * n * inner * outer);
+        let bytes = 2 * (n * inner + 2 * outer * inner + n * outer);
+        let gate = Around { gate: Some(Activation::Silu), ..Around::default() };
+        self.products(&name, bytes, operations, || linear(&x, &weight).map(drop))?;
+        self.products(&format!("{name}, then gated"), bytes, operations, || {
+            gated_activation(&linear(&x, &weight)?, Activation::Silu).map(drop)
+        })?;
+        self.products(&format!("{name}, gated"), bytes, operations, || linear_around(&x, &weight, None, gate).map(drop))
+    }
+
+    /// The same with a bias and the GELU.
+    fn gelu(&self, n: usize, inner: usize, outer: usize) -> Result<()> {
+        let [x, weight, bias] =
+            [&[n, inner][..], &[outer, inner], &[outer]].map(|shape| self.random(shape, DType::BF16));
+        let (x, weight, bias) = (x?, weight?, bias?);
+        let (name, operations) = (format!("[{n}, {inner}] by {outer}"), 2 * n * inner * outer);
+        let bytes = 2 * (n * inner + outer * inner + n * outer);
+        self.products(&name, bytes, operations, || linear_with_bias(&x, &weight, &bias).map(drop))?;
+        self.products(&format!("{name}, then GELU"), bytes, operations, || {
+            gelu(&linear_with_bias(&x, &weight, &bias)?).map(drop)
+        })?;
+        self.products(&format!("{name}, GELU"), bytes, operations, || linear_gelu(&x, &weight, Some(&bias)).map(drop))
+    }
+
+    /// Weights on their way from the host's memory: what the bus takes by itself, what threads copy by themselves, and
+    /// both.
+    fn upload(&self) -> Result<()> {
+        const BYTES: usize = 64 << 20;
+        let weights = vec![1u8; CALLS * BYTES];
+        let stream = self.device.as_cuda_device()?.cuda_stream();
+        // SAFETY: nobody asks what the GPU reads there.
+        let pinned = unsafe { stream.context().alloc_pinned::<u8>(BYTES) }.w()?;
+        let target = std::cell::RefCell::new(stream.alloc_zeros::<u8>(BYTES).w()?);
+        self.row("64 MiB from pinned memory", BYTES, |_| stream.memcpy_htod(&pinned, &mut *target.borrow_mut()).w())?;
+        let copy = std::cell::RefCell::new(vec![0u8; BYTES]);
+        self.row("64 MiB copied on the host", BYTES, |i| {
+            let (mut copy, weights) = (copy.borrow_mut(), &weights[i * BYTES..][..BYTES]);
+            let shares = copy.par_chunks_mut(1 << 20).zip(weights.par_chunks(1 << 20));
+            shares.for_each(|(to, from)| to.copy_from_slice(from));
+            Ok(())
+        })?;
+        self.row("upload of 64 MiB", BYTES, |i| {
+            let weights = &weights[i * BYTES..][..BYTES];
+            upload(&self.device, BYTES / 4, DType::F32, &[weights], |_| ()).map(drop)
+        })?;
+        Ok(())
+    }
+
     /// Of Qwen3.5-35B-A3B: bytes are those of the experts that some token goes to. Each call is another layer's.
     fn sparse_mlp(&self, counts: &[usize], format: Option<Quantization>) -> Result<()> {
         let (num_experts, hidden, intermediate, k, layers) = (256, 2048, 512, 8, 3);
@@ -265,7 +327,7 @@ impl Bench {
             let mut used: Vec<u32> = routing.experts.flatten_all()?.to_vec1()?;
             used.sort_unstable();
             used.dedup();
-            let of = |dims| format.map_or(dims[0] * dims[1] * 2, |format: Quantization| format.bytes(dims));
+            let of = |dims: [usize; 2]| format.map_or(dims[0] * dims[1] * 2, |format: Quantization| format.bytes(dims));
             let expert = of([2 * intermediate, hidden]) + of([hidden, intermediate]);
             let weights = format.map_or("bf16".to_string(), |format| format!("{format:?}"));
             let name = format!("sparse_mlp {weights}, 8 of 256 experts of 512, {n} tokens");

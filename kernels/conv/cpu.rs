@@ -2,10 +2,8 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::Batch;
-use crate::cpu::{RowStarts, Shared};
+use crate::cpu::{RowStarts, Shared, share};
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
 
 /// `x` `[N, channels]`, `weight` `[channels, width]`, `state` `[S, channels, width - 1]`; returns `[N, channels]`.
@@ -21,7 +19,7 @@ pub fn causal_conv1d<T: Stored>(
     let mut out = vec![T::round(0.0); batch.num_tokens() * channels];
     let (shared_out, shared_state) = (Shared::new(&mut out), Shared::new(state));
     let blocks = channels.div_ceil(CHANNELS);
-    (0..batch.num_sequences() * blocks).into_par_iter().for_each(|task| {
+    share(batch.num_sequences() * blocks, |task| {
         let sequence = &batch.host[task / blocks];
         let first = task % blocks * CHANNELS;
         let block = first..channels.min(first + CHANNELS);

@@ -5,10 +5,8 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::Batch;
-use crate::cpu::{RowStarts, Shared};
+use crate::cpu::{RowStarts, Shared, share};
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store, sum_of_squares};
 
 /// Operands and sizes: `q`, `k` `[N, hk, kd]`; `v` `[N, hv, vd]`; `g`, `beta` `[N, hv]`.
@@ -32,7 +30,7 @@ pub fn gated_delta_rule<T: Stored>(inputs: &Inputs<T>, state: &mut [f32], batch:
     let pieces = (2 * rayon::current_num_threads()).div_ceil(batch.num_sequences() * hv);
     let rows = vd.div_ceil(pieces).next_multiple_of(GROUP);
     let pieces = vd.div_ceil(rows);
-    (0..batch.num_sequences() * hv * pieces).into_par_iter().for_each(|task| {
+    share(batch.num_sequences() * hv * pieces, |task| {
         let sequence = &batch.host[task / (hv * pieces)];
         let head = task / pieces % hv;
         let first = task % pieces * rows;

@@ -1,11 +1,10 @@
 //! The two gates of a Gated DeltaNet layer, from what it projects and its learned constants.
 
 use candle_core::{DType, Device, Result, Tensor, bail};
-use rayon::prelude::*;
 
-use crate::cpu::Operand;
 #[cfg(any(feature = "cuda", feature = "metal", feature = "emulator", test))]
 use crate::cpu::as_rows;
+use crate::cpu::{Operand, Shared, share_pieces};
 
 /// The decay and the strength of the gated delta rule's updates:
 ///
@@ -57,7 +56,10 @@ fn cpu(a: &Tensor, b: &Tensor, a_log: &Tensor, dt_bias: &Tensor) -> Result<(Tens
     let hv = rates.len();
     let (mut g, mut beta) = (a_values.f32()?.into_owned(), b_values.f32()?.into_owned());
     let task = (ROWS * hv).max(1);
-    g.par_chunks_mut(task).zip(beta.par_chunks_mut(task)).for_each(|(g, beta)| {
+    let (all_g, all_beta) = (Shared::new(&mut g), Shared::new(&mut beta));
+    share_pieces(0..a_values.layout.shape().elem_count(), task, |piece| {
+        // SAFETY: pieces do not overlap.
+        let (g, beta) = unsafe { (all_g.part(piece.start, piece.len()), all_beta.part(piece.start, piece.len())) };
         for row in g.chunks_mut(hv) {
             for ((g, bias), rate) in row.iter_mut().zip(dt_bias.iter()).zip(&rates) {
                 *g = rate * softplus(*g + bias);

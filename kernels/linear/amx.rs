@@ -1,70 +1,115 @@
-//! Products on AMX.
+//! Products with weights in bf16 on AMX.
 //!
-//! A value is the sum of up to three bf16 values, and a product the sum of the products of its parts but the smallest,
-//! which lie below what f32 keeps. Weights in bf16 are the registers' rows as they are stored, `x` is turned once. The
-//! sum of an output sees the steps of the inner dimension in their order, within a step the products of small parts
-//! first, and nothing of other rows and outputs: its bits depend neither on how many rows there are nor on threads.
+//! A value of `x` is the sum of up to three bf16 values, and a product the sum of the products of these parts. The inputs
+//! of one step of the registers lie 32 apart: the pair `l` of each run of 32 in a block of 512. So a row that runs alone
+//! needs no registers: in vectors of 16 pairs, as weights are stored, each lane does what a step does, in the same order.
+//! The sum of an output sees blocks, steps and parts in their order, small parts first, and nothing of other rows and
+//! outputs: its bits depend neither on how many rows there are nor on threads. (AMX takes what lies below 2^-126 for zero.)
 
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
-use super::cpu::{MIN_TASK, aligned, parallel_pieces, write_rounded};
+use super::cpu::{MIN_TASK, aligned, write_rounded};
 use super::tile::pieces;
-use crate::cpu::Shared;
+use crate::cpu::{Shared, share};
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, prefetch_far};
 
-/// Inputs of one step: a register's row of bf16.
-const STEP: usize = WIDTH / 2;
+mod few;
+
+/// Inputs that lie side by side, in pairs: a vector's, one pair for each step of a block.
+const RUN: usize = WIDTH / 2;
+/// Runs of a block, a pair of each for a step.
+const RUNS: usize = RUN / 2;
+const BLOCK: usize = RUNS * RUN;
 /// Rows of `x` in a register.
 const COLUMNS: usize = 16;
+/// Pairs of a register of weights, or of a full register of `x`.
+const REGISTER: usize = ROWS * RUNS;
 /// Registers of sums: products of a step that do not wait for each other, about as many as the machine works on at once.
 const SUMS: usize = 4;
-/// Steps after which other rows and outputs have their turn: of so many, two turns of `x` and the weights of a block stay
-/// in the first-level cache.
-const STRETCH: usize = 4;
+/// Steps after which other rows and outputs have their turn, so that what they need stays near.
+const STRETCH: usize = 8;
 /// Rows of `x` whose parts in a stretch stay in the second-level cache.
 const MAX_ROWS: usize = 512;
-/// Outputs of a task of many rows, whose sums stay in the second-level cache.
+/// Outputs of a task of many rows, whose weights of a block and sums stay in the second-level cache.
 const TASK_OUTS: usize = 256;
-
 /// As [`super::cpu::linear`].
-pub fn linear<X: Stored, W: Stored>(
+pub fn linear<X: Stored>(
     x: &[X],
-    weight: &[W],
+    weight: &[bf16],
     bias: Option<&[f32]>,
     (n, inner, outer): (usize, usize, usize),
 ) -> Vec<X> {
     let mut out = Vec::with_capacity(n * outer);
     let shared = Shared::new(&mut out.spare_capacity_mut()[..n * outer]);
-    let steps = inner.div_ceil(STEP);
-    let mut scratch = TURNED.take();
-    for rows in pieces(0..n, MAX_ROWS) {
-        let columns = rows.len().min(COLUMNS);
-        let turns = match rows.len().div_ceil(columns) {
-            1 => 1,
-            turns => turns.next_multiple_of(2),
-        };
-        let turn = steps * X::PARTS * STEP / 2 * columns;
-        let turned = aligned(&mut scratch, turns * turn);
-        turned.par_chunks_mut(turn).enumerate().for_each(|(turn, target)| {
-            let rows = rows.end.min(rows.start + turn * columns)..rows.end.min(rows.start + (turn + 1) * columns);
-            dispatch(Turn { x, inner, rows, columns, target })
-        });
-        let product = Product { x: &*turned, weight, bias, rows, columns, turns, inner, outer, out: &shared };
-        product.run();
+    let product = Product { x, weight, bias, inner, outer, out: shared };
+    if n <= few::MOST {
+        product.few(n);
+    } else {
+        pieces(0..n, MAX_ROWS).for_each(|rows| product.many(rows));
     }
-    TURNED.set(scratch);
     // SAFETY: every output of every row was written.
     unsafe { out.set_len(n * outer) };
     out
 }
 
-/// Some rows of `x` as registers take them: `[steps, PARTS, STEP / 2, columns]` pairs of inputs. What is missing is zero.
+struct Product<'a, X> {
+    x: &'a [X],
+    weight: &'a [bf16],
+    bias: Option<&'a [f32]>,
+    inner: usize,
+    outer: usize,
+    out: Shared<'a, MaybeUninit<X>>,
+}
+
+impl<X: Stored> Product<'_, X> {
+    fn many(&self, rows: Range<usize>) {
+        let &Self { inner, outer, .. } = self;
+        let columns = rows.len().min(COLUMNS);
+        let turns = match rows.len().div_ceil(columns) {
+            1 => 1,
+            turns => turns.next_multiple_of(2),
+        };
+        let turn = inner.div_ceil(BLOCK) * RUNS * X::PARTS * RUNS * columns;
+        let mut scratch = TURNED.take();
+        let turned = aligned(&mut scratch, turns * turn);
+        let targets = Shared::new(&mut *turned);
+        share(turns, |index| {
+            let rows = rows.end.min(rows.start + index * columns)..rows.end.min(rows.start + (index + 1) * columns);
+            // SAFETY: every turn has a part of its own.
+            let target = unsafe { targets.part(index * turn, turn) };
+            dispatch(Turn { x: self.x, inner, rows, columns, target })
+        });
+        let threads = rayon::current_num_threads();
+        let outs = match turns {
+            1 => outer.div_ceil(4 * threads),
+            _ => outer.div_ceil(2 * threads).min(TASK_OUTS),
+        };
+        let outs = outs.max(MIN_TASK / (rows.len() * inner)).max(1).next_multiple_of(SUMS * ROWS);
+        // A narrow weight has too few blocks for all threads: then they share its rows as well.
+        let parts = (2 * threads).div_ceil(outer.div_ceil(outs).max(1));
+        let turns_each = turns.div_ceil(parts).next_multiple_of(2);
+        let parts = turns.div_ceil(turns_each);
+        let mut widths = [4 * columns; 8];
+        (widths[6], widths[7]) = (WIDTH, WIDTH);
+        let product = Turned { product: self, x: &*turned, rows, columns, turns };
+        share(outer.div_ceil(outs) * parts, |task| {
+            let (first, turn) = (task / parts * outs, task % parts * turns_each);
+            let (outs, turns) = (first..outer.min(first + outs), turn..turns.min(turn + turns_each));
+            let mut scratch = SCRATCH.take();
+            amx::dispatch(widths, Part { product: &product, outs, turns, scratch: &mut scratch });
+            SCRATCH.set(scratch);
+        });
+        TURNED.set(scratch);
+    }
+}
+
+/// Some rows of `x` as registers take them: `[blocks, steps, PARTS, RUNS, columns]` pairs of inputs. What is missing is
+/// zero.
 struct Turn<'a, X> {
     /// `[.., inner]`
     x: &'a [X],
@@ -80,16 +125,29 @@ impl<X: Stored> Kernel for Turn<'_, X> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let Self { x, inner, rows, columns, target } = self;
-        if rows.len() < columns {
+        if rows.len() < columns || !inner.is_multiple_of(BLOCK) {
             target.fill(0);
         }
-        for (step, target) in target.chunks_exact_mut(X::PARTS * STEP / 2 * columns).enumerate() {
+        // From one step to the next, and from one part to the next.
+        let (step, part) = (X::PARTS * RUNS * columns, RUNS * columns);
+        for run in 0..inner.div_ceil(RUN) {
+            let target = &mut target[run / RUNS * RUNS * step + run % RUNS * columns..];
+            let mut words = [[[0; RUNS]; COLUMNS]; 3];
             for (column, row) in rows.clone().enumerate() {
-                let source = &x[row * inner + step * STEP..(row + 1) * inner];
-                let parts = parts::<V, X>(&source[..source.len().min(STEP)]);
-                for (part, target) in parts.iter().zip(target.chunks_exact_mut(STEP / 2 * columns)) {
-                    for (pair, target) in part.as_chunks::<2>().0.iter().zip(target.chunks_exact_mut(columns)) {
-                        target[column] = u32::from(pair[0].to_bits()) | u32::from(pair[1].to_bits()) << 16;
+                let source = &x[row * inner + run * RUN..(row + 1) * inner];
+                let parts = parts::<V, X>(&source[..source.len().min(RUN)]);
+                for i in 0..X::PARTS {
+                    words[i][column] = pairs(&parts[i]);
+                }
+            }
+            for i in 0..X::PARTS {
+                if columns == COLUMNS {
+                    turn::<V>(&words[i], &mut target[i * part..], step);
+                    continue;
+                }
+                for (column, words) in words[i][..columns].iter().enumerate() {
+                    for (index, &word) in words.iter().enumerate() {
+                        target[i * part + index * step + column] = word;
                     }
                 }
             }
@@ -97,11 +155,11 @@ impl<X: Stored> Kernel for Turn<'_, X> {
     }
 }
 
-/// The bf16 values that add up to those of a step, the largest first; what is missing from `source` is zero.
+/// The bf16 values that add up to those of a run, the largest first; what is missing from `source` is zero.
 #[inline(always)]
-fn parts<V: Lanes, T: Stored>(source: &[T]) -> [[bf16; STEP]; 3] {
-    let mut parts = [[bf16::ZERO; STEP]; 3];
-    for i in 0..STEP / LANES {
+fn parts<V: Lanes, T: Stored>(source: &[T]) -> [[bf16; RUN]; 3] {
+    let mut parts = [[bf16::ZERO; RUN]; 3];
+    for i in 0..RUN / LANES {
         let mut rest: V = load(&source[source.len().min(i * LANES)..source.len().min((i + 1) * LANES)]);
         for (left, part) in (0..T::PARTS).rev().zip(&mut parts) {
             let part = &mut part.as_chunks_mut::<LANES>().0[i];
@@ -118,87 +176,62 @@ fn parts<V: Lanes, T: Stored>(source: &[T]) -> [[bf16; STEP]; 3] {
     parts
 }
 
+/// Pairs of values as words.
+#[inline(always)]
+fn pairs(values: &[bf16; RUN]) -> [u32; RUNS] {
+    // SAFETY: both are 64 bytes, of which any are words.
+    unsafe { std::ptr::from_ref(values).cast::<[u32; RUNS]>().read_unaligned() }
+}
+
+/// Writes column `i` of a square to `target[i * stride..]`.
+#[inline(always)]
+fn turn<V: Lanes>(words: &[[u32; RUNS]; RUNS], target: &mut [u32], stride: usize) {
+    // SAFETY: lanes are only moved, so any bits will do; both are of one size.
+    let words = unsafe { &*std::ptr::from_ref(words).cast::<[[f32; RUNS]; RUNS]>() };
+    for half in 0..RUNS / LANES {
+        for column in 0..RUNS / LANES {
+            let mut rows = [V::splat(0.0); LANES];
+            for i in 0..LANES {
+                rows[i] = V::load(&words[half * LANES + i].as_chunks().0[column]);
+            }
+            let turned = V::transpose(rows);
+            for i in 0..LANES {
+                let target = &mut target[(column * LANES + i) * stride + half * LANES..][..LANES];
+                // SAFETY: as above.
+                turned[i].store(unsafe { &mut *target.as_mut_ptr().cast::<[f32; LANES]>() });
+            }
+        }
+    }
+}
+
 /// At most [`MAX_ROWS`] rows.
-struct Product<'a, X, W> {
+struct Turned<'a, X> {
+    product: &'a Product<'a, X>,
     /// Of each [`Turn`].
     x: &'a [u32],
-    weight: &'a [W],
-    bias: Option<&'a [f32]>,
     rows: Range<usize>,
     /// Rows of a turn.
     columns: usize,
     /// One, or an even number, the last of which may have no rows.
     turns: usize,
-    inner: usize,
-    outer: usize,
-    out: &'a Shared<'a, MaybeUninit<X>>,
 }
 
-impl<X: Stored, W: Stored> Product<'_, X, W> {
-    fn run(&self) {
-        let &Self { ref rows, columns, turns, inner, outer, .. } = self;
-        let threads = rayon::current_num_threads();
-        let outs = match turns {
-            1 => outer.div_ceil(4 * threads),
-            _ => outer.div_ceil(2 * threads).min(TASK_OUTS),
-        };
-        let outs = outs.max(MIN_TASK / (rows.len() * inner)).max(1).next_multiple_of(SUMS * ROWS);
-        // A narrow weight has too few blocks for all threads: then they share its rows as well.
-        let parts = (2 * threads).div_ceil(outer.div_ceil(outs).max(1));
-        let turns_each = turns.div_ceil(parts).next_multiple_of(2);
-        let mut widths = [4 * columns; 8];
-        (widths[6], widths[7]) = (WIDTH, WIDTH);
-        parallel_pieces(0..outer, outs).for_each(|outs| {
-            parallel_pieces(0..turns, turns_each).for_each(|turns| {
-                let mut scratch = SCRATCH.take();
-                amx::dispatch(widths, Part { product: self, outs: outs.clone(), turns, scratch: &mut scratch });
-                SCRATCH.set(scratch);
-            })
-        });
-    }
-
+impl<X: Stored> Turned<'_, X> {
     /// The parts of a turn in a step.
     #[inline(always)]
     fn x(&self, turn: usize, step: usize) -> &[u32] {
-        &self.x[(turn * self.inner.div_ceil(STEP) + step) * X::PARTS * STEP / 2 * self.columns..]
+        let steps = self.product.inner.div_ceil(BLOCK) * RUNS;
+        &self.x[(turn * steps + step) * X::PARTS * RUNS * self.columns..]
     }
 
-    /// The weights of the outputs `outs` in the steps `steps`: themselves if they can be the registers' rows as they lie,
-    /// which is worth it where few rows of `x` meet them, or packed.
-    fn weights<'a>(&'a self, outs: Range<usize>, steps: Range<usize>, scratch: &'a mut Vec<bf16>) -> Weights<'a> {
-        let inner = self.inner;
-        if self.turns == 1
-            && inner.is_multiple_of(STEP)
-            && outs.len().is_multiple_of(SUMS * ROWS)
-            && let Some(weight) = W::as_bf16(self.weight)
-        {
-            let weights = &weight[outs.start * inner + steps.start * STEP..];
-            return Weights { weights, stride: inner, register: ROWS * inner, step: STEP };
-        }
+    /// The weights of the outputs `outs` in a block, for [`multiply_turn`] and [`multiply_pair`].
+    fn weights<'a>(&self, outs: Range<usize>, block: usize, scratch: &'a mut Vec<u32>) -> &'a [u32] {
+        let Product { weight, inner, .. } = *self.product;
         let registers = outs.len().div_ceil(SUMS * ROWS) * SUMS;
-        let register = W::PARTS * ROWS * STEP;
-        let weights = aligned(scratch, registers * steps.len() * register);
-        dispatch(Pack { weight: self.weight, inner, outs, steps: steps.clone(), target: weights });
-        Weights { weights, stride: STEP, register: steps.len() * register, step: register }
-    }
-}
-
-/// Where weights lie.
-#[derive(Clone, Copy)]
-struct Weights<'a> {
-    weights: &'a [bf16],
-    /// Elements from one row of a register to the next, from one register to the next, from one step to the next. The
-    /// parts of a register follow each other.
-    stride: usize,
-    register: usize,
-    step: usize,
-}
-
-impl Weights<'_> {
-    #[inline(always)]
-    fn load<T: Tiles, const TILE: usize>(&self, tiles: &mut T, register: usize, step: usize, part: usize) {
-        let start = register * self.register + step * self.step + part * ROWS * STEP;
-        tiles.load::<TILE, _>(&self.weights[start..], self.stride);
+        let target = aligned(scratch, registers * RUNS * REGISTER);
+        let inputs = block * BLOCK..inner.min((block + 1) * BLOCK);
+        dispatch(Pack { weight, inner, outs, inputs, target: &mut *target });
+        target
     }
 }
 
@@ -206,7 +239,7 @@ impl Weights<'_> {
 #[derive(Default)]
 struct Scratch {
     /// Of [`Pack`].
-    weights: Vec<bf16>,
+    weights: Vec<u32>,
     /// `[pairs of turns, blocks, SUMS, ROWS, columns]`
     sums: Vec<f32>,
 }
@@ -218,71 +251,73 @@ thread_local! {
 }
 
 /// Some outputs of some turns.
-struct Part<'a, X, W> {
-    product: &'a Product<'a, X, W>,
+struct Part<'a, X> {
+    product: &'a Turned<'a, X>,
     outs: Range<usize>,
     turns: Range<usize>,
     scratch: &'a mut Scratch,
 }
 
-impl<X: Stored, W: Stored> amx::Kernel for Part<'_, X, W> {
+impl<X: Stored> amx::Kernel for Part<'_, X> {
     #[inline(always)]
     fn run<T: Tiles>(self, tiles: &mut T) {
         if self.product.turns == 1 { self.one_turn(tiles) } else { self.pairs_of_turns(tiles) }
     }
 }
 
-impl<X: Stored, W: Stored> Part<'_, X, W> {
-    /// Blocks of four registers of outputs. Weights come from memory: they are asked for in the order in which they lie
-    /// there, while the block before is at work.
+impl<X: Stored> Part<'_, X> {
+    /// Four registers of outputs at a time. Weights come from memory: they are asked for in the order in which they lie
+    /// there, while those before are at work.
     #[inline(always)]
     fn one_turn<T: Tiles>(self, tiles: &mut T) {
         let Self { product, outs, scratch: Scratch { weights, sums }, .. } = self;
-        let Product { weight, columns, inner, .. } = *product;
-        let steps = inner.div_ceil(STEP);
+        let Turned { product: &Product { weight, bias, inner, outer, ref out, .. }, ref rows, columns, .. } = *product;
         let sums = aligned(sums, SUMS * ROWS * columns);
         for outs in pieces(outs, SUMS * ROWS) {
-            let weights = product.weights(outs.clone(), 0..steps, weights);
             zero(tiles);
-            for step in 0..steps {
-                let next = (outs.end * inner + step * SUMS * ROWS * STEP).min(weight.len());
-                prefetch_far(&weight[next..weight.len().min(next + SUMS * ROWS * STEP)]);
-                multiply_turn::<T, X, W>(tiles, product.x(0, step), columns, &weights, step);
+            let mut next = weight[outs.end * inner..].chunks(SUMS * ROWS * RUN);
+            for block in 0..inner.div_ceil(BLOCK) {
+                let weights = product.weights(outs.clone(), block, weights);
+                for step in 0..RUNS {
+                    prefetch_far(next.next().unwrap_or_default());
+                    multiply_turn::<T, X>(tiles, product.x(0, block * RUNS + step), columns, weights, step);
+                }
             }
             store_sums(tiles, sums, columns);
-            let Product { bias, ref rows, outer, out, .. } = *product;
             let write = Write { sums, registers: [0, 1, 2, 3], columns, rows: rows.clone(), outs, outer, bias, out };
             dispatch(write);
         }
     }
 
-    /// Blocks of two registers of outputs with two turns.
+    /// Two registers of outputs with two turns at a time.
     #[inline(always)]
     fn pairs_of_turns<T: Tiles>(self, tiles: &mut T) {
         const OUTS: usize = 2 * ROWS;
-        const BLOCK: usize = SUMS * ROWS * COLUMNS;
+        const SQUARE: usize = SUMS * ROWS * COLUMNS;
         let Self { product, outs, turns, scratch: Scratch { weights, sums } } = self;
-        let (steps, blocks) = (product.inner.div_ceil(STEP), outs.len().div_ceil(OUTS));
-        let sums = aligned(sums, turns.len() / 2 * blocks * BLOCK);
-        for steps in pieces(0..steps, STRETCH) {
-            let weights = product.weights(outs.clone(), steps.clone(), weights);
-            for (pair, sums) in turns.clone().step_by(2).zip(sums.chunks_exact_mut(blocks * BLOCK)) {
-                for (block, sums) in sums.chunks_exact_mut(BLOCK).enumerate() {
-                    match steps.start {
-                        0 => zero(tiles),
-                        _ => load_sums(tiles, sums, COLUMNS),
+        let Turned { product: &Product { bias, inner, outer, ref out, .. }, ref rows, columns, .. } = *product;
+        let squares = outs.len().div_ceil(OUTS);
+        let sums = aligned(sums, turns.len() / 2 * squares * SQUARE);
+        for block in 0..inner.div_ceil(BLOCK) {
+            let weights = product.weights(outs.clone(), block, weights);
+            for steps in pieces(0..RUNS, STRETCH) {
+                for (pair, sums) in turns.clone().step_by(2).zip(sums.chunks_exact_mut(squares * SQUARE)) {
+                    for (square, sums) in sums.chunks_exact_mut(SQUARE).enumerate() {
+                        match block + steps.start {
+                            0 => zero(tiles),
+                            _ => load_sums(tiles, sums, COLUMNS),
+                        }
+                        for step in steps.clone() {
+                            let x = [pair, pair + 1].map(|turn| product.x(turn, block * RUNS + step));
+                            multiply_pair::<T, X>(tiles, x, weights, 2 * square, step);
+                        }
+                        store_sums(tiles, sums, COLUMNS);
                     }
-                    for (at, step) in steps.clone().enumerate() {
-                        let x = [product.x(pair, step), product.x(pair + 1, step)];
-                        multiply_pair::<T, X, W>(tiles, x, &weights, 2 * block, at);
-                    }
-                    store_sums(tiles, sums, COLUMNS);
                 }
             }
         }
-        let Product { bias, ref rows, columns, outer, out, .. } = *product;
-        for (pair, sums) in turns.step_by(2).zip(sums.chunks_exact(blocks * BLOCK)) {
-            for (outs, sums) in pieces(outs.clone(), OUTS).zip(sums.chunks_exact(BLOCK)) {
+        for (pair, sums) in turns.step_by(2).zip(sums.chunks_exact(squares * SQUARE)) {
+            for (outs, sums) in pieces(outs.clone(), OUTS).zip(sums.chunks_exact(SQUARE)) {
                 for turn in 0..2 {
                     let first = rows.start + (pair + turn) * columns;
                     let rows = rows.end.min(first)..rows.end.min(first + columns);
@@ -297,48 +332,32 @@ impl<X: Stored, W: Stored> Part<'_, X, W> {
 /// Adds the products of a step, one turn with four registers of weights. Those that follow each other are of different
 /// sums; the weights are loaded anew for each part of `x`, from the first-level cache.
 #[inline(always)]
-fn multiply_turn<T: Tiles, X: Stored, W: Stored>(
-    tiles: &mut T,
-    x: &[u32],
-    columns: usize,
-    weights: &Weights,
-    step: usize,
-) {
-    for w in (0..W::PARTS).rev() {
-        for part in (0..X::PARTS.min(3 - w)).rev() {
-            tiles.load::<4, _>(&x[part * STEP / 2 * columns..], columns);
-            weights.load::<T, 6>(tiles, 0, step, w);
-            tiles.multiply_bf16::<0, 6, 4>();
-            weights.load::<T, 7>(tiles, 1, step, w);
-            tiles.multiply_bf16::<1, 7, 4>();
-            weights.load::<T, 6>(tiles, 2, step, w);
-            tiles.multiply_bf16::<2, 6, 4>();
-            weights.load::<T, 7>(tiles, 3, step, w);
-            tiles.multiply_bf16::<3, 7, 4>();
-        }
+fn multiply_turn<T: Tiles, X: Stored>(tiles: &mut T, x: &[u32], columns: usize, weights: &[u32], step: usize) {
+    for part in (0..X::PARTS).rev() {
+        tiles.load::<4, _>(&x[part * RUNS * columns..], columns);
+        tiles.load::<6, _>(&weights[step * REGISTER..], RUNS);
+        tiles.multiply_bf16::<0, 6, 4>();
+        tiles.load::<7, _>(&weights[(RUNS + step) * REGISTER..], RUNS);
+        tiles.multiply_bf16::<1, 7, 4>();
+        tiles.load::<6, _>(&weights[(2 * RUNS + step) * REGISTER..], RUNS);
+        tiles.multiply_bf16::<2, 6, 4>();
+        tiles.load::<7, _>(&weights[(3 * RUNS + step) * REGISTER..], RUNS);
+        tiles.multiply_bf16::<3, 7, 4>();
     }
 }
 
 /// Adds the products of a step, two turns with two registers of weights, the first of which is `register`.
 #[inline(always)]
-fn multiply_pair<T: Tiles, X: Stored, W: Stored>(
-    tiles: &mut T,
-    x: [&[u32]; 2],
-    weights: &Weights,
-    register: usize,
-    step: usize,
-) {
-    for w in (0..W::PARTS).rev() {
-        weights.load::<T, 6>(tiles, register, step, w);
-        weights.load::<T, 7>(tiles, register + 1, step, w);
-        for part in (0..X::PARTS.min(3 - w)).rev() {
-            tiles.load::<4, _>(&x[0][part * STEP / 2 * COLUMNS..], COLUMNS);
-            tiles.load::<5, _>(&x[1][part * STEP / 2 * COLUMNS..], COLUMNS);
-            tiles.multiply_bf16::<0, 6, 4>();
-            tiles.multiply_bf16::<1, 6, 5>();
-            tiles.multiply_bf16::<2, 7, 4>();
-            tiles.multiply_bf16::<3, 7, 5>();
-        }
+fn multiply_pair<T: Tiles, X: Stored>(tiles: &mut T, x: [&[u32]; 2], weights: &[u32], register: usize, step: usize) {
+    tiles.load::<6, _>(&weights[(register * RUNS + step) * REGISTER..], RUNS);
+    tiles.load::<7, _>(&weights[((register + 1) * RUNS + step) * REGISTER..], RUNS);
+    for part in (0..X::PARTS).rev() {
+        tiles.load::<4, _>(&x[0][part * REGISTER..], COLUMNS);
+        tiles.load::<5, _>(&x[1][part * REGISTER..], COLUMNS);
+        tiles.multiply_bf16::<0, 6, 4>();
+        tiles.multiply_bf16::<1, 6, 5>();
+        tiles.multiply_bf16::<2, 7, 4>();
+        tiles.multiply_bf16::<3, 7, 5>();
     }
 }
 
@@ -366,42 +385,39 @@ fn store_sums<T: Tiles>(tiles: &mut T, sums: &mut [f32], columns: usize) {
     tiles.store::<3, _>(&mut sums[3 * ROWS * columns..], columns);
 }
 
-/// The parts of some weights, register by register: `[registers, steps, PARTS, ROWS, STEP]`. What is missing is zero.
-struct Pack<'a, W> {
+/// Some weights, register by register: `[registers, steps, ROWS, RUNS]` pairs. What is missing is zero.
+struct Pack<'a> {
     /// `[.., inner]`
-    weight: &'a [W],
+    weight: &'a [bf16],
     inner: usize,
     outs: Range<usize>,
-    steps: Range<usize>,
-    target: &'a mut [bf16],
+    /// Of a block.
+    inputs: Range<usize>,
+    target: &'a mut [u32],
 }
 
-impl<W: Stored> Kernel for Pack<'_, W> {
+impl Kernel for Pack<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let Self { weight, inner, outs, steps, target } = self;
-        let register = W::PARTS * ROWS * STEP;
-        if outs.len() * steps.len() * W::PARTS * STEP < target.len() {
-            target.fill(bf16::ZERO);
+        let Self { weight, inner, outs, inputs, target } = self;
+        if outs.len() * RUNS * RUNS < target.len() {
+            target.fill(0);
         }
         for (row, out) in outs.enumerate() {
-            let source = &weight[out * inner..(out + 1) * inner];
-            let source = source[steps.start * STEP..inner.min(steps.end * STEP)].chunks(STEP);
-            let target = &mut target[row / ROWS * steps.len() * register..];
-            for (source, target) in source.zip(target.chunks_exact_mut(register)) {
-                let target = &mut target[row % ROWS * STEP..];
-                if let Some(source) = W::as_bf16(source)
-                    && let (Some(source), Some(target)) = (source.first_chunk::<STEP>(), target.first_chunk_mut())
-                {
-                    *target = *source;
-                    continue;
-                }
-                for (part, target) in parts::<V, W>(source).iter().zip(target.chunks_mut(ROWS * STEP)) {
-                    target[..STEP].copy_from_slice(part);
-                }
+            let source = &weight[out * inner..][inputs.clone()];
+            let mut words = [[0; RUNS]; RUNS];
+            let (runs, rest) = source.as_chunks::<RUN>();
+            for (words, run) in words.iter_mut().zip(runs) {
+                *words = pairs(run);
             }
+            if !rest.is_empty() {
+                let mut padded = [bf16::ZERO; RUN];
+                padded[..rest.len()].copy_from_slice(rest);
+                words[runs.len()] = pairs(&padded);
+            }
+            turn::<V>(&words, &mut target[(row / ROWS * RUNS * ROWS + row % ROWS) * RUNS..], REGISTER);
         }
     }
 }
@@ -443,6 +459,8 @@ impl<X: Stored, const N: usize> Kernel for Write<'_, X, N> {
                 }
             }
             for (row, values) in rows.clone().skip(column).zip(&values) {
+                // What is written next.
+                out.fetch(row * outer + outs.end..row * outer + outer.min(outs.end + outs.len()));
                 // SAFETY: every task has outputs and rows of its own.
                 let out = unsafe { out.part(row * outer + outs.start, outs.len()) };
                 write_rounded(out, values.as_flattened(), bias);

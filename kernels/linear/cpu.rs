@@ -6,14 +6,12 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 #[cfg(any(test, target_arch = "x86_64"))]
 use super::amx;
 #[cfg(target_arch = "x86_64")]
 use super::tile::Wide;
 use super::tile::{Accumulators, Blocked, Group, Interleave, Narrow, Streamed, Tile, Turn, pieces};
-use crate::cpu::Shared;
+use crate::cpu::{Shared, share, share_pieces};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::Instructions;
 use crate::simd::{LANES, Stored, dispatch, instructions};
@@ -29,7 +27,10 @@ pub fn linear<X: Stored, W: Stored>(
         return vec![X::round(0.0); n * outer];
     }
     #[cfg(any(test, target_arch = "x86_64"))]
-    if crate::simd::amx::is_used() {
+    if let Some(weight) = W::as_bf16(weight)
+        && n > 0
+        && crate::simd::amx::is_used()
+    {
         return amx::linear(x, weight, bias, (n, inner, outer));
     }
     let mut out = Vec::with_capacity(n * outer);
@@ -81,12 +82,12 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
     fn stream<const R: usize, const Q: usize>(&self) {
         let &Self { n, inner, outer, .. } = self;
         let tiles = n.div_ceil(R);
-        let mut scratch = Vec::new();
+        let mut scratch = SCRATCH.take();
         let x = tiles_of(aligned(&mut scratch, tiles * inner.div_ceil(LANES) * R * LANES));
         dispatch(Interleave { source: self.x, inner, rows: 0..n, columns: 0..inner, target: x });
         let x = &*x;
         let task = outer.div_ceil(4 * rayon::current_num_threads()).max(MIN_TASK / (n * inner));
-        parallel_pieces(0..outer, task.next_multiple_of(Q)).for_each(|outs| {
+        share_pieces(0..outer, task.next_multiple_of(Q), |outs| {
             let mut sums = [[[0.0; Q]; R]; STREAMED_ROWS];
             let sums = &mut sums[..tiles];
             for outs in pieces(outs, Q) {
@@ -103,6 +104,7 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
                 }
             }
         });
+        SCRATCH.set(scratch);
     }
 
     fn block<T: Tile<R, O>, const R: usize, const O: usize>(&self) {
@@ -112,20 +114,24 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
         let mut scratch = SCRATCH.take();
         for rows in pieces(0..n, MAX_ROWS) {
             let x = aligned(&mut scratch, rows.len().next_multiple_of(R) * columns).as_chunks_mut().0;
-            x.par_chunks_mut(columns)
-                .zip(parallel_pieces(rows.clone(), R))
-                .for_each(|(target, rows)| dispatch(Turn { source: self.x, inner, rows, target }));
+            let turned = Shared::new(x);
+            share_pieces(rows.clone(), R, |piece| {
+                // SAFETY: every tile has a part of its own.
+                let target = unsafe { turned.part((piece.start - rows.start) / R * columns, columns) };
+                dispatch(Turn { source: self.x, inner, rows: piece, target })
+            });
             let x = &*x;
             // A narrow weight has too few panels for all threads: then they share its rows as well.
             let parts = (2 * rayon::current_num_threads()).div_ceil(outer.div_ceil(panel_outs).max(1));
             let part = rows.len().div_ceil(parts).next_multiple_of(R);
-            parallel_pieces(0..outer, panel_outs).for_each(|outs| {
-                parallel_pieces(rows.clone(), part).for_each(|part| {
-                    let x = &x[(part.start - rows.start) / R * columns..];
-                    let mut scratch = SCRATCH.take();
-                    self.panel::<T, R, O>(x, part, outs.clone(), &mut scratch);
-                    SCRATCH.set(scratch);
-                })
+            let parts = rows.len().div_ceil(part);
+            share(outer.div_ceil(panel_outs) * parts, |task| {
+                let (outs, first) = (task / parts * panel_outs, rows.start + task % parts * part);
+                let x = &x[(first - rows.start) / R * columns..];
+                let mut scratch = SCRATCH.take();
+                let (outs, part) = (outs..outer.min(outs + panel_outs), first..rows.end.min(first + part));
+                self.panel::<T, R, O>(x, part, outs, &mut scratch);
+                SCRATCH.set(scratch);
             });
         }
         SCRATCH.set(scratch);
@@ -194,14 +200,6 @@ pub(crate) fn write_rounded<X: Stored>(out: &mut [MaybeUninit<X>], values: &[f32
             }
         }
     }
-}
-
-/// `range` in pieces of `len`, on all threads if there is more than one.
-pub(crate) fn parallel_pieces(range: Range<usize>, len: usize) -> impl IndexedParallelIterator<Item = Range<usize>> {
-    (0..range.len().div_ceil(len)).into_par_iter().map(move |i| {
-        let start = range.start + i * len;
-        start..range.end.min(start + len)
-    })
 }
 
 /// Floats as groups of `R` rows side by side.

@@ -3,6 +3,7 @@
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, DType, Layout, Result, Shape, Tensor, bail};
 
+use super::wgmma::{self, Activated};
 use super::{Around, cublas};
 use crate::activation::Activation;
 use crate::cpu::{Operand, as_rows};
@@ -65,7 +66,22 @@ pub(crate) fn many_rows(
     bias: Option<&Tensor>,
     around: Around,
 ) -> Result<Option<Tensor>> {
+    if let Some(gate) = around.gate
+        && around.onto.is_none()
+    {
+        let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
+        let (x, around) = (normed.as_ref().unwrap_or(x), Around { norm: None, ..around });
+        return match wgmma::activated_if_faster(device, x, weight, bias, Activated::Gate(gate))? {
+            Some(y) => Ok(Some(y)),
+            None => around.apply_to_sum(x, |x, onto| cublas::linear(device, x, weight, bias, onto)),
+        };
+    }
     around.apply_to_sum(x, |x, onto| cublas::linear(device, x, weight, bias, onto))
+}
+
+/// The GELU of the product; `None` where no kernel takes both.
+pub fn linear_gelu(device: &CudaDevice, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+    wgmma::activated_if_faster(device, x, weight, bias, Activated::Gelu)
 }
 
 fn few_rows(

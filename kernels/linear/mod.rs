@@ -14,10 +14,12 @@ mod reference;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tile;
+#[cfg(feature = "cuda")]
+mod wgmma;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use crate::activation::{Activation, gated_activation};
+use crate::activation::{Activation, gated_activation, gelu};
 use crate::cpu::{Operand, view};
 use crate::norm::Norm;
 use crate::residual::add;
@@ -116,16 +118,7 @@ impl Around<'_> {
 ///
 /// As [`linear_with_bias`] and [`Around::apply`].
 pub fn linear_around(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, around: Around) -> Result<Tensor> {
-    let (_, inner) = x.dims2()?;
-    let (outer, _) = weight.dims2()?;
-    if weight.dim(1)? != inner {
-        bail!("linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
-    }
-    if let Some(bias) = bias
-        && (bias.dims() != [outer] || bias.dtype() != x.dtype())
-    {
-        bail!("linear: bias is {:?} {:?}, expected {:?} [{outer}]", bias.dims(), bias.dtype(), x.dtype())
-    }
+    check(x, weight, bias)?;
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = x.device()
         && let Some(y) = cuda::linear(device, x, weight, bias, around)?
@@ -151,6 +144,37 @@ pub fn linear_around(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, around:
         }
         bias => by_candle(x, weight, bias),
     })
+}
+
+/// The GELU of [`linear_with_bias`], or of [`linear`]: `[N, O]`. On CUDA of compute capability 9.0 one kernel does both,
+/// of many rows in f16 and bf16. It rounds between the two.
+///
+/// # Errors
+///
+/// As [`linear_with_bias`].
+pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = x.device() {
+        check(x, weight, bias)?;
+        if let Some(y) = cuda::linear_gelu(device, x, weight, bias)? {
+            return Ok(y);
+        }
+    }
+    gelu(&linear_around(x, weight, bias, Around::default())?)
+}
+
+fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    let (_, inner) = x.dims2()?;
+    let (outer, _) = weight.dims2()?;
+    if weight.dim(1)? != inner {
+        bail!("linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
+    }
+    if let Some(bias) = bias
+        && (bias.dims() != [outer] || bias.dtype() != x.dtype())
+    {
+        bail!("linear: bias is {:?} {:?}, expected {:?} [{outer}]", bias.dims(), bias.dtype(), x.dtype())
+    }
+    Ok(())
 }
 
 /// The product alone through candle's ops.

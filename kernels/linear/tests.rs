@@ -26,11 +26,11 @@ fn every_pair_of_dtypes_is_the_reference() -> Result<()> {
     pairs_are_the_reference(&[(1, 1, 1), (2, 7, 3), (3, 8, 5), (5, 9, 129), (4, 63, 17), (65, 100, 33), (7, 1000, 10)])
 }
 
-/// Several blocks of outputs and stretches of inputs, rows as they are stored and packed ones.
+/// Few and many rows, several blocks of inputs and of outputs.
 #[test]
 fn products_on_amx_are_the_reference() -> Result<()> {
     with_tiles(|| {
-        pairs_are_the_reference(&[(1, 1, 1), (5, 9, 129), (1, 256, 150), (16, 64, 64), (4, 448, 10), (37, 230, 100)])
+        pairs_are_the_reference(&[(1, 1, 1), (5, 9, 129), (1, 1100, 150), (16, 64, 64), (4, 700, 10), (37, 600, 100)])
     })
 }
 
@@ -62,10 +62,9 @@ fn a_row_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
 #[test]
 fn a_row_on_amx_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
     let on_amx = |x: &Tensor, weight: &Tensor| with_tiles(|| linear(x, weight));
-    // Weights as they are stored, and packed ones.
-    [(DType::BF16, 288), (DType::BF16, 300), (DType::F32, 160)]
+    [512, 610, 30]
         .into_iter()
-        .try_for_each(|(dtype, inner)| rows_are_alone(dtype, inner, &[1, 3, 16, 17, 40], on_amx))
+        .try_for_each(|inner| rows_are_alone(DType::BF16, inner, &[1, 2, 3, 4, 16, 17, 40], on_amx))
 }
 
 fn rows_are_alone(
@@ -157,6 +156,71 @@ fn around_is_its_parts((rows, inner, outer): (usize, usize, usize), dtype: DType
         let name =
             format!("[{rows}, {inner}] by {outer} {dtype:?} {is_normed} {gate:?} {has_bias} {is_onto} {device:?}");
         assert_close(&name, &values(&got)?, &values(&want)?, 1.5 * op_limit(dtype));
+    }
+    Ok(())
+}
+
+/// By the kernel that does both in one pass, whether or not it is the faster way.
+#[cfg(feature = "cuda")]
+#[test]
+fn activated_products_are_their_parts() -> Result<()> {
+    use super::wgmma::{Activated, activated};
+    let mut random = Random::new(11);
+    for device in devices() {
+        let Device::Cuda(cuda) = &device else { continue };
+        for (rows, inner, outer) in [(1, 64, 8), (65, 8, 520), (300, 200, 136), (1000, 328, 1032), (4100, 128, 256)] {
+            for dtype in [DType::F16, DType::BF16] {
+                let mut tensor = |shape: &[usize], deviation| random.tensor(shape, deviation, dtype, &device);
+                // Rows of a merged projection; behind the last output of a weight another begins.
+                let frame = poisoned(&[rows, 16], dtype, &device)?;
+                let x = Tensor::cat(&[&frame, &tensor(&[rows, inner], 1.0)?, &frame], 1)?.narrow(1, 16, inner)?;
+                let weights = [
+                    tensor(&[2 * outer, inner], 3.0 * (inner as f32).powf(-0.5))?,
+                    poisoned(&[64, inner], dtype, &device)?,
+                ];
+                let weight = Tensor::cat(&weights, 0)?.narrow(0, 0, 2 * outer)?;
+                let bias = tensor(&[outer], 1.0)?;
+                let exact = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+                for activation in [None, Some(Activation::Silu), Some(Activation::GeluTanh)] {
+                    let name = format!("[{rows}, {inner}] by {outer} {dtype:?} {activation:?}");
+                    let (got, want) = match activation {
+                        Some(gate) => {
+                            let around = Around { gate: Some(gate), ..Around::default() };
+                            let want = linear_around(&exact(&x)?, &exact(&weight)?, None, around)?;
+                            (activated(cuda, &x, &weight, None, Activated::Gate(gate))?, want)
+                        }
+                        None => {
+                            let weight = weight.narrow(0, 0, outer)?;
+                            let want = linear_gelu(&exact(&x)?, &exact(&weight)?, Some(&exact(&bias)?))?;
+                            (activated(cuda, &x, &weight, Some(&bias), Activated::Gelu)?, want)
+                        }
+                    };
+                    match got {
+                        Some(got) => assert_close(&name, &values(&got)?, &values(&want)?, 1.5 * op_limit(dtype)),
+                        None => eprintln!("skipped: {name}: needs compute capability 9.0"),
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the public function makes of many rows, and of few.
+#[test]
+fn gelu_of_a_product_is_its_parts() -> Result<()> {
+    let mut random = Random::new(12);
+    for device in devices() {
+        for dtype in FLOATS {
+            for (rows, inner, outer) in [(3, 40, 24), (1000, 72, 4088)] {
+                let mut tensor = |shape: &[usize]| random.tensor(shape, 0.5, dtype, &device);
+                let (x, weight, bias) = (tensor(&[rows, inner])?, tensor(&[outer, inner])?, tensor(&[outer])?);
+                let got = linear_gelu(&x, &weight, Some(&bias))?;
+                let want = gelu(&linear_with_bias(&x, &weight, &bias)?)?;
+                let name = format!("[{rows}, {inner}] by {outer} {dtype:?} {device:?}");
+                assert_close(&name, &values(&got)?, &values(&want)?, 1.5 * op_limit(dtype));
+            }
+        }
     }
     Ok(())
 }

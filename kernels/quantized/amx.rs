@@ -3,27 +3,26 @@
 //! of [`Dot`], so the bits are those of [`super::cpu`].
 //!
 //! Sums reach the vector registers through memory. What follows is as much work as the product: both go on at once, on
-//! different groups.
+//! different rows. A product has ended long before its sums are stored, and they are stored long before they are read.
 
 use std::cell::Cell;
 
-use super::cpu::{Block, Factors, Panels, Totals, Unpacked, fetch};
+use super::block::{Block, Unpacked};
+use super::cpu::{Panels, Totals, fetch};
 use super::dot::{self, Dot, Four, HALF};
+use super::rounded::Factors;
 use super::{OUTS, STEPS};
 use crate::linear::tile::pieces;
-use crate::simd::Stored;
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
+use crate::simd::{Stored, prefetch};
 
 /// Groups that all rows meet before the next: codes of a panel and of a register of rows take 24 KiB, which stay in the
 /// first-level cache.
 const STRETCH: usize = 8;
 
-/// Groups whose sums are on the way: their products take about as long as what follows those of two others.
-const AHEAD: usize = 2;
-
 /// Whether so many rows are to run here.
 pub(super) fn takes(rows: usize) -> bool {
-    const LEAST: usize = 4;
+    const LEAST: usize = 32;
     rows >= LEAST && amx::is_used()
 }
 
@@ -85,27 +84,43 @@ impl<B: Block, X: Stored, T: Tiles> dot::Kernel for Panel<'_, B, X, T> {
                 fetch(ahead, group);
                 block.prepare::<D>(unpacked);
             }
-            for (register, totals) in (first..).zip(&mut *totals) {
-                let (codes, factors) = x.register(register, groups.clone());
-                for half in 0..2 {
-                    let half = Half { blocks, unpacked, codes, factors, half };
-                    half.add::<D, T>(tiles, &mut ring, totals);
+            let half = |index: usize| {
+                let (codes, factors) = x.register(first + index / 2, groups.clone());
+                Half { blocks, unpacked, codes, factors, half: index % 2 }
+            };
+            let halves = 2 * totals.len();
+            let mut behind = None;
+            for index in 0..=halves {
+                let current = (index < halves).then(|| half(index));
+                if index % 2 == 1 && index + 1 < halves {
+                    let (codes, factors) = x.register(first + index / 2 + 1, groups.clone());
+                    prefetch(codes);
+                    prefetch(factors);
                 }
+                let register = index.saturating_sub(1) / 2;
+                add::<B, D, T>(tiles, &mut ring, current.as_ref(), behind.as_ref(), &mut totals[register]);
+                if groups.end == x.groups {
+                    let rows = rows.start + register * ROWS..rows.end.min(rows.start + (register + 1) * ROWS);
+                    match index % 2 {
+                        1 => rows.for_each(|row| product.fetch(row, panel)),
+                        _ if index > 0 => {
+                            rows.zip(&totals[register]).for_each(|(row, totals)| product.write(row, panel, &totals.0))
+                        }
+                        _ => {}
+                    }
+                }
+                behind = current;
             }
-        }
-        for (row, totals) in rows.clone().zip(totals.as_flattened()) {
-            product.write(row, panel, &totals.0);
         }
     }
 }
 
-/// The sums of four groups in turn, a register of rows and half a panel each. Those that are read and those on the way
-/// never lie at the same distance from a page, where the machine would take one for the other.
+/// The sums of the groups of a stretch, a register of rows and half a panel each.
 #[repr(C, align(4096))]
-struct Ring([[[i32; HALF]; ROWS]; 4]);
+struct Ring([[[i32; HALF]; ROWS]; STRETCH]);
 
 impl Ring {
-    const ZERO: Self = Self([[[0; HALF]; ROWS]; 4]);
+    const ZERO: Self = Self([[[0; HALF]; ROWS]; STRETCH]);
 }
 
 /// Half a panel with a register of rows, in the groups of a stretch.
@@ -119,49 +134,59 @@ struct Half<'a, B> {
     half: usize,
 }
 
-impl<B: Block> Half<'_, B> {
-    #[inline(always)]
-    fn add<D: Dot, T: Tiles>(&self, tiles: &mut T, ring: &mut Ring, totals: &mut [Totals; ROWS]) {
-        let Self { blocks, unpacked, half, .. } = *self;
-        let mut sums = [D::load_half(&totals[0].0.as_chunks().0[half]); ROWS];
-        for row in 1..ROWS {
-            sums[row] = D::load_half(&totals[row].0.as_chunks().0[half]);
+/// Multiplies `current`, and adds the sums of `behind`, whose products were the ones before, to its rows' totals. Four
+/// groups of each take turns, as many as there are registers for sums.
+#[inline(always)]
+fn add<B: Block, D: Dot, T: Tiles>(
+    tiles: &mut T,
+    ring: &mut Ring,
+    current: Option<&Half<B>>,
+    behind: Option<&Half<B>>,
+    totals: &mut [Totals; ROWS],
+) {
+    let half = behind.map_or(0, |behind| behind.half);
+    let mut sums = [D::load_half(&totals[0].0.as_chunks().0[half]); ROWS];
+    for row in 1..ROWS {
+        sums[row] = D::load_half(&totals[row].0.as_chunks().0[half]);
+    }
+    for four in (0..STRETCH).step_by(4) {
+        if let Some(current) = current {
+            current.multiply::<T, 0, 4, 6>(tiles, four);
+            current.multiply::<T, 1, 5, 7>(tiles, four + 1);
+            current.multiply::<T, 2, 4, 6>(tiles, four + 2);
+            current.multiply::<T, 3, 5, 7>(tiles, four + 3);
         }
-        for group in 0..blocks.len() + AHEAD {
-            match group % 4 {
-                _ if group >= blocks.len() => {}
-                0 => self.multiply::<T, 0, 4, 6>(tiles, group, &mut ring.0[0]),
-                1 => self.multiply::<T, 1, 5, 7>(tiles, group, &mut ring.0[1]),
-                2 => self.multiply::<T, 2, 4, 6>(tiles, group, &mut ring.0[2]),
-                _ => self.multiply::<T, 3, 5, 7>(tiles, group, &mut ring.0[3]),
-            }
-            if let Some(group) = group.checked_sub(AHEAD) {
-                let Unpacked { scales, minima, .. } = &unpacked[group];
+        if let Some(behind) = behind {
+            for group in four..behind.blocks.len().min(four + 4) {
+                let Unpacked { scales, minima, .. } = &behind.unpacked[group];
                 let of_block = [D::load_half(&scales.as_chunks().0[half]), D::load_half(&minima.as_chunks().0[half])];
-                let (products, factors) = (&ring.0[group % 4], &self.factors[group]);
+                let (products, factors) = (&ring.0[group], &behind.factors[group]);
                 for row in 0..ROWS {
                     sums[row] = B::add_half::<D>(of_block, &products[row], &factors[row], sums[row]);
                 }
             }
         }
-        for row in 0..ROWS {
-            D::store_half(sums[row], &mut totals[row].0.as_chunks_mut().0[half]);
+        if current.is_some() {
+            tiles.store::<0, _>(ring.0[four].as_flattened_mut(), HALF);
+            tiles.store::<1, _>(ring.0[four + 1].as_flattened_mut(), HALF);
+            tiles.store::<2, _>(ring.0[four + 2].as_flattened_mut(), HALF);
+            tiles.store::<3, _>(ring.0[four + 3].as_flattened_mut(), HALF);
         }
     }
+    for row in 0..ROWS {
+        D::store_half(sums[row], &mut totals[row].0.as_chunks_mut().0[half]);
+    }
+}
 
-    /// The sums of a group.
+impl<B: Block> Half<'_, B> {
+    /// The sums of a group, if there is one.
     #[inline(always)]
-    fn multiply<T: Tiles, const SUMS: usize, const X: usize, const W: usize>(
-        &self,
-        tiles: &mut T,
-        group: usize,
-        sums: &mut [[i32; HALF]; ROWS],
-    ) {
-        let codes = self.blocks[group].bytes(&self.unpacked[group]);
+    fn multiply<T: Tiles, const SUMS: usize, const X: usize, const W: usize>(&self, tiles: &mut T, group: usize) {
+        let Some(block) = self.blocks.get(group) else { return };
+        let codes = block.bytes(&self.unpacked[group]);
         tiles.load::<W, _>(&codes[self.half * 4 * HALF..], 4 * OUTS);
         tiles.load::<X, _>(self.codes[group].as_flattened(), STEPS);
         tiles.zero::<SUMS>();
         tiles.multiply_bytes::<SUMS, X, W>();
-        tiles.store::<SUMS, _>(sums.as_flattened_mut(), HALF);
     }
 }

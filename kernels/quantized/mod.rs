@@ -2,6 +2,7 @@
 
 #[cfg(any(test, target_arch = "x86_64"))]
 mod amx;
+mod block;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
@@ -11,6 +12,7 @@ pub(crate) mod metal;
 mod pack;
 #[cfg(test)]
 mod reference;
+mod rounded;
 mod storage;
 #[cfg(test)]
 mod tests;

@@ -288,7 +288,7 @@ fn amx_agrees_to_the_bit() -> Result<()> {
     for format in FORMATS {
         for (inner, outer) in [(300, 70), (64, 3), (513, 33)] {
             let (_, matrix, _) = packed(format, [outer, inner], &mut random);
-            for rows in [4, 15, 16, 17, 32, 33, 90] {
+            for rows in [31, 32, 33, 48, 90] {
                 let x = random.tensor(&[rows, inner], 1.0, DType::F32, &Device::Cpu)?;
                 let want = bits(&on(widest, || linear(&x, &matrix))?);
                 for threads in [1, 3] {

@@ -58,13 +58,9 @@ struct Comparison<'a> {
     report: Report,
 }
 
-impl Comparison<'_> {
+impl<'a> Comparison<'a> {
     fn texts(&mut self, run: &str, embeddings: &[Embedding]) -> Result<()> {
-        // The reference has no run in bf16 arithmetic: there its exact arithmetic on the same weights is compared with.
-        let (prefix, sparse) = match self.precision {
-            Precision::F32 => ("", &self.texts.sparse),
-            Precision::Bf16Weights | Precision::Bf16 => ("bf16w.", &self.texts.bf16w_sparse),
-        };
+        let (prefix, sparse) = self.exact();
         let [pooled_slack, sparse_slack] = self.slack()?;
         for (text, got) in embeddings.iter().enumerate() {
             let name = |head: &str| format!("{run}{text}.{prefix}{head}");
@@ -96,6 +92,12 @@ impl Comparison<'_> {
         Ok(())
     }
 
+    /// The prefix of what was computed in f32 from the same weights, and of that the lexical weights.
+    fn exact(&self) -> (&'static str, &'a [BTreeMap<String, f32>]) {
+        let prefix = self.precision.exact_prefix();
+        (prefix, if prefix.is_empty() { &self.texts.sparse } else { &self.texts.bf16w_sparse })
+    }
+
     /// A text's row of an array of all texts, or its own array; `None` if there is neither.
     fn row(&self, text: usize, name: &str) -> Result<Option<Tensor>> {
         let tensors = &self.reference.tensors;
@@ -109,13 +111,15 @@ impl Comparison<'_> {
     /// dense vectors, of lexical weights.
     fn slack(&self) -> Result<[f64; 2]> {
         let (mut pooled, mut sparse) = (0.0f64, 0.0f64);
+        let (prefix, exact_sparse) = self.exact();
+        let exact_pooled = format!("{prefix}pooled");
         for text in 0..self.texts.ids.len() {
-            if let (Some(theirs), Some(exact)) = (self.row(text, "bf16.pooled")?, self.row(text, "bf16w.pooled")?) {
+            if let (Some(theirs), Some(exact)) = (self.row(text, "bf16.pooled")?, self.row(text, &exact_pooled)?) {
                 let [theirs, exact] = [theirs.to_vec1::<f32>()?, exact.to_vec1()?];
                 pooled = pooled.max((length(theirs.iter()) - length(exact.iter())).abs());
             }
         }
-        for (theirs, exact) in self.texts.bf16_sparse.iter().zip(&self.texts.bf16w_sparse) {
+        for (theirs, exact) in self.texts.bf16_sparse.iter().zip(exact_sparse) {
             sparse = sparse.max((length(theirs.values()) - length(exact.values())).abs());
         }
         Ok([2.0 * pooled, 2.0 * sparse])
@@ -145,7 +149,7 @@ impl Comparison<'_> {
         };
         match self.precision {
             Precision::F32 | Precision::Bf16Weights => entry(&name, largest, LARGEST, "largest"),
-            Precision::Bf16 => {
+            Precision::Bf16 | Precision::Rounded => {
                 let want: Vec<f32> = want.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
                 let (angle, norm) = match largest.is_nan() {
                     true => (f64::NAN, f64::NAN),

@@ -30,6 +30,27 @@ pub fn assert_agrees(folder: &Path, fixture: &Path) {
     assert!(report.expect("a reference").passed());
 }
 
+/// Asserts that every fixture computes on a GPU what transformers does, in f32 and in bf16. All failures are told at once.
+pub fn assert_fixtures_agree(device: &Device) {
+    let (mut compared, mut failures) = (0, Vec::new());
+    for fixture in fixtures() {
+        let (f32, bf16) = (fixture.join("f32"), derive_bf16(&fixture.join("f32")));
+        for (folder, dtype) in [(&*f32, DType::F32), (&f32, DType::BF16), (bf16.path(), DType::BF16)] {
+            let name = format!("{} {dtype:?}", folder.display());
+            match verify(&Checkpoint::Folder(folder.into()), &fixture.join("reference.safetensors"), dtype, device) {
+                Err(error) => failures.push(format!("{name}: {error}")),
+                Ok(report) => {
+                    compared += report.entries.len();
+                    let failed = report.entries.iter().filter(|entry| !entry.passed);
+                    failures.extend(failed.map(|entry| format!("{name}: {entry:?}")));
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} of {compared} arrays:\n{}", failures.len(), failures.join("\n"));
+    assert!(compared > 300, "{compared} arrays compared");
+}
+
 /// The questions that the demo, loaded so, does not answer word for word.
 #[cfg(feature = "demo")]
 pub fn wrong_facts(options: &Options) -> Vec<String> {

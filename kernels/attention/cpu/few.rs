@@ -1,10 +1,12 @@
 //! Few queries: keys and values stream through registers as they lie, in pages from end to end, all heads of a
 //! position after one another. Lanes lie along the head.
 
+use std::cell::Cell;
 use std::ops::Range;
+use std::ptr;
 
 use super::{Attention, CHUNK, Mix, Operand, Part, softmax};
-use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch};
+use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_at};
 
 /// Keys that one head is at before the next.
 const TILE: usize = LANES;
@@ -26,29 +28,31 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
         let part = self.0;
         let Attention { ref keys, ref values, d, params, .. } = *part.attention;
         let (rows, lanes) = (part.rows(), d / LANES);
-        let all = part.heads.len() * rows;
-        let mut queries = vec![[0.0; LANES]; all * lanes];
+        let all = part.block.heads.len() * rows;
+        let mut scratch = SCRATCH.take();
+        let Scratch { queries, scores, mix, bounds, places } = &mut scratch;
+        queries.resize(all * lanes, [0.0; LANES]);
+        scores.resize(all, [0.0; CHUNK]);
+        mix.resize(all, lanes);
         for (row, query) in queries.chunks_exact_mut(lanes).enumerate() {
-            let source = part.query(part.heads.start + row / rows, row % rows);
+            let source = part.query(part.block.heads.start + row / rows, row % rows);
             for (query, source) in query.iter_mut().zip(source.chunks_exact(LANES)) {
                 load::<V, T>(source).store(query);
             }
         }
-        let mut scores = vec![[0.0; CHUNK]; all];
-        let mut mix = Mix::new(all, lanes);
         let mut total = Mix::new(all, lanes);
         for chunk in part.chunks.clone() {
-            let bounds: Vec<Range<usize>> = (0..rows).map(|row| part.bounds(chunk, row)).collect();
-            let (range, places) = part.places(chunk);
-            let rows_of = Rows { keys, values, heads: part.heads.clone(), d, places: &places };
-            rows_of.fetch(0..AHEAD);
+            bounds.clear();
+            bounds.extend((0..rows).map(|row| part.bounds(chunk, row)));
+            let range = part.find(chunk, places);
+            let rows_of = Rows { keys, values, heads: part.block.heads.clone(), d, places };
             let tiles = || (range.start / TILE * TILE..range.end).step_by(TILE);
             for at in tiles() {
-                for (i, head) in part.heads.clone().enumerate() {
-                    rows_of.fetch_share(at.saturating_sub(range.start), i);
-                    let tile = sources(keys, &places, &range, at, head, d);
+                for (i, head) in part.block.heads.clone().enumerate() {
+                    let mut ahead = rows_of.ahead(at.saturating_sub(range.start), i);
+                    let tile = sources(keys, places, &range, at, head, d);
                     let (queries, scores) = (&queries[i * rows * lanes..], &mut scores[i * rows..][..rows]);
-                    score_rows::<V, P>(queries, &tile, &bounds, scores, at, params.scale);
+                    score_rows::<V, P>(queries, &tile, bounds, scores, at, params.scale, &mut ahead);
                 }
             }
             mix.values.fill([0.0; LANES]);
@@ -60,17 +64,48 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
                 };
             }
             for at in tiles() {
-                for (i, head) in part.heads.clone().enumerate() {
-                    rows_of.fetch_share(places.len() + at.saturating_sub(range.start), i);
-                    let tile = sources(values, &places, &range, at, head, d);
+                for (i, head) in part.block.heads.clone().enumerate() {
+                    let mut ahead = rows_of.ahead(places.len() + at.saturating_sub(range.start), i);
+                    let tile = sources(values, places, &range, at, head, d);
                     let mix = &mut mix.values[i * rows * lanes..][..rows * lanes];
-                    weigh_rows::<V, P>(&scores[i * rows..], &tile, &bounds, mix, at);
+                    weigh_rows::<V, P>(&scores[i * rows..], &tile, bounds, mix, at, &mut ahead);
                 }
             }
-            total.merge(&mix);
+            total.merge(mix);
         }
+        SCRATCH.set(scratch);
         total
     }
+}
+
+/// What a thread needs for its part.
+#[derive(Default)]
+struct Scratch {
+    /// `[heads, rows, lanes]`
+    queries: Vec<[f32; LANES]>,
+    /// `[heads, rows]`
+    scores: Vec<[f32; CHUNK]>,
+    /// Of a chunk.
+    mix: Mix,
+    /// The keys of a chunk that each row sees.
+    bounds: Vec<Range<usize>>,
+    /// Where they are.
+    places: Vec<usize>,
+}
+
+thread_local! {
+    /// A thread's, kept between calls.
+    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::NEW) };
+}
+
+impl Scratch {
+    const NEW: Self = Self {
+        queries: Vec::new(),
+        scores: Vec::new(),
+        mix: Mix { max: Vec::new(), sum: Vec::new(), values: Vec::new() },
+        bounds: Vec::new(),
+        places: Vec::new(),
+    };
 }
 
 /// Some keys or values of one head.
@@ -104,27 +139,50 @@ struct Rows<'a, P> {
 }
 
 impl<P> Rows<'_, P> {
-    /// Asks for all heads of some positions.
+    /// All heads of the positions ahead of a tile, a part of them with each head.
     #[inline(always)]
-    fn fetch(&self, positions: Range<usize>) {
-        for index in positions {
+    fn ahead(&self, at: usize, head: usize) -> Lines<P> {
+        let len = (self.heads.len() - 1) * self.keys.strides[1] + self.d;
+        let mut lines = Lines { starts: [ptr::null(); TILE], count: 0, len, at: 0, offset: 0 };
+        let share = |head: usize| at + AHEAD + head * TILE / self.heads.len();
+        for index in share(head)..share(head + 1) {
             let (operand, index) = match index.checked_sub(self.places.len()) {
                 None => (self.keys, index),
                 Some(index) => (self.values, index),
             };
             if let Some(&place) = self.places.get(index) {
-                for head in self.heads.clone() {
-                    prefetch(operand.head(place, head, self.d));
-                }
+                lines.starts[lines.count] = operand.head(place, self.heads.start, self.d).as_ptr();
+                lines.count += 1;
             }
         }
+        lines
     }
+}
 
-    /// Asks for the positions ahead of a tile, a part of them with each head.
+/// What is asked for ahead of use, a line now and then: asked for all at once, lines wait for each other, and what is to
+/// be computed meanwhile waits for them.
+struct Lines<P> {
+    starts: [*const P; TILE],
+    count: usize,
+    /// Elements from each start on.
+    len: usize,
+    /// The next one: its start, and the elements from there.
+    at: usize,
+    offset: usize,
+}
+
+impl<P> Lines<P> {
+    /// Asks for 64 bytes, of elements of four bytes for 128: as many as are used in one turn of [`score`] or [`weigh`].
     #[inline(always)]
-    fn fetch_share(&self, at: usize, head: usize) {
-        let share = |head: usize| at + AHEAD + head * TILE / self.heads.len();
-        self.fetch(share(head)..share(head + 1));
+    fn next(&mut self) {
+        const ELEMENTS: usize = 32;
+        if self.at < self.count {
+            prefetch_at(self.starts[self.at].wrapping_add(self.offset), ELEMENTS);
+            self.offset += ELEMENTS;
+            if self.offset >= self.len {
+                (self.at, self.offset) = (self.at + 1, 0);
+            }
+        }
     }
 }
 
@@ -142,6 +200,7 @@ fn score_rows<V: Lanes, P: Stored>(
     scores: &mut [[f32; CHUNK]],
     at: usize,
     scale: f32,
+    ahead: &mut Lines<P>,
 ) {
     let lanes = tile[0].len();
     for row in (0..bounds.len()).step_by(ROWS) {
@@ -149,9 +208,9 @@ fn score_rows<V: Lanes, P: Stored>(
         if bounds[row..row + block].iter().any(|bounds| !within(bounds, at).is_empty()) {
             let (queries, scores) = (&queries[row * lanes..], &mut scores[row..]);
             match block {
-                1 => score::<V, P, 1>(queries, tile, scores, at, scale),
-                2 => score::<V, P, 2>(queries, tile, scores, at, scale),
-                _ => score::<V, P, ROWS>(queries, tile, scores, at, scale),
+                1 => score::<V, P, 1>(queries, tile, scores, at, scale, ahead),
+                2 => score::<V, P, 2>(queries, tile, scores, at, scale, ahead),
+                _ => score::<V, P, ROWS>(queries, tile, scores, at, scale, ahead),
             }
         }
     }
@@ -166,6 +225,7 @@ fn weigh_rows<V: Lanes, P: Stored>(
     bounds: &[Range<usize>],
     mix: &mut [[f32; LANES]],
     at: usize,
+    ahead: &mut Lines<P>,
 ) {
     let lanes = tile[0].len();
     let mut row = 0;
@@ -174,9 +234,9 @@ fn weigh_rows<V: Lanes, P: Stored>(
         let alike = bounds[row..].iter().take(ROWS).take_while(|bounds| within(bounds, at) == keys).count();
         let (weights, mix) = (&weights[row..], &mut mix[row * lanes..]);
         match alike {
-            1 => weigh::<V, P, 1>(weights, tile, mix, at, keys),
-            2 => weigh::<V, P, 2>(weights, tile, mix, at, keys),
-            _ => weigh::<V, P, ROWS>(weights, tile, mix, at, keys),
+            1 => weigh::<V, P, 1>(weights, tile, mix, at, keys, ahead),
+            2 => weigh::<V, P, 2>(weights, tile, mix, at, keys, ahead),
+            _ => weigh::<V, P, ROWS>(weights, tile, mix, at, keys, ahead),
         }
         row += alike;
     }
@@ -190,6 +250,7 @@ fn score<V: Lanes, P: Stored, const R: usize>(
     scores: &mut [[f32; CHUNK]],
     at: usize,
     scale: f32,
+    ahead: &mut Lines<P>,
 ) {
     // With three rows twelve sums, three queries and a key fill the sixteen registers of AVX2.
     const KEYS: usize = 4;
@@ -205,6 +266,7 @@ fn score<V: Lanes, P: Stored, const R: usize>(
         }
         let mut sums = [[V::splat(0.0); KEYS]; R];
         for i in 0..lanes {
+            ahead.next();
             let mut query = [V::splat(0.0); R];
             for row in 0..R {
                 query[row] = V::load(&rows[row][i]);
@@ -233,16 +295,17 @@ fn weigh<V: Lanes, P: Stored, const R: usize>(
     mix: &mut [[f32; LANES]],
     at: usize,
     keys: Range<usize>,
+    ahead: &mut Lines<P>,
 ) {
     const COLUMNS: usize = 4;
     let lanes = tile[0].len();
     let mut column = 0;
     while column + COLUMNS <= lanes {
-        weigh_columns::<V, P, R, COLUMNS>(weights, tile, mix, at, keys.clone(), column);
+        weigh_columns::<V, P, R, COLUMNS>(weights, tile, mix, at, keys.clone(), column, ahead);
         column += COLUMNS;
     }
     while column < lanes {
-        weigh_columns::<V, P, R, 1>(weights, tile, mix, at, keys.clone(), column);
+        weigh_columns::<V, P, R, 1>(weights, tile, mix, at, keys.clone(), column, ahead);
         column += 1;
     }
 }
@@ -255,6 +318,7 @@ fn weigh_columns<V: Lanes, P: Stored, const R: usize, const C: usize>(
     at: usize,
     keys: Range<usize>,
     column: usize,
+    ahead: &mut Lines<P>,
 ) {
     let lanes = tile[0].len();
     let mut sums = [[V::splat(0.0); C]; R];
@@ -265,6 +329,7 @@ fn weigh_columns<V: Lanes, P: Stored, const R: usize, const C: usize>(
         }
     }
     for key in keys {
+        ahead.next();
         let value = &tile[key - at][column..][..C];
         let mut weight = [V::splat(0.0); R];
         for row in 0..R {

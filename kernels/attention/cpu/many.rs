@@ -54,7 +54,7 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
     fn run<V: Lanes>(self) -> Mix {
         let Self { part, queries, keys, values, scores, .. } = self;
         let Attention { keys: ref key_rows, values: ref value_rows, d, params, .. } = *part.attention;
-        let (rows, groups, head) = (part.rows(), d.div_ceil(LANES), part.heads.start);
+        let (rows, groups, head) = (part.rows(), d.div_ceil(LANES), part.block.heads.start);
         let tile_rows = |tile: usize| tile * R..rows.min((tile + 1) * R);
         for (tile, target) in queries.chunks_exact_mut(LANES * groups).enumerate() {
             let mut sources = [&[][..]; R];
@@ -69,9 +69,10 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
         let mut lanes = [[[0.0; O]; R]; LANES];
         let mut total = Mix::new(rows, groups);
         let mut factors = vec![[0.0; 2]; rows];
+        let mut places = Vec::new();
         for chunk in part.chunks.clone() {
             let bounds: Vec<Range<usize>> = (0..rows).map(|row| part.bounds(chunk, row)).collect();
-            let (range, places) = part.places(chunk);
+            let range = part.find(chunk, &mut places);
             let place = |key: usize| places[key - range.start];
 
             for first in (range.start / O * O..range.end).step_by(O) {

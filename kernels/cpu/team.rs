@@ -1,0 +1,290 @@
+//! The threads of a step.
+//!
+//! A step is hundreds of ops of a few microseconds to a few hundred, too short to wake a thread for each. So the other
+//! threads of the pool join a step once, at its start, and look for work until it ends. An op is a range of indices; whoever
+//! is free takes the next one, so a thread that the system holds back does less, and nothing depends on who did what.
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::hint::spin_loop;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+
+use rayon::prelude::*;
+
+use self::manners::Manners;
+
+mod manners;
+
+/// Runs `f` on one of the pool's threads, with the others at hand for [`share`].
+pub fn lead<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    let team = &Team::default();
+    rayon::scope(|scope| {
+        let this = rayon::current_thread_index();
+        let gather = || {
+            scope.spawn_broadcast(move |_, thread| {
+                if Some(thread.index()) != this {
+                    team.help()
+                }
+            })
+        };
+        let leader = Leader { team, gather: Cell::new(Some(&gather)) };
+        let _over = OnDrop(|| team.epoch.0.store(OVER, Release));
+        let _role = match rayon::current_num_threads() {
+            1 => Role::Worker.take(),
+            _ => Role::Leader((&raw const leader).cast()).take(),
+        };
+        f()
+    })
+}
+
+/// Runs `f` with every index below `count`, in any order: on the threads of this thread's step, or outside of a step on
+/// those of the pool. Within `f` it is a loop.
+pub fn share(count: usize, f: impl Fn(usize) + Sync) {
+    match ROLE.get() {
+        _ if count <= 1 => (0..count).for_each(f),
+        Role::None => (0..count).into_par_iter().for_each(&f),
+        Role::Worker => (0..count).for_each(f),
+        // SAFETY: the thread has the role for as long as `lead` has the leader.
+        Role::Leader(leader) => unsafe { &*leader }.run(Job { f: &f, count }),
+    }
+}
+
+/// As [`share`], with `range` in pieces of `len`.
+pub fn share_pieces(range: Range<usize>, len: usize, f: impl Fn(Range<usize>) + Sync) {
+    share(range.len().div_ceil(len), |i| {
+        let start = range.start + i * len;
+        f(start..range.end.min(start + len))
+    })
+}
+
+/// What this thread is to a step.
+#[derive(Clone, Copy)]
+enum Role {
+    None,
+    Leader(*const Leader<'static>),
+    /// Within `f` of a [`share`].
+    Worker,
+}
+
+thread_local! {
+    static ROLE: Cell<Role> = const { Cell::new(Role::None) };
+}
+
+impl Role {
+    /// Until what it returns is dropped.
+    fn take(self) -> OnDrop<impl FnMut()> {
+        let before = ROLE.replace(self);
+        OnDrop(move || ROLE.set(before))
+    }
+}
+
+struct Leader<'a> {
+    team: &'a Team,
+    /// Brings the other threads, if they are not on their way.
+    gather: Cell<Option<&'a dyn Fn()>>,
+}
+
+impl Leader<'_> {
+    fn run(&self, job: Job) {
+        if let Some(gather) = self.gather.take() {
+            gather()
+        }
+        self.team.run(job)
+    }
+}
+
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)()
+    }
+}
+
+/// Alone on its cache lines, which are fetched in pairs.
+#[derive(Default)]
+#[repr(align(128))]
+struct Line<T>(T);
+
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    f: &'a (dyn Fn(usize) + Sync),
+    count: usize,
+}
+
+#[derive(Default)]
+struct Team {
+    /// Odd while there is a job, another number for each; or [`OVER`].
+    epoch: Line<AtomicUsize>,
+    /// Of the job, the first that nobody took.
+    next: Line<AtomicUsize>,
+    /// Helpers that may be at the job.
+    busy: Line<AtomicUsize>,
+    /// Written by the leader while the epoch is even and nobody is busy, read by helpers that are busy in an odd one.
+    job: UnsafeCell<Option<Job<'static>>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// The step has ended.
+const OVER: usize = usize::MAX - 1;
+
+// SAFETY: `job` is never written while another thread may read it, see there; what it refers to is `Sync`.
+unsafe impl Sync for Team {}
+
+impl Team {
+    fn run(&self, job: Job) {
+        // SAFETY: the epoch is even and nobody is busy. The references end before this function does: it returns or
+        // unwinds only when the epoch is even again and nobody busy.
+        unsafe { *self.job.get() = Some(std::mem::transmute::<Job<'_>, Job<'static>>(job)) };
+        self.next.0.store(0, Relaxed);
+        self.epoch.0.fetch_add(1, SeqCst);
+        {
+            let _close = OnDrop(|| {
+                self.epoch.0.fetch_add(1, SeqCst);
+                let mut patience = Patience::default();
+                while self.busy.0.load(SeqCst) > 0 {
+                    patience.wait();
+                }
+            });
+            self.work(job, || false);
+        }
+        if let Some(panic) = self.panic.lock().expect("nothing panics that holds it").take() {
+            resume_unwind(panic)
+        }
+    }
+
+    /// Takes what is left of the job, until it is `enough`.
+    fn work(&self, Job { f, count }: Job, enough: impl Fn() -> bool) {
+        let _role = Role::Worker.take();
+        while !enough() {
+            match self.next.0.fetch_add(1, Relaxed) {
+                index if index < count => f(index),
+                _ => break,
+            }
+        }
+    }
+
+    fn help(&self) {
+        let mut seen = 0;
+        let (mut manners, mut patience) = (Manners::new(), Patience::default());
+        loop {
+            match self.epoch.0.load(Acquire) {
+                OVER => break,
+                epoch if epoch % 2 == 1 && epoch != seen => {
+                    self.join(epoch, &manners);
+                    (seen, patience) = (epoch, Patience::default());
+                }
+                // Ops that are not ours share their work among the pool's threads in its own way.
+                _ if patience.wait() => _ = rayon::yield_now(),
+                _ => {}
+            }
+            if manners.rest() {
+                seen = 0;
+            }
+        }
+    }
+
+    fn join(&self, epoch: usize, manners: &Manners) {
+        self.busy.0.fetch_add(1, SeqCst);
+        // Whoever is busy before the leader closed the epoch is waited for.
+        if self.epoch.0.load(SeqCst) == epoch {
+            // SAFETY: see the field.
+            let job = unsafe { *self.job.get() }.expect("the leader wrote it before it opened the epoch");
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(job, || manners.ask_for_rest()))) {
+                self.next.0.store(job.count, Relaxed);
+                self.panic.lock().expect("nothing panics that holds it").get_or_insert(panic);
+            }
+        }
+        self.busy.0.fetch_sub(1, SeqCst);
+    }
+}
+
+/// How a thread waits: awake at first, then letting others have its processor, who may be those that it waits for.
+#[derive(Default)]
+struct Patience {
+    turns: usize,
+}
+
+impl Patience {
+    /// Waits for a moment; returns whether some moments have passed since it last did.
+    fn wait(&mut self) -> bool {
+        const SOME: usize = 32;
+        /// About 100 microseconds.
+        const AWAKE: usize = 2000;
+        spin_loop();
+        self.turns += 1;
+        let some = self.turns.is_multiple_of(SOME);
+        if some && self.turns > AWAKE {
+            std::thread::yield_now();
+        }
+        some
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    fn on<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads").install(f)
+    }
+
+    #[test]
+    fn every_index_runs_once() {
+        let check = |count: usize| {
+            let runs: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+            share(count, |i| {
+                share(3, |_| {
+                    runs[i].fetch_add(1, Relaxed);
+                })
+            });
+            assert!(runs.iter().all(|runs| runs.load(Relaxed) == 3), "{count}");
+        };
+        for threads in [1, 2, 3, 8] {
+            on(threads, || lead(|| (0..40).chain([1000]).for_each(check)));
+            on(threads, || check(100));
+        }
+    }
+
+    /// Neither of two pieces of work ends before the other has begun.
+    #[test]
+    fn two_threads_are_at_work() {
+        on(2, || {
+            lead(|| {
+                for _ in 0..100 {
+                    let both = Barrier::new(2);
+                    share(2, |_| {
+                        both.wait();
+                    });
+                    rayon::join(|| both.wait(), || both.wait());
+                }
+            })
+        });
+    }
+
+    #[test]
+    fn a_panic_comes_back_from_wherever_it_was() {
+        for bad in [0, 1, 99] {
+            let both = Barrier::new(2);
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                on(2, || {
+                    lead(|| {
+                        share(100, |i| {
+                            if i < 2 {
+                                both.wait();
+                            }
+                            assert!(i != bad);
+                        })
+                    })
+                })
+            }));
+            assert!(result.is_err(), "{bad}");
+        }
+    }
+}

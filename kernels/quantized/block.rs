@@ -1,0 +1,210 @@
+//! What the formats' blocks do with rounded rows. Lanes are outputs, so nothing is ever added across them.
+
+use half::bf16;
+
+use super::cpu::Totals;
+#[cfg(any(test, target_arch = "x86_64"))]
+use super::dot::HALF;
+use super::dot::{Affine, Dot, Four};
+use super::rounded::Factors;
+use super::{Codes, OUTS, Q4Block, Q8Block, STEPS};
+
+/// A block of a packed weight.
+pub trait Block: Sync {
+    /// Adds its products with one row.
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]);
+    /// Adds the sums of a row's products, scaled.
+    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals);
+    /// As [`Block::add_sums`], of half a panel, the one that the factors of the block are of.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn add_half<D: Dot>(
+        scales_and_minima: [D::Half; 2],
+        sums: &[i32; HALF],
+        factors: &Factors,
+        totals: D::Half,
+    ) -> D::Half;
+    /// Unpacks what [`Block::bytes`] and [`Block::add_half`] need.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn prepare<D: Dot>(&self, target: &mut Unpacked);
+    /// The codes as signed bytes, once they are prepared: `[STEPS, OUTS, 4]`.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn bytes<'a>(&'a self, unpacked: &'a Unpacked) -> &'a [u8];
+    fn unpack<D: Dot>(&self, target: &mut Unpacked);
+    /// Adds the products of an unpacked block with `R` rows.
+    fn add_unpacked<D: Dot, const R: usize>(
+        block: &Unpacked,
+        x: &[[Four; R]; STEPS],
+        factors: &[Factors; R],
+        totals: &mut [Totals; R],
+    );
+}
+
+impl Block for Q8Block {
+    #[inline(always)]
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]) {
+        let scales = widen(&self.scales);
+        for part in 0..OUTS / D::WIDTH {
+            let mut sums = [D::unbiased(factors.offset)];
+            for (codes, x) in self.codes.iter().zip(x) {
+                D::add(&mut sums, D::signed(D::load(codes, part)), x);
+            }
+            D::add_scaled(sums[0], factors.scale, &scales, part, totals);
+        }
+    }
+    #[inline(always)]
+    fn unpack<D: Dot>(&self, target: &mut Unpacked) {
+        for part in 0..OUTS / D::WIDTH {
+            for step in 0..STEPS {
+                D::store(D::signed(D::load(&self.codes[step], part)), part, &mut target.codes[step]);
+            }
+        }
+        target.scales = widen(&self.scales);
+    }
+    #[inline(always)]
+    fn add_unpacked<D: Dot, const R: usize>(
+        block: &Unpacked,
+        x: &[[Four; R]; STEPS],
+        factors: &[Factors; R],
+        totals: &mut [Totals; R],
+    ) {
+        for part in 0..OUTS / D::WIDTH {
+            let mut sums = [D::unbiased(0); R];
+            for r in 0..R {
+                sums[r] = D::unbiased(factors[r].offset);
+            }
+            for (codes, x) in block.codes.iter().zip(x) {
+                D::add(&mut sums, D::load(codes, part), x);
+            }
+            for r in 0..R {
+                Self::add_sums::<D>(block, sums[r], &factors[r], part, &mut totals[r]);
+            }
+        }
+    }
+    #[inline(always)]
+    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals) {
+        D::add_scaled(sums, factors.scale, &block.scales, part, &mut totals.0);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn add_half<D: Dot>([scales, _]: [D::Half; 2], sums: &[i32; HALF], factors: &Factors, totals: D::Half) -> D::Half {
+        D::half_scaled(sums, factors.scale, scales, totals)
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn prepare<D: Dot>(&self, target: &mut Unpacked) {
+        target.scales = widen(&self.scales);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn bytes<'a>(&'a self, _: &'a Unpacked) -> &'a [u8] {
+        self.codes.as_flattened().as_flattened()
+    }
+}
+
+impl Block for Q4Block {
+    #[inline(always)]
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]) {
+        let (scales, minima) = (&widen(&self.scales), &widen(&self.minima));
+        let affine = Affine { factor: factors.scale, sum: factors.sum, scales, minima };
+        for part in 0..OUTS / D::WIDTH {
+            let mut halves = [[D::small()]; 2];
+            for half in 0..2 {
+                if half == 1 {
+                    halves[1][0] = D::second(halves[0][0]);
+                }
+                for pair in half * STEPS / 4..(half + 1) * STEPS / 4 {
+                    let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
+                    D::add_small(&mut halves[half], lower, &x[2 * pair]);
+                    D::add_small(&mut halves[half], upper, &x[2 * pair + 1]);
+                }
+            }
+            D::add_affine(D::total([halves[0][0], halves[1][0]]), affine, part, totals);
+        }
+    }
+    #[inline(always)]
+    fn unpack<D: Dot>(&self, target: &mut Unpacked) {
+        for part in 0..OUTS / D::WIDTH {
+            for pair in 0..STEPS / 2 {
+                let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
+                D::store(lower, part, &mut target.codes[2 * pair]);
+                D::store(upper, part, &mut target.codes[2 * pair + 1]);
+            }
+        }
+        (target.scales, target.minima) = (widen(&self.scales), widen(&self.minima));
+    }
+    #[inline(always)]
+    fn add_unpacked<D: Dot, const R: usize>(
+        block: &Unpacked,
+        x: &[[Four; R]; STEPS],
+        factors: &[Factors; R],
+        totals: &mut [Totals; R],
+    ) {
+        for part in 0..OUTS / D::WIDTH {
+            let mut first = [D::small(); R];
+            for (codes, x) in block.codes.iter().zip(x).take(STEPS / 2) {
+                D::add_small(&mut first, D::load(codes, part), x);
+            }
+            let mut second = first;
+            for r in 0..R {
+                second[r] = D::second(first[r]);
+            }
+            for (codes, x) in block.codes.iter().zip(x).skip(STEPS / 2) {
+                D::add_small(&mut second, D::load(codes, part), x);
+            }
+            for r in 0..R {
+                let sums = D::total([first[r], second[r]]);
+                Self::add_sums::<D>(block, sums, &factors[r], part, &mut totals[r]);
+            }
+        }
+    }
+    #[inline(always)]
+    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals) {
+        let &Factors { scale, sum, .. } = factors;
+        let affine = Affine { factor: scale, sum, scales: &block.scales, minima: &block.minima };
+        D::add_affine(sums, affine, part, &mut totals.0);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn add_half<D: Dot>(
+        [scales, minima]: [D::Half; 2],
+        sums: &[i32; HALF],
+        factors: &Factors,
+        totals: D::Half,
+    ) -> D::Half {
+        D::half_shifted(factors.sum, minima, D::half_scaled(sums, factors.scale, scales, totals))
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn prepare<D: Dot>(&self, target: &mut Unpacked) {
+        self.unpack::<D>(target);
+    }
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn bytes<'a>(&'a self, unpacked: &'a Unpacked) -> &'a [u8] {
+        unpacked.codes.as_flattened().as_flattened()
+    }
+}
+
+#[inline(always)]
+fn widen(values: &[bf16; OUTS]) -> [f32; OUTS] {
+    let mut wide = [0.0; OUTS];
+    for (value, wide) in values.iter().zip(&mut wide) {
+        // Not a NaN, which `to_f32` would look for.
+        *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
+    }
+    wide
+}
+
+/// A block as several rows meet it.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Unpacked {
+    codes: [Codes; STEPS],
+    pub scales: [f32; OUTS],
+    /// Undefined where the format has none.
+    pub minima: [f32; OUTS],
+}
+
+impl Unpacked {
+    pub const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; STEPS], scales: [0.0; OUTS], minima: [0.0; OUTS] };
+}
