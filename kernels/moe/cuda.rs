@@ -12,7 +12,7 @@ use crate::cuda::{self, Address, Floats, Kernel, floats, modules};
 use crate::quantized::cuda as quantized;
 
 /// For up to 256 and up to 1024 experts.
-static ROUTE: [(usize, Floats); 2] = [(256, floats!(MOE, "moe_route_256")), (1024, floats!(MOE, "moe_route_1024"))];
+static ROUTE: [(usize, Floats); 2] = [(256, floats!(ROUTE, "moe_route_256")), (1024, floats!(ROUTE, "moe_route_1024"))];
 
 macro_rules! halves {
     ($name:literal) => {
