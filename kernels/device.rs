@@ -14,6 +14,19 @@ pub fn cuda() -> Result<Device> {
     crate::cuda::open(0)
 }
 
+/// The first Metal GPU.
+///
+/// # Errors
+///
+/// There is none, as on a virtual machine: candle would panic.
+#[cfg(feature = "metal")]
+pub fn metal() -> Result<Device> {
+    if candle_metal_kernels::metal::Device::all().is_empty() {
+        bail!("this machine has none")
+    }
+    Device::new_metal(0)
+}
+
 /// Bytes that are free on an accelerator; `None` for the CPU and where the accelerator does not say.
 pub fn free_memory(device: &Device) -> Option<usize> {
     match device {

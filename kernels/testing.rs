@@ -52,7 +52,7 @@ pub fn devices() -> Vec<Device> {
         Err(error) => eprintln!("cuda: no kernel was tested: {error}"),
     }
     #[cfg(feature = "metal")]
-    match Device::new_metal(0) {
+    match crate::device::metal() {
         Ok(device) => devices.push(device),
         Err(error) => eprintln!("metal: no kernel was tested on a gpu: {error}"),
     }

@@ -84,7 +84,7 @@ fn reason(error: &candle_core::Error) -> String {
 
 fn metal() -> Result<Device> {
     #[cfg(feature = "metal")]
-    return Device::new_metal(0).map_err(|error| Error::Request(format!("no Metal device: {error}")));
+    return kernels::device::metal().map_err(|error| Error::Request(format!("no Metal device: {error}")));
     #[cfg(not(feature = "metal"))]
     Err(Error::Request("this build has no Metal: build it with --features metal".into()))
 }

@@ -27,7 +27,7 @@ const CALLS: usize = 32;
 const ROUNDS: usize = 9;
 
 fn main() -> Result<()> {
-    let device = Device::new_metal(0)?;
+    let device = taper_kernels::device::metal()?;
     println!("{:<56} {:>10} {:>8} {:>8}", "call, bf16", "µs", "GB/s", "GFLOP/s");
     rows(&device)?;
     choices(&device)?;
