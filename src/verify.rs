@@ -57,8 +57,8 @@ impl Report {
 /// tokens. Greedy ids are compared up to the first step at which the two best logits are closer than the error allowed.
 ///
 /// A prompt on which that run is off by more than a tenth is one on which rounding decides: there results need only be
-/// finite. Where a router finds two experts nearly equal, rounding decides between them, and that token and those after it may
-/// come out differently. An array that disagrees is then compared up to the first such token.
+/// finite. Where a router finds two experts nearly equal, rounding decides between them, and that token and those after
+/// it may come out differently. An array that disagrees is then compared up to the first such token.
 ///
 /// # Errors
 ///
