@@ -34,6 +34,16 @@ fn products_on_amx_are_the_reference() -> Result<()> {
     })
 }
 
+/// Scratch is kept between products: what is missing from a register must not be what the one before had there.
+#[test]
+fn nothing_of_a_product_is_in_the_next() -> Result<()> {
+    with_tiles(|| {
+        let weight = Tensor::zeros((64, 1024), DType::BF16, &Device::Cpu)?;
+        linear(&poisoned(&[40, 1024], DType::F32, &Device::Cpu)?, &weight)?;
+        pairs_are_the_reference(&[(37, 230, 100), (4, 10, 3)])
+    })
+}
+
 fn pairs_are_the_reference(shapes: &[(usize, usize, usize)]) -> Result<()> {
     let mut random = Random::new(1);
     for &(n, inner, outer) in shapes {
