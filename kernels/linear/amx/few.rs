@@ -148,6 +148,7 @@ impl Four<'_> {
 
     /// Wherever there are registers there is AVX-512: this is for tests.
     fn run_portable<const PARTS: usize>(self, x: &[[[f32; RUNS]; 2]]) {
+        prefetch_far(self.next);
         for (weights, terms) in self.weights.into_iter().zip(self.terms) {
             let mut sums = [[[0f32; RUNS]; 2]; PARTS];
             for (weights, x) in weights.chunks(RUN).zip(x.as_chunks::<PARTS>().0) {
