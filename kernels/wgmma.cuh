@@ -125,18 +125,12 @@ template <typename T, int N> struct Products;
 #define C16(i) C4(i), C4(i + 1), C4(i + 2), C4(i + 3)
 #define C32(i) C16(i), C16(i + 4)
 #define C64(i) C32(i), C32(i + 8)
-#define C128(i) C64(i), C64(i + 16)
 #define NAMES_32                                                                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
   "%25, %26, %27, %28, %29, %30, %31"
 #define NAMES_64                                                                                                       \
   NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_128                                                                                                      \
-  NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "    \
-           "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "  \
-           "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "    \
-           "%121, %122, %123, %124, %125, %126, %127"
 #define PRODUCTS(T, type, N, n, C, NAMES, P0, P1, P2, P3, P4, P5)                                                      \
   template <> struct Products<T, N> {                                                                                  \
     static __device__ void rows_by_rows(float (&c)[N][4], uint64_t a, uint64_t b, bool is_added) {                     \
@@ -162,11 +156,7 @@ template <typename T, int N> struct Products;
   };
 #define PRODUCTS_64(T, type) PRODUCTS(T, type, 8, "64", C32, NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37")
 #define PRODUCTS_128(T, type) PRODUCTS(T, type, 16, "128", C64, NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69")
-#define PRODUCTS_256(T, type)                                                                                          \
-  PRODUCTS(T, type, 32, "256", C128, NAMES_128, "%128", "%129", "%130", "%131", "%132", "%133")
 PRODUCTS_64(__half, "f16")
 PRODUCTS_64(__nv_bfloat16, "bf16")
 PRODUCTS_128(__half, "f16")
 PRODUCTS_128(__nv_bfloat16, "bf16")
-PRODUCTS_256(__half, "f16")
-PRODUCTS_256(__nv_bfloat16, "bf16")
