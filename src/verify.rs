@@ -56,9 +56,10 @@ impl Report {
 /// larger, twice that of transformers' own bf16 run: two roundings of one computation differ by that much on a few
 /// tokens. Greedy ids are compared up to the first step at which the two best logits are closer than the error allowed.
 ///
-/// A prompt on which that run is off by more than a tenth is one on which rounding decides: there results need only be
-/// finite. Where a router finds two experts nearly equal, rounding decides between them, and that token and those after
-/// it may come out differently. An array that disagrees is then compared up to the first such token.
+/// A prompt on which that run is off by more than a tenth is one on which rounding decides: there the limit is six times
+/// as much, and less than what zeros would be off by. Where a router finds two experts nearly equal, rounding decides
+/// between them, and that token and those after it may come out differently. An array that disagrees is then compared up
+/// to the first such token.
 ///
 /// # Errors
 ///
@@ -127,8 +128,8 @@ pub fn verify(checkpoint: &Checkpoint, reference: &Path, dtype: DType, device: &
     Ok(report)
 }
 
-/// Beyond this root mean square error of one bf16 run another says nothing: with other roundings in transformers itself the
-/// errors of such a prompt were a seventh to six times as large.
+/// Beyond this root mean square error of one bf16 run another may be six times as far off: with other roundings in
+/// transformers itself the errors of such a prompt were a seventh to six times as large.
 const CHAOS: f64 = 0.1;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -190,13 +191,9 @@ impl Precision {
             Self::F32 | Self::Bf16Weights => (largest <= 1e-3, "largest 1e-3".into()),
             Self::Bf16 | Self::Rounded => {
                 let theirs = theirs.map(|theirs| difference(theirs, want)).transpose()?;
-                match theirs.map_or(0.0, |(rms, _)| rms) {
-                    chaos if chaos > CHAOS => (rms.is_finite(), format!("none: bf16 alone is off by {chaos:.1e}")),
-                    theirs => {
-                        let limit = (2.0 * theirs).max(3e-2);
-                        (rms <= limit, format!("rms {limit:.1e}"))
-                    }
-                }
+                let theirs = theirs.map_or(0.0, |(rms, _)| rms);
+                let limit = if theirs > CHAOS { (6.0 * theirs).min(0.9) } else { (2.0 * theirs).max(3e-2) };
+                (rms <= limit, format!("rms {limit:.1e}"))
             }
         };
         Ok((passed, (rms, largest), limit))
