@@ -66,17 +66,14 @@ pub(crate) fn many_rows(
     bias: Option<&Tensor>,
     around: Around,
 ) -> Result<Option<Tensor>> {
-    if let Some(gate) = around.gate
-        && around.onto.is_none()
+    let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
+    let x = normed.as_ref().unwrap_or(x);
+    if let Around { gate: Some(gate), onto: None, .. } = around
+        && let Some(y) = wgmma::activated_if_faster(device, x, weight, bias, Activated::Gate(gate))?
     {
-        let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
-        let (x, around) = (normed.as_ref().unwrap_or(x), Around { norm: None, ..around });
-        return match wgmma::activated_if_faster(device, x, weight, bias, Activated::Gate(gate))? {
-            Some(y) => Ok(Some(y)),
-            None => around.apply_to_sum(x, |x, onto| cublas::linear(device, x, weight, bias, onto)),
-        };
+        return Ok(Some(y));
     }
-    around.apply_to_sum(x, |x, onto| cublas::linear(device, x, weight, bias, onto))
+    around.behind_sum(|onto| cublas::linear(device, x, weight, bias, onto))
 }
 
 /// The GELU of the product; `None` where no kernel takes both.

@@ -92,19 +92,16 @@ impl Around<'_> {
         }
     }
 
-    /// Goes around a `product` that adds the residual itself, which it is given unless a gate stands between. `None` if
-    /// there is no such product.
+    /// Goes step by step behind a `product` that adds the residual itself, which it is given unless a gate stands between.
+    /// `None` if there is no such product. The norm has been applied.
     #[cfg(feature = "cuda")]
-    pub(crate) fn apply_to_sum(
+    pub(crate) fn behind_sum(
         &self,
-        x: &Tensor,
-        product: impl FnOnce(&Tensor, Option<&Tensor>) -> Result<Option<Tensor>>,
+        product: impl FnOnce(Option<&Tensor>) -> Result<Option<Tensor>>,
     ) -> Result<Option<Tensor>> {
-        let normed = self.norm.map(|norm| norm.apply(x)).transpose()?;
-        let x = normed.as_ref().unwrap_or(x);
         match self.gate {
-            Some(_) => product(x, None)?.map(|y| self.behind(y)).transpose(),
-            None => product(x, self.onto),
+            Some(_) => product(None)?.map(|y| self.behind(y)).transpose(),
+            None => product(self.onto),
         }
     }
 }

@@ -84,8 +84,7 @@ pub fn quantized_linear(
     let normed = around.norm.map(|norm| norm.apply(x)).transpose()?;
     let x = as_rows(normed.as_ref().unwrap_or(x))?;
     let around = Around { norm: None, ..around };
-    let few =
-        around.apply_to_sum(&x, |x, onto| few_rows(device, x, weight, bias, Around { onto, ..Around::default() }))?;
+    let few = around.behind_sum(|onto| few_rows(device, &x, weight, bias, Around { onto, ..Around::default() }))?;
     match few {
         Some(y) => Ok(y),
         None => many_rows(device, &x, weight, bias, around),
