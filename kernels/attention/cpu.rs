@@ -87,8 +87,10 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
         let work: usize = self.batch.host.iter().map(|sequence| sequence.tokens.len() * sequence.context_len).sum();
         let is_serial = work * self.hq * self.d < SERIAL;
         let blocks = self.blocks(is_serial);
-        let attend =
-            |block| self.write(block, &Part { attention: self, block, chunks: block.chunks() }.attend(), &target);
+        let attend = |block: &Block| {
+            let mix = Part { attention: self, block, chunks: block.chunks() }.attend();
+            self.write(block, block.heads.clone(), &mix, &target)
+        };
         if is_serial {
             blocks.iter().for_each(attend);
         } else if blocks.len() >= 4 * rayon::current_num_threads() {
@@ -108,17 +110,20 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
             parts.extend(block.chunks().map(|chunk| Part { attention: self, block, chunks: chunk..chunk + 1 }));
             parts_of.push(first..parts.len());
         }
-        let mut mixes: Vec<Option<Mix>> = parts.iter().map(|_| None).collect();
-        let mixes = Shared::new(&mut mixes);
+        let mut mixes: Vec<Mix> = parts.iter().map(|_| Mix::default()).collect();
+        let shared = Shared::new(&mut mixes);
         // SAFETY: every task has a mix of its own.
-        share(parts.len(), |i| unsafe { mixes.part(i, 1) }[0] = Some(parts[i].attend()));
-        share(blocks.len(), |i| {
-            // SAFETY: every task has mixes of its own.
-            let mixes = unsafe { mixes.part(parts_of[i].start, parts_of[i].len()) };
-            let mut mixes = mixes.iter_mut().flatten();
-            let mix = mixes.next().expect("a query sees at least itself");
-            mixes.for_each(|later| mix.merge(later));
-            self.write(&blocks[i], mix, out);
+        share(parts.len(), |i| unsafe { shared.part(i, 1) }[0] = parts[i].attend());
+        let heads: Vec<_> = blocks
+            .iter()
+            .zip(parts_of)
+            .flat_map(|(block, parts)| (0..block.heads.len()).map(move |head| (block, parts.clone(), head)))
+            .collect();
+        share(heads.len(), |i| {
+            let (block, ref parts, head) = heads[i];
+            let mix = Mix::merged(&mixes[parts.clone()], head, block.heads.len());
+            let head = block.heads.start + head;
+            self.write(block, head..head + 1, &mix, out);
         });
     }
 
@@ -128,10 +133,9 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
         let group = self.hq / self.hk;
         let rows = (BLOCK_ELEMENTS / self.d / 12 * 12).clamp(12, BLOCK_ROWS);
         let chunks: usize = self.batch.host.iter().map(|sequence| sequence.context_len.div_ceil(CHUNK)).sum();
-        // So many that all threads have some of the chunks, and then of the blocks.
+        // Only part of the heads where there are fewer chunks than threads: memory delivers whole pages faster.
         let threads = if is_serial { 0 } else { rayon::current_num_threads() };
-        let sequences = self.batch.host.len();
-        let shares = (4 * threads).div_ceil(chunks.max(1)).max(threads.div_ceil(sequences)).clamp(1, self.hk);
+        let shares = if chunks < threads { (4 * threads).div_ceil(chunks.max(1)).min(self.hk) } else { 1 };
         let mut blocks = Vec::new();
         for sequence in &self.batch.host {
             let heads_each = if self.are_few(sequence.tokens.len()) { self.hk.div_ceil(shares) } else { 1 };
@@ -149,8 +153,9 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
         blocks
     }
 
-    fn write(&self, block: &Block, mix: &Mix, out: &Shared<T>) {
-        dispatch(Write { attention: self, block, mix, out });
+    /// Writes what the tokens of `block` have in some heads.
+    fn write(&self, block: &Block, heads: Range<usize>, mix: &Mix, out: &Shared<T>) {
+        dispatch(Write { attention: self, tokens: block.tokens.clone(), heads, mix, out });
     }
 
     /// Whether so many tokens of a sequence stream their keys; lanes are then whole in every row.
@@ -262,16 +267,25 @@ impl Mix {
         self.values.resize(rows * lanes, [0.0; LANES]);
     }
 
-    /// Adds what the same rows make of later keys.
-    fn merge(&mut self, later: &Self) {
+    /// What the rows of head `head` of `heads` make of all the keys that `parts` saw, the earliest first.
+    fn merged(parts: &[Self], head: usize, heads: usize) -> Self {
+        let rows = parts[0].sum.len() / heads;
+        let mut mix = Self::new(rows, parts[0].values.len() / parts[0].sum.len());
+        parts.iter().for_each(|part| mix.merge(part, head * rows));
+        mix
+    }
+
+    /// Adds what the same rows, those from `first` on in `later`, make of later keys.
+    fn merge(&mut self, later: &Self, first: usize) {
         let lanes = self.values.len() / self.sum.len();
-        let values = self.values.chunks_exact_mut(lanes).zip(later.values.chunks_exact(lanes));
-        for (row, (values, later_values)) in values.enumerate() {
-            if later.sum[row] == 0.0 {
+        for (row, values) in self.values.chunks_exact_mut(lanes).enumerate() {
+            let (later_max, later_sum) = (later.max[first + row], later.sum[first + row]);
+            if later_sum == 0.0 {
                 continue;
             }
-            let [a, b] = merge_sums(&mut self.max[row], &mut self.sum[row], later.max[row], later.sum[row]);
-            for (x, y) in values.as_flattened_mut().iter_mut().zip(later_values.as_flattened()) {
+            let later = &later.values[(first + row) * lanes..][..lanes];
+            let [a, b] = merge_sums(&mut self.max[row], &mut self.sum[row], later_max, later_sum);
+            for (x, y) in values.as_flattened_mut().iter_mut().zip(later.as_flattened()) {
                 *x = *x * a + y * b;
             }
         }
@@ -315,10 +329,11 @@ fn softmax<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, softcap: 
     (max, sum.sum())
 }
 
-/// Divides the mix of a block by its sums and rounds it.
+/// Divides the mix of some heads by its sums and rounds it.
 struct Write<'a, T, P> {
     attention: &'a Attention<'a, T, P>,
-    block: &'a Block<'a>,
+    tokens: Range<usize>,
+    heads: Range<usize>,
     mix: &'a Mix,
     out: &'a Shared<'a, T>,
 }
@@ -331,8 +346,8 @@ impl<T: Stored, P> Kernel for Write<'_, T, P> {
         let &Attention { hq, hk, d, .. } = self.attention;
         let (group, lanes) = (hq / hk, d.div_ceil(LANES));
         let mut rows = self.mix.values.chunks_exact(lanes).zip(&self.mix.sum);
-        for head in self.block.heads.clone() {
-            for token in self.block.tokens.clone() {
+        for head in self.heads {
+            for token in self.tokens.clone() {
                 // SAFETY: no other block has these heads of these tokens.
                 let out = unsafe { self.out.part((token * hq + head * group) * d, group * d) };
                 for (out, (values, &sum)) in out.chunks_exact_mut(d).zip(&mut rows) {

@@ -11,10 +11,11 @@ use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_at};
 const TILE: usize = LANES;
 
 /// Most rows that one register tile takes.
-const ROWS: usize = 3;
+const ROWS: usize = 4;
 
-/// Keys that are fetched ahead of use: about as many bytes as memory delivers within its latency.
-const AHEAD: usize = 16;
+/// Bytes that are asked for ahead of use: about as many as memory delivers within its latency, and few enough for the
+/// first-level cache.
+const AHEAD: usize = 16 << 10;
 
 /// The mix of `[heads, rows]`.
 pub(super) struct Few<'a, T, P>(pub(super) &'a Part<'a, T, P>);
@@ -29,7 +30,7 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
         let (rows, lanes) = (part.rows(), d / LANES);
         let all = part.block.heads.len() * rows;
         let mut scratch = SCRATCH.take();
-        let Scratch { queries, scores, mix, bounds, places } = &mut scratch;
+        let Scratch { queries, scores, mix, bounds, seen } = &mut scratch;
         queries.resize(all * lanes, [0.0; LANES]);
         scores.resize(all, [0.0; CHUNK]);
         mix.resize(all, lanes);
@@ -40,18 +41,21 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
             }
         }
         let mut total = Mix::new(all, lanes);
+        let (mut key_copies, mut value_copies) = (Vec::new(), Vec::new());
         for chunk in part.chunks.clone() {
             bounds.clear();
             bounds.extend((0..rows).map(|row| part.bounds(chunk, row)));
-            let range = part.find(chunk, places);
-            let rows_of = Rows { keys, values, heads: part.block.heads.clone(), d, places };
-            let tiles = || (range.start / TILE * TILE..range.end).step_by(TILE);
-            for at in tiles() {
-                for (i, head) in part.block.heads.clone().enumerate() {
-                    let mut ahead = rows_of.ahead(at.saturating_sub(range.start), i);
-                    let tile = sources(keys, places, &range, at, head, d);
-                    let (queries, scores) = (&queries[i * rows * lanes..], &mut scores[i * rows..][..rows]);
-                    score_rows::<V, P>(queries, &tile, bounds, scores, at, params.scale, &mut ahead);
+            let range = bounds[0].start..bounds[rows - 1].end;
+            let stream = Stream { part, chunk, range };
+            for (index, at) in stream.tiles().enumerate() {
+                seen.clear();
+                seen.extend(bounds.iter().map(|bounds| within(bounds, at)));
+                let tile = stream.tile(keys, at, &mut key_copies);
+                let mut ahead = stream.ahead(index);
+                for (head, scores) in scores.chunks_exact_mut(rows).enumerate() {
+                    let queries = &queries[head * rows * lanes..][..rows * lanes];
+                    let tile = tile.head(head * keys.strides[1], d);
+                    score_rows::<V, P>(queries, &tile, seen, scores, at, params.scale, &mut ahead);
                 }
             }
             mix.values.fill([0.0; LANES]);
@@ -62,15 +66,18 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
                     false => softmax::<V>(scores, bounds, params.softcap),
                 };
             }
-            for at in tiles() {
-                for (i, head) in part.block.heads.clone().enumerate() {
-                    let mut ahead = rows_of.ahead(places.len() + at.saturating_sub(range.start), i);
-                    let tile = sources(values, places, &range, at, head, d);
-                    let mix = &mut mix.values[i * rows * lanes..][..rows * lanes];
-                    weigh_rows::<V, P>(&scores[i * rows..], &tile, bounds, mix, at, &mut ahead);
+            for (index, at) in stream.tiles().enumerate() {
+                seen.clear();
+                seen.extend(bounds.iter().map(|bounds| within(bounds, at)));
+                let tile = stream.tile(values, at, &mut value_copies);
+                let mut ahead = stream.ahead(stream.tiles().len() + index);
+                let mixes = mix.values.chunks_exact_mut(rows * lanes);
+                for (head, (weights, mix)) in scores.chunks_exact(rows).zip(mixes).enumerate() {
+                    let tile = tile.head(head * values.strides[1], d);
+                    weigh_rows::<V, P>(weights, &tile, seen, mix, at, &mut ahead);
                 }
             }
-            total.merge(mix);
+            total.merge(mix, 0);
         }
         SCRATCH.set(scratch);
         total
@@ -88,8 +95,8 @@ struct Scratch {
     mix: Mix,
     /// The keys of a chunk that each row sees.
     bounds: Vec<Range<usize>>,
-    /// Where they are.
-    places: Vec<usize>,
+    /// Those of a tile, within it.
+    seen: Vec<Range<usize>>,
 }
 
 thread_local! {
@@ -103,276 +110,324 @@ impl Scratch {
         scores: Vec::new(),
         mix: Mix { max: Vec::new(), sum: Vec::new(), values: Vec::new() },
         bounds: Vec::new(),
-        places: Vec::new(),
+        seen: Vec::new(),
     };
 }
 
-/// Some keys or values of one head.
-type Sources<'a, P> = [&'a [[P; LANES]]; TILE];
+/// A tile of keys or values.
+#[derive(Clone, Copy)]
+struct Tile<'a, P> {
+    /// From the first one on.
+    data: &'a [P],
+    /// Elements from one to the next.
+    stride: usize,
+    /// Elements of each.
+    len: usize,
+}
 
-/// The tile at `at`; in the place of keys that nobody sees stands one that somebody does.
-#[inline(always)]
-fn sources<'a, P>(
-    operand: &Operand<'a, P>,
-    places: &[usize],
-    range: &Range<usize>,
-    at: usize,
-    head: usize,
-    d: usize,
-) -> Sources<'a, P> {
-    let mut sources = [&[][..]; TILE];
-    for key in 0..TILE {
-        let place = places[(at + key).clamp(range.start, range.end - 1) - range.start];
-        sources[key] = operand.head(place, head, d).as_chunks().0;
+impl<'a, P> Tile<'a, P> {
+    #[inline(always)]
+    fn new(data: &'a [P], stride: usize, len: usize) -> Self {
+        assert!((TILE - 1) * stride + len <= data.len());
+        Self { data, stride, len }
     }
-    sources
+
+    /// The `d` elements from `offset` on.
+    #[inline(always)]
+    fn head(&self, offset: usize, d: usize) -> Self {
+        assert!(offset + d <= self.len);
+        Self::new(&self.data[offset..], self.stride, d)
+    }
+
+    /// # Safety
+    ///
+    /// There are more than `key` keys, and more than `lanes` groups of lanes in each.
+    #[inline(always)]
+    unsafe fn lanes(&self, key: usize, lanes: usize) -> &'a [P; LANES] {
+        debug_assert!(key < TILE && (lanes + 1) * LANES <= self.len);
+        // SAFETY: `new` has seen that the data reach so far.
+        unsafe { &*self.data.as_ptr().add(key * self.stride + lanes * LANES).cast() }
+    }
 }
 
 /// What a chunk reads: its keys, and then its values.
-struct Rows<'a, P> {
-    keys: &'a Operand<'a, P>,
-    values: &'a Operand<'a, P>,
-    heads: Range<usize>,
-    d: usize,
-    places: &'a [usize],
+struct Stream<'a, T, P> {
+    part: &'a Part<'a, T, P>,
+    chunk: usize,
+    /// The keys that any row sees.
+    range: Range<usize>,
 }
 
-impl<P> Rows<'_, P> {
-    /// All heads of the positions ahead of a tile, a part of them with each head.
-    #[inline(always)]
-    fn ahead(&self, at: usize, head: usize) -> Lines<P> {
-        let len = (self.heads.len() - 1) * self.keys.strides[1] + self.d;
-        let any = self.keys.head(self.places[0], self.heads.start, self.d).as_ptr();
-        let mut lines = Lines { starts: [any; TILE], count: 0, len, at: 0, offset: 0 };
-        let share = |head: usize| at + AHEAD + head * TILE / self.heads.len();
-        for index in share(head)..share(head + 1) {
-            let (operand, index) = match index.checked_sub(self.places.len()) {
-                None => (self.keys, index),
-                Some(index) => (self.values, index),
-            };
-            if let Some(&place) = self.places.get(index) {
-                lines.starts[lines.count] = operand.head(place, self.heads.start, self.d).as_ptr();
-                lines.count += 1;
-            }
+impl<'a, T: Stored, P: Stored> Stream<'a, T, P> {
+    /// The row of an operand that holds `key` of the chunk.
+    fn row(&self, key: usize) -> usize {
+        let (sequence, position) = (self.part.block.sequence, self.chunk * CHUNK + key);
+        match self.part.attention.block_size {
+            None => sequence.tokens.start + position,
+            Some(size) => sequence.blocks[position / size] as usize * size + position % size,
         }
-        lines
+    }
+
+    /// Where the heads of the block begin in a row, and how many elements that they have.
+    fn heads(&self, operand: &Operand<'a, P>) -> (usize, usize) {
+        let (heads, [_, stride]) = (&self.part.block.heads, operand.strides);
+        (heads.start * stride, (heads.len() - 1) * stride + self.part.attention.d)
+    }
+
+    /// Where the tiles begin that hold the range.
+    fn tiles(&self) -> impl ExactSizeIterator<Item = usize> {
+        (self.range.start / TILE * TILE..self.range.end).step_by(TILE)
+    }
+
+    /// The tile at `at`, if it lies in rows one after the other. Whatever stands there in the place of keys that nobody
+    /// sees is not used.
+    fn place(&self, operand: &Operand<'a, P>, at: usize) -> Option<Tile<'a, P>> {
+        if !self.part.attention.block_size.is_none_or(|size| size.is_multiple_of(TILE)) {
+            return None;
+        }
+        let (first, len) = self.heads(operand);
+        let [stride, _] = operand.strides;
+        let start = self.row(at) * stride + first;
+        Some(Tile::new(operand.data.get(start..start + (TILE - 1) * stride + len)?, stride, len))
+    }
+
+    /// The tile at `at`, if need be as a copy; in the place of keys that nobody sees then stands one that somebody does.
+    fn tile<'b>(&self, operand: &Operand<'a, P>, at: usize, copies: &'b mut Vec<P>) -> Tile<'b, P>
+    where
+        'a: 'b,
+    {
+        if let Some(tile) = self.place(operand, at) {
+            return tile;
+        }
+        let (start, len) = self.heads(operand);
+        copies.clear();
+        for key in at..at + TILE {
+            let row = self.row(key.clamp(self.range.start, self.range.end - 1));
+            copies.extend_from_slice(&operand.data[row * operand.strides[0] + start..][..len]);
+        }
+        Tile::new(copies, len, len)
+    }
+
+    /// What to ask for while the tile `index` is at work, counted through those of the keys and then of the values.
+    fn ahead(&self, index: usize) -> Lines<P> {
+        let Attention { ref keys, ref values, .. } = *self.part.attention;
+        let ahead = index + AHEAD.div_ceil(TILE * self.heads(keys).1 * size_of::<P>());
+        let tile = match ahead.checked_sub(self.tiles().len()) {
+            None => self.tiles().nth(ahead).and_then(|at| self.place(keys, at)),
+            Some(ahead) => self.tiles().nth(ahead).and_then(|at| self.place(values, at)),
+        };
+        match tile {
+            Some(Tile { data, stride, len }) => Lines { start: data.as_ptr(), stride, len, offset: 0, left: TILE },
+            None => Lines { start: keys.data.as_ptr(), stride: 0, len: 0, offset: 0, left: 0 },
+        }
     }
 }
 
 /// What is asked for ahead of use, a line now and then: asked for all at once, lines wait for each other, and what is to
 /// be computed meanwhile waits for them.
 struct Lines<P> {
-    starts: [*const P; TILE],
-    count: usize,
-    /// Elements from each start on.
+    start: *const P,
+    stride: usize,
+    /// Elements from the start on, and then from each stride on.
     len: usize,
-    /// The next one: its start, and the elements from there.
-    at: usize,
+    /// What comes next.
     offset: usize,
+    /// Rows that are not yet asked for.
+    left: usize,
 }
 
 impl<P> Lines<P> {
     /// Of a line; elements of four bytes take two.
     const ELEMENTS: usize = 32;
 
-    /// Where the lines of as many turns of [`score`] or [`weigh`] begin, for [`Lines::fetch`]. From the last one on, those
-    /// of the same positions again.
+    /// Where the next `count` lines begin, for [`Lines::fetch`]. Once all were asked for, the last ones again.
     #[inline(always)]
-    fn next(&mut self, turns: usize) -> *const P {
-        let start = self.starts[self.at].wrapping_add(self.offset);
-        self.offset += turns * Self::ELEMENTS;
-        while self.offset >= self.len {
-            (self.at, self.offset) = ((self.at + 1).min(self.count.max(1) - 1), self.offset - self.len);
+    fn next(&mut self, count: usize) -> *const P {
+        let start = self.start.wrapping_add(self.offset);
+        if self.left > 0 {
+            self.offset += count * Self::ELEMENTS;
+            while self.offset >= self.len {
+                (self.offset, self.left) = (self.offset - self.len, self.left - 1);
+                self.start = self.start.wrapping_add(self.stride);
+            }
         }
         start
     }
 
     #[inline(always)]
-    fn fetch(start: *const P, turn: usize) {
-        prefetch_at(start.wrapping_add(turn * Self::ELEMENTS), Self::ELEMENTS);
+    fn fetch(start: *const P, line: usize) {
+        prefetch_at(start.wrapping_add(line * Self::ELEMENTS), Self::ELEMENTS);
     }
 }
 
-/// The part of `bounds` within the tile at `at`.
+/// The part of `bounds` within the tile at `at`, from there.
+#[inline(always)]
 fn within(bounds: &Range<usize>, at: usize) -> Range<usize> {
-    bounds.start.max(at)..bounds.end.min(at + TILE)
+    bounds.start.saturating_sub(at)..bounds.end.saturating_sub(at).min(TILE)
 }
 
-/// Scores the tile at `at`.
+/// Scores the tile at `at`, of which rows see `seen`.
 #[inline(always)]
 fn score_rows<V: Lanes, P: Stored>(
     queries: &[[f32; LANES]],
-    tile: &Sources<P>,
-    bounds: &[Range<usize>],
+    tile: &Tile<P>,
+    seen: &[Range<usize>],
     scores: &mut [[f32; CHUNK]],
     at: usize,
     scale: f32,
     ahead: &mut Lines<P>,
 ) {
-    let lanes = tile[0].len();
-    for row in (0..bounds.len()).step_by(ROWS) {
-        let block = ROWS.min(bounds.len() - row);
-        if bounds[row..row + block].iter().any(|bounds| !within(bounds, at).is_empty()) {
+    let lanes = tile.len / LANES;
+    for row in (0..seen.len()).step_by(ROWS) {
+        let block = ROWS.min(seen.len() - row);
+        if seen[row..row + block].iter().any(|seen| !seen.is_empty()) {
             let (queries, scores) = (&queries[row * lanes..], &mut scores[row..]);
             match block {
-                1 => score::<V, P, 1>(queries, tile, scores, at, scale, ahead),
-                2 => score::<V, P, 2>(queries, tile, scores, at, scale, ahead),
-                _ => score::<V, P, ROWS>(queries, tile, scores, at, scale, ahead),
+                1 => score::<V, P, 1, 4>(queries, tile, scores, at, scale, ahead),
+                2 => score::<V, P, 2, 4>(queries, tile, scores, at, scale, ahead),
+                3 => score::<V, P, 3, 4>(queries, tile, scores, at, scale, ahead),
+                _ => score::<V, P, ROWS, 2>(queries, tile, scores, at, scale, ahead),
             }
         }
     }
 }
 
-/// Mixes in the values of the tile at `at`. A value that a row does not see has no weight in it, not even zero: it may
-/// be NaN.
+/// Mixes in the values of the tile at `at`, of which rows see `seen`. A value that a row does not see has no weight in
+/// it, not even zero: it may be NaN.
 #[inline(always)]
 fn weigh_rows<V: Lanes, P: Stored>(
     weights: &[[f32; CHUNK]],
-    tile: &Sources<P>,
-    bounds: &[Range<usize>],
+    tile: &Tile<P>,
+    seen: &[Range<usize>],
     mix: &mut [[f32; LANES]],
     at: usize,
     ahead: &mut Lines<P>,
 ) {
-    let lanes = tile[0].len();
+    let lanes = tile.len / LANES;
     let mut row = 0;
-    while row < bounds.len() {
-        let keys = within(&bounds[row], at);
-        let alike = bounds[row..].iter().take(ROWS).take_while(|bounds| within(bounds, at) == keys).count();
+    while row < seen.len() {
+        let keys = &seen[row];
+        let alike = seen[row..].iter().take(ROWS).take_while(|seen| *seen == keys).count();
         let (weights, mix) = (&weights[row..], &mut mix[row * lanes..]);
         match alike {
             _ if keys.is_empty() => {}
-            1 => weigh::<V, P, 1>(weights, tile, mix, at, keys, ahead),
-            2 => weigh::<V, P, 2>(weights, tile, mix, at, keys, ahead),
-            _ => weigh::<V, P, ROWS>(weights, tile, mix, at, keys, ahead),
+            1 => weigh::<V, P, 1, 4>(weights, tile, mix, at, keys, ahead),
+            2 => weigh::<V, P, 2, 4>(weights, tile, mix, at, keys, ahead),
+            3 => weigh::<V, P, 3, 4>(weights, tile, mix, at, keys, ahead),
+            _ => weigh::<V, P, ROWS, 2>(weights, tile, mix, at, keys, ahead),
         }
         row += alike;
     }
 }
 
-/// The scores of `R` rows with a tile of keys.
+/// The scores of `R` rows with a tile of keys, `K` at a time: the sums, the queries and a key fill at most the sixteen
+/// registers of AVX2.
+#[expect(clippy::needless_range_loop, reason = "it indexes registers")]
 #[inline(always)]
-fn score<V: Lanes, P: Stored, const R: usize>(
+fn score<V: Lanes, P: Stored, const R: usize, const K: usize>(
     queries: &[[f32; LANES]],
-    tile: &Sources<P>,
+    tile: &Tile<P>,
     scores: &mut [[f32; CHUNK]],
     at: usize,
     scale: f32,
     ahead: &mut Lines<P>,
 ) {
-    // With three rows twelve sums, three queries and a key fill the sixteen registers of AVX2.
-    const KEYS: usize = 4;
-    let lanes = tile[0].len();
+    let lanes = tile.len / LANES;
     let mut rows = [&queries[..lanes]; R];
     for row in 1..R {
         rows[row] = &queries[row * lanes..][..lanes];
     }
-    for half in [0, KEYS] {
-        let mut keys = [&tile[half][..lanes]; KEYS];
-        for key in 1..KEYS {
-            keys[key] = &tile[half + key][..lanes];
-        }
-        let mut sums = [[V::splat(0.0); KEYS]; R];
-        let line = ahead.next(lanes);
+    let mut all = [[0.0; TILE]; R];
+    for first in (0..TILE).step_by(K) {
+        let mut sums = [[V::splat(0.0); 4]; R];
+        let line = ahead.next(lanes * K / 4);
         for i in 0..lanes {
-            Lines::fetch(line, i);
+            if i % (4 / K) == 0 {
+                Lines::fetch(line, i * K / 4);
+            }
             let mut query = [V::splat(0.0); R];
             for row in 0..R {
                 query[row] = V::load(&rows[row][i]);
             }
-            for k in 0..KEYS {
-                let key: V = P::load(&keys[k][i]);
+            for k in 0..K {
+                // SAFETY: there are that many of both.
+                let key: V = P::load(unsafe { tile.lanes(first + k, i) });
                 for row in 0..R {
                     sums[row][k] = query[row].mul_add(key, sums[row][k]);
                 }
             }
         }
         for row in 0..R {
-            let target = &mut scores[row][at + half..][..KEYS];
-            for (target, score) in target.iter_mut().zip(V::sums(sums[row])) {
-                *target = score * scale;
-            }
+            all[row][first..first + K].copy_from_slice(&V::sums(sums[row])[..K]);
         }
+    }
+    for (all, scores) in all.iter().zip(scores) {
+        V::load(all).mul(V::splat(scale)).store(&mut scores.as_chunks_mut().0[at / TILE]);
     }
 }
 
-/// Adds the weighted values of `keys` to `R` rows.
+/// Adds the weighted values of `keys` to `R` rows, `C` columns at a time.
 #[inline(always)]
-fn weigh<V: Lanes, P: Stored, const R: usize>(
+fn weigh<V: Lanes, P: Stored, const R: usize, const C: usize>(
     weights: &[[f32; CHUNK]],
-    tile: &Sources<P>,
+    tile: &Tile<P>,
     mix: &mut [[f32; LANES]],
     at: usize,
-    keys: Range<usize>,
+    keys: &Range<usize>,
     ahead: &mut Lines<P>,
 ) {
-    const COLUMNS: usize = 4;
-    let lanes = tile[0].len();
+    let lanes = tile.len / LANES;
+    let mut rows = [&[0.0; TILE]; R];
+    for row in 0..R {
+        rows[row] = &weights[row].as_chunks().0[at / TILE];
+    }
     let mut column = 0;
-    while column + COLUMNS <= lanes {
-        weigh_columns::<V, P, R, COLUMNS>(weights, tile, mix, at, keys.clone(), column, ahead);
-        column += COLUMNS;
+    while column + C <= lanes {
+        weigh_columns::<V, P, R, C>(&rows, tile, mix, keys, column, ahead);
+        column += C;
     }
     while column < lanes {
-        weigh_columns::<V, P, R, 1>(weights, tile, mix, at, keys.clone(), column, ahead);
+        weigh_columns::<V, P, R, 1>(&rows, tile, mix, keys, column, ahead);
         column += 1;
     }
 }
 
+#[expect(clippy::needless_range_loop, reason = "it indexes registers")]
 #[inline(always)]
 fn weigh_columns<V: Lanes, P: Stored, const R: usize, const C: usize>(
-    weights: &[[f32; CHUNK]],
-    tile: &Sources<P>,
+    weights: &[&[f32; TILE]; R],
+    tile: &Tile<P>,
     mix: &mut [[f32; LANES]],
-    at: usize,
-    keys: Range<usize>,
+    keys: &Range<usize>,
     column: usize,
     ahead: &mut Lines<P>,
 ) {
-    let lanes = tile[0].len();
+    let lanes = tile.len / LANES;
     let mut sums = [[V::splat(0.0); C]; R];
-    let mut rows = [&[0.0; TILE]; R];
     for row in 0..R {
         let mix = &mix[row * lanes + column..][..C];
         for c in 0..C {
             sums[row][c] = V::load(&mix[c]);
         }
-        rows[row] = &weights[row].as_chunks().0[at / TILE];
     }
-    let line = ahead.next(keys.len());
-    // The same twice, the usual case without a loop.
-    if keys.len() == TILE {
-        for key in 0..TILE {
-            Lines::fetch(line, key);
-            weigh_key::<V, P, R, C>(&rows, tile, key, column, &mut sums);
+    assert!(column + C <= lanes && keys.end <= TILE);
+    let line = ahead.next(TILE * C / 4);
+    for key in keys.clone() {
+        if key % (4 / C) == 0 {
+            Lines::fetch(line, key * C / 4);
         }
-    } else {
-        for key in keys.start - at..keys.end - at {
-            Lines::fetch(line, key);
-            weigh_key::<V, P, R, C>(&rows, tile, key, column, &mut sums);
+        for c in 0..C {
+            // SAFETY: there are that many of both.
+            let value: V = P::load(unsafe { tile.lanes(key, column + c) });
+            for row in 0..R {
+                sums[row][c] = V::splat(weights[row][key]).mul_add(value, sums[row][c]);
+            }
         }
     }
     for row in 0..R {
         let mix = &mut mix[row * lanes + column..][..C];
         for c in 0..C {
             sums[row][c].store(&mut mix[c]);
-        }
-    }
-}
-
-#[inline(always)]
-fn weigh_key<V: Lanes, P: Stored, const R: usize, const C: usize>(
-    weights: &[&[f32; TILE]; R],
-    tile: &Sources<P>,
-    key: usize,
-    column: usize,
-    sums: &mut [[V; C]; R],
-) {
-    let value = &tile[key][column..][..C];
-    for c in 0..C {
-        let value: V = P::load(&value[c]);
-        for row in 0..R {
-            sums[row][c] = V::splat(weights[row][key]).mul_add(value, sums[row][c]);
         }
     }
 }
