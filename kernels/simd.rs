@@ -249,7 +249,6 @@ pub(crate) fn prefetch_at<T>(start: *const T, count: usize) {
 }
 
 /// As [`prefetch`], into the second-level cache.
-#[cfg(any(test, target_arch = "x86_64"))]
 #[inline(always)]
 pub(crate) fn prefetch_far<T>(data: &[T]) {
     #[cfg(target_arch = "x86_64")]

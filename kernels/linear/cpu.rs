@@ -38,7 +38,7 @@ pub fn linear<X: Stored, W: Stored>(
     let product = Product { x, weight, bias, n, inner, outer, out: shared };
     match n {
         0 => {}
-        1 => product.stream::<1, 8>(),
+        1 => product.stream::<1, 4>(),
         2 => product.stream::<2, 6>(),
         3 | 5 | 6 | 9 => product.stream::<3, 3>(),
         4..=STREAMED_ROWS => product.stream::<4, 3>(),
@@ -55,8 +55,6 @@ pub fn linear<X: Stored, W: Stored>(
 
 /// Up to this many rows, widening weights again for each tile costs less than turning them.
 const STREAMED_ROWS: usize = 16;
-/// Weights that are asked for ahead of time stay in the first-level cache if they are no more than these bytes.
-const PREFETCHED_BYTES: usize = 24 << 10;
 
 /// Weights of a stretch that stay in the second-level cache.
 const PANEL: usize = 1 << 15;
@@ -94,10 +92,7 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
                 // Beyond the last output the tile computes it again.
                 let row = |o: usize| &self.weight[o.min(outs.end - 1) * inner..][..inner];
                 let weights = std::array::from_fn(|q| row(outs.start + q));
-                let next = match Q * inner * size_of::<W>() {
-                    0..=PREFETCHED_BYTES => &self.weight[outs.end * inner..outer.min(outs.end + Q) * inner],
-                    _ => &[],
-                };
+                let next = &self.weight[outs.end * inner..outer.min(outs.end + Q) * inner];
                 dispatch(Streamed { x, weights, next, sums });
                 for (row, sums) in sums.as_flattened().iter().enumerate().take(n) {
                     self.write(row, outs.start, &sums[..outs.len()]);

@@ -10,7 +10,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch};
+use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far};
 
 /// Eight values along the inner dimension.
 pub type Group<T> = [T; LANES];
@@ -76,7 +76,7 @@ impl<W: Stored, const R: usize, const Q: usize> Kernel for Streamed<'_, W, R, Q>
             let mut accumulators = [[V::splat(0.0); Q]; R];
             for (k, x) in body.iter().enumerate() {
                 if let Some(next) = next.get(k) {
-                    prefetch(next.as_flattened());
+                    prefetch_far(next.as_flattened());
                 }
                 step(&mut accumulators, x, std::array::from_fn(|q| &weights[q][k]));
             }

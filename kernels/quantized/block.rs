@@ -1,5 +1,7 @@
 //! What the formats' blocks do with rounded rows. Lanes are outputs, so nothing is ever added across them.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::cpu::Totals;
@@ -8,11 +10,16 @@ use super::dot::HALF;
 use super::dot::{Affine, Dot, Four};
 use super::rounded::Factors;
 use super::{Codes, OUTS, Q4Block, Q8Block, STEPS};
+use crate::simd::prefetch_far;
+
+/// Parts of a panel that registers hold, at most.
+const MOST_PARTS: usize = 2;
 
 /// A block of a packed weight.
 pub trait Block: Sync {
-    /// Adds its products with one row.
-    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]);
+    /// Adds its products with one row. What lies at `ahead` is asked for meanwhile, line by line: all at once, lines would
+    /// wait for each other.
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self);
     /// Adds the sums of a row's products, scaled.
     fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals);
     /// As [`Block::add_sums`], of half a panel, the one that the factors of the block are of.
@@ -41,13 +48,17 @@ pub trait Block: Sync {
 
 impl Block for Q8Block {
     #[inline(always)]
-    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]) {
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
+        prefetch_far(&ahead.scales);
         let scales = widen(&self.scales);
-        for part in 0..OUTS / D::WIDTH {
-            let mut sums = [D::unbiased(factors.offset)];
-            for (codes, x) in self.codes.iter().zip(x) {
-                D::add(&mut sums, D::signed(D::load(codes, part)), x);
+        let mut sums = [[D::unbiased(factors.offset)]; MOST_PARTS];
+        for (step, x) in x.iter().enumerate() {
+            prefetch_far(&ahead.codes[step]);
+            for (part, sums) in sums[..OUTS / D::WIDTH].iter_mut().enumerate() {
+                D::add(sums, D::signed(D::load(&self.codes[step], part)), x);
             }
+        }
+        for (part, sums) in sums[..OUTS / D::WIDTH].iter().enumerate() {
             D::add_scaled(sums[0], factors.scale, &scales, part, totals);
         }
     }
@@ -103,22 +114,18 @@ impl Block for Q8Block {
 
 impl Block for Q4Block {
     #[inline(always)]
-    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS]) {
+    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
+        prefetch_far(&ahead.scales);
+        prefetch_far(&ahead.minima);
         let (scales, minima) = (&widen(&self.scales), &widen(&self.minima));
         let affine = Affine { factor: factors.scale, sum: factors.sum, scales, minima };
+        const HALF: usize = STEPS / 4;
+        let mut first = [[D::small()]; MOST_PARTS];
+        self.add_pairs::<D>(0..HALF, x, &mut first, ahead);
+        let mut second = first.map(|[first]| [D::second(first)]);
+        self.add_pairs::<D>(HALF..2 * HALF, x, &mut second, ahead);
         for part in 0..OUTS / D::WIDTH {
-            let mut halves = [[D::small()]; 2];
-            for half in 0..2 {
-                if half == 1 {
-                    halves[1][0] = D::second(halves[0][0]);
-                }
-                for pair in half * STEPS / 4..(half + 1) * STEPS / 4 {
-                    let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
-                    D::add_small(&mut halves[half], lower, &x[2 * pair]);
-                    D::add_small(&mut halves[half], upper, &x[2 * pair + 1]);
-                }
-            }
-            D::add_affine(D::total([halves[0][0], halves[1][0]]), affine, part, totals);
+            D::add_affine(D::total([first[part][0], second[part][0]]), affine, part, totals);
         }
     }
     #[inline(always)]
@@ -182,6 +189,27 @@ impl Block for Q4Block {
     #[inline(always)]
     fn bytes<'a>(&'a self, unpacked: &'a Unpacked) -> &'a [u8] {
         unpacked.codes.as_flattened().as_flattened()
+    }
+}
+
+impl Q4Block {
+    /// Adds the products of some pairs of steps with a row, for [`Block::add`].
+    #[inline(always)]
+    fn add_pairs<D: Dot>(
+        &self,
+        pairs: Range<usize>,
+        x: &[[Four; 1]; STEPS],
+        sums: &mut [[D::Small; 1]; MOST_PARTS],
+        ahead: &Self,
+    ) {
+        for pair in pairs {
+            prefetch_far(&ahead.codes[pair]);
+            for (part, sums) in sums[..OUTS / D::WIDTH].iter_mut().enumerate() {
+                let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
+                D::add_small(sums, lower, &x[2 * pair]);
+                D::add_small(sums, upper, &x[2 * pair + 1]);
+            }
+        }
     }
 }
 

@@ -202,8 +202,8 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
         let (x, factors) = self.operands::<1>(row);
         let mut totals = [0.0; OUTS];
         for (group, block) in self.blocks.iter().enumerate() {
-            fetch(self.ahead, group);
-            block.add::<D>(&x[group], factors[group][0], &mut totals);
+            let ahead = self.ahead.get(group + AHEAD.div_ceil(size_of::<B>())).unwrap_or(block);
+            block.add::<D>(&x[group], factors[group][0], &mut totals, ahead);
         }
         self.product.write(row, self.panel, &totals);
     }
