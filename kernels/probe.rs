@@ -29,36 +29,43 @@ impl Memory {
         Self(values)
     }
 
-    /// Bytes per second that all threads together read.
+    /// Bytes per second that all threads together read, in the better of two ways: from end to end, asked for ahead of
+    /// use, or in several places at once, left to the hardware.
     pub fn read_bandwidth(&self) -> f64 {
+        self.read::<1, 4096>().max(self.read::<8, 0>())
+    }
+
+    /// In `STREAMS` places at once, each asked for `AHEAD` bytes early unless that is 0.
+    fn read<const STREAMS: usize, const AHEAD: usize>(&self) -> f64 {
         let Self(values) = self;
         let chunk = values.len().div_ceil(4 * rayon::current_num_threads());
         let start = Instant::now();
-        black_box(values.par_chunks(chunk).map(|values| dispatch(Total { values })).sum::<f32>());
+        let sum = values.par_chunks(chunk).map(|values| dispatch(Total::<STREAMS, AHEAD> { values })).sum::<f32>();
+        black_box(sum);
         size_of_val(&values[..]) as f64 / start.elapsed().as_secs_f64()
     }
 }
 
-struct Total<'a> {
+struct Total<'a, const STREAMS: usize, const AHEAD: usize> {
     values: &'a [f32],
 }
 
-impl Kernel for Total<'_> {
+impl<const STREAMS: usize, const AHEAD: usize> Kernel for Total<'_, STREAMS, AHEAD> {
     type Output = f32;
 
-    /// Four streams, each asked for early, keep more reads under way than one does.
     #[inline(always)]
     fn run<V: Lanes>(self) -> f32 {
         const LINE: usize = 64 / size_of::<f32>();
-        const AHEAD: usize = 2048 / size_of::<f32>();
-        let streams: [&[[f32; LINE]]; 4] = {
-            let quarter = self.values.len() / 4;
-            std::array::from_fn(|i| self.values[i * quarter..][..quarter].as_chunks().0)
+        let streams: [&[[f32; LINE]]; STREAMS] = {
+            let each = self.values.len() / STREAMS;
+            std::array::from_fn(|i| self.values[i * each..][..each].as_chunks().0)
         };
-        let mut sums = [[V::splat(0.0); LINE / LANES]; 4];
+        let mut sums = [[V::splat(0.0); LINE / LANES]; STREAMS];
         for line in 0..streams[0].len() {
             for (stream, sums) in streams.iter().zip(&mut sums) {
-                prefetch(stream.get(line + AHEAD / LINE).map_or(&[][..], |line| line));
+                if AHEAD > 0 {
+                    prefetch(stream.get(line + AHEAD / size_of_val(&stream[0])).map_or(&[][..], |line| line));
+                }
                 for (sum, values) in sums.iter_mut().zip(stream[line].as_chunks::<LANES>().0) {
                     *sum = sum.add(V::load(values));
                 }
