@@ -29,7 +29,10 @@ pub(crate) enum Instructions {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// Also AVX-512 F, BW and VNNI.
+    /// Also AVX-VNNI.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    /// AVX2, FMA and F16C, and AVX-512 F, BW and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
     /// NEON's dot products of bytes.
@@ -48,7 +51,11 @@ pub(crate) fn instructions() -> Instructions {
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vnni");
-        return if avx512 { Instructions::Avx512 } else { Instructions::Avx2 };
+        return match is_x86_feature_detected!("avxvnni") {
+            _ if avx512 => Instructions::Avx512,
+            true => Instructions::AvxVnni,
+            false => Instructions::Avx2,
+        };
     }
     #[cfg(target_arch = "aarch64")]
     if std::arch::is_aarch64_feature_detected!("dotprod") {
@@ -62,7 +69,7 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     match instructions() {
         // SAFETY: the three features were just found.
         #[cfg(target_arch = "x86_64")]
-        Instructions::Avx2 | Instructions::Avx512 => unsafe { avx2::run(kernel) },
+        Instructions::Avx2 | Instructions::AvxVnni | Instructions::Avx512 => unsafe { avx2::run(kernel) },
         _ => kernel.run::<Portable>(),
     }
 }

@@ -22,12 +22,20 @@ pub(crate) fn available() -> impl Iterator<Item = Instructions> {
         #[cfg(target_arch = "x86_64")]
         Instructions::Avx2,
         #[cfg(target_arch = "x86_64")]
+        Instructions::AvxVnni,
+        #[cfg(target_arch = "x86_64")]
         Instructions::Avx512,
         #[cfg(target_arch = "aarch64")]
         Instructions::DotProduct,
     ];
     let widest = instructions();
-    all.into_iter().filter(move |&instructions| instructions <= widest)
+    let is_there = |instructions| match instructions {
+        // Machines with AVX-512 have it or not.
+        #[cfg(target_arch = "x86_64")]
+        Instructions::AvxVnni => is_x86_feature_detected!("avxvnni"),
+        _ => true,
+    };
+    all.into_iter().filter(move |&instructions| instructions <= widest && is_there(instructions))
 }
 
 /// Runs `f` with the portable lanes, in what it runs on this thread.

@@ -12,14 +12,14 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     kernel.run::<Avx2>()
 }
 
-/// Only [`run`] names this type, so wherever a method is called the features are there.
-struct Avx2;
+/// Only [`run`] and [`super::avx_vnni`] name this type, so wherever a method is called the features are there.
+pub(super) struct Avx2;
 
 /// Registers that hold one i32 for each output of a part.
-const REGISTERS: usize = 2;
+pub(super) const REGISTERS: usize = 2;
 
 #[inline(always)]
-fn repeat(x: Four) -> __m256i {
+pub(super) fn repeat(x: Four) -> __m256i {
     // SAFETY: the features are there.
     unsafe { _mm256_set1_epi32(word(x)) }
 }

@@ -8,6 +8,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -105,6 +107,8 @@ pub(super) fn dispatch<K: Kernel>(instructions: Instructions, kernel: K) {
         // SAFETY of the arms below: nobody makes the value on a machine without the features.
         #[cfg(target_arch = "x86_64")]
         Instructions::Avx2 => unsafe { avx2::run(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        Instructions::AvxVnni => unsafe { avx_vnni::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         Instructions::Avx512 => unsafe { avx512::run(kernel) },
         #[cfg(target_arch = "aarch64")]
