@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-#[cfg(any(test, target_arch = "x86_64"))]
 use std::ops::Range;
 
 use candle_core::op::BackpropOp;
@@ -118,10 +117,7 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: within the buffer by the assertion, unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
-}
 
-#[cfg(any(test, target_arch = "x86_64"))]
-impl<T> Shared<'_, T> {
     /// Asks for a part to be brought near.
     #[inline(always)]
     pub fn fetch(&self, part: Range<usize>) {

@@ -16,6 +16,9 @@ pub(crate) mod amx;
 
 pub(crate) const LANES: usize = 8;
 
+/// Added and subtracted, it leaves the nearest integer; added alone, in the lower bits: 1.5 * 2^23.
+const ROUND: f32 = 12_582_912.0;
+
 /// A computation over lanes, with its operands.
 pub(crate) trait Kernel {
     type Output;
@@ -101,10 +104,18 @@ pub(crate) trait Lanes: Copy {
     fn min(self, other: Self) -> Self;
     /// `self * 2^exponent` for integral exponents within -252..=254.
     fn scale(self, exponent: Self) -> Self;
+    /// The nearest integers of values within -128..=127, ties to even, those of the first lanes first.
+    fn bytes(values: [Self; LANES]) -> [i8; LANES * LANES];
     /// Lane `i` of result `j` is lane `j` of `rows[i]`.
     fn transpose(rows: [Self; LANES]) -> [Self; LANES];
     /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
     fn sums(four: [Self; 4]) -> [f32; 4];
+
+    /// The nearest integers, ties to even, of values within -2^22..=2^22.
+    #[inline(always)]
+    fn nearest(self) -> Self {
+        self.add(Self::splat(ROUND)).sub(Self::splat(ROUND))
+    }
 
     /// The sum of the lanes.
     #[inline(always)]
@@ -130,8 +141,6 @@ pub(crate) trait Lanes: Copy {
         // ln 2 in two parts, the first short enough for `n * LN_2_HIGH` to be exact.
         const LN_2_HIGH: f32 = 355.0 / 512.0;
         const LN_2_LOW: f32 = -2.121_944_4e-4;
-        // Adding and subtracting 1.5 * 2^23 leaves the nearest integer.
-        const ROUND: f32 = 12_582_912.0;
         let x = Self::splat(-105.0).max(Self::splat(89.5).min(self));
         let round = Self::splat(ROUND);
         let n = x.mul_add(Self::splat(std::f32::consts::LOG2_E), round).sub(round);
@@ -258,14 +267,20 @@ pub(crate) fn prefetch_at<T>(start: *const T, count: usize) {
 /// As [`prefetch`], into the second-level cache.
 #[inline(always)]
 pub(crate) fn prefetch_far<T>(data: &[T]) {
+    prefetch_far_at(data.as_ptr(), data.len());
+}
+
+/// As [`prefetch_far`], of `count` values from `start` on, wherever that is.
+#[inline(always)]
+pub(crate) fn prefetch_far_at<T>(start: *const T, count: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(data)).step_by(64) {
+    for line in (0..count * size_of::<T>()).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: a prefetch has no effect but speed.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().cast::<i8>().wrapping_add(line)) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.cast::<i8>().wrapping_add(line)) }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = data;
+    let _ = (start, count);
 }
 
 /// The sum of squares of `x`, in f32.
@@ -374,6 +389,14 @@ impl Lanes for Portable {
         })
     }
     #[inline(always)]
+    fn bytes(values: [Self; LANES]) -> [i8; LANES * LANES] {
+        let mut bytes = [0; LANES * LANES];
+        for (value, byte) in values.iter().flat_map(|value| value.0).zip(&mut bytes) {
+            *byte = (value + ROUND).to_bits() as i8;
+        }
+        bytes
+    }
+    #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
         std::array::from_fn(|j| Self(std::array::from_fn(|i| rows[i].0[j])))
     }
@@ -389,7 +412,7 @@ mod avx2 {
 
     use half::{bf16, f16};
 
-    use super::{Kernel, LANES, Lanes};
+    use super::{Kernel, LANES, Lanes, ROUND};
 
     /// # Safety
     ///
@@ -515,6 +538,25 @@ mod avx2 {
                 let high = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias)));
                 Self(_mm256_mul_ps(_mm256_mul_ps(self.0, low), high))
             }
+        }
+        #[inline(always)]
+        fn bytes(values: [Self; LANES]) -> [i8; LANES * LANES] {
+            let mut bytes = [0; LANES * LANES];
+            for (values, bytes) in values.as_chunks::<4>().0.iter().zip(bytes.as_chunks_mut::<32>().0) {
+                unsafe {
+                    let mut lowest = [_mm256_setzero_si256(); 4];
+                    for i in 0..4 {
+                        let bits = _mm256_castps_si256(_mm256_add_ps(values[i].0, _mm256_set1_ps(ROUND)));
+                        lowest[i] = _mm256_and_si256(bits, _mm256_set1_epi32(0xff));
+                    }
+                    let [a, b, c, d] = lowest;
+                    // Either half of a register gets four bytes of each value.
+                    let mixed = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
+                    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+                    _mm256_storeu_si256(bytes.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(mixed, order))
+                }
+            }
+            bytes
         }
         #[inline(always)]
         fn transpose(rows: [Self; LANES]) -> [Self; LANES] {

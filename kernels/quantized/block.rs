@@ -20,9 +20,7 @@ pub trait Block: Sync {
     /// Adds its products with one row. What lies at `ahead` is asked for meanwhile, line by line: all at once, lines would
     /// wait for each other.
     fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self);
-    /// Adds the sums of a row's products, scaled.
-    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals);
-    /// As [`Block::add_sums`], of half a panel, the one that the factors of the block are of.
+    /// Adds the sums of a row's products, scaled, for half a panel, the one that the factors of the block are of.
     #[cfg(any(test, target_arch = "x86_64"))]
     fn add_half<D: Dot>(
         scales_and_minima: [D::Half; 2],
@@ -78,6 +76,7 @@ impl Block for Q8Block {
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
+        let scales = block.scales;
         for part in 0..OUTS / D::WIDTH {
             let mut sums = [D::unbiased(0); R];
             for r in 0..R {
@@ -87,13 +86,9 @@ impl Block for Q8Block {
                 D::add(&mut sums, D::load(codes, part), x);
             }
             for r in 0..R {
-                Self::add_sums::<D>(block, sums[r], &factors[r], part, &mut totals[r]);
+                D::add_scaled(sums[r], factors[r].scale, &scales, part, &mut totals[r].0);
             }
         }
-    }
-    #[inline(always)]
-    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals) {
-        D::add_scaled(sums, factors.scale, &block.scales, part, &mut totals.0);
     }
     #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
@@ -146,6 +141,7 @@ impl Block for Q4Block {
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
+        let Unpacked { scales, minima, .. } = *block;
         for part in 0..OUTS / D::WIDTH {
             let mut first = [D::small(); R];
             for (codes, x) in block.codes.iter().zip(x).take(STEPS / 2) {
@@ -160,15 +156,11 @@ impl Block for Q4Block {
             }
             for r in 0..R {
                 let sums = D::total([first[r], second[r]]);
-                Self::add_sums::<D>(block, sums, &factors[r], part, &mut totals[r]);
+                let Factors { scale: factor, sum, .. } = factors[r];
+                let affine = Affine { factor, sum, scales: &scales, minima: &minima };
+                D::add_affine(sums, affine, part, &mut totals[r].0);
             }
         }
-    }
-    #[inline(always)]
-    fn add_sums<D: Dot>(block: &Unpacked, sums: D::Sums, factors: &Factors, part: usize, totals: &mut Totals) {
-        let &Factors { scale, sum, .. } = factors;
-        let affine = Affine { factor: scale, sum, scales: &block.scales, minima: &block.minima };
-        D::add_affine(sums, affine, part, &mut totals.0);
     }
     #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]

@@ -17,7 +17,7 @@ use super::{Blocks, OUTS, QuantizedMatrix, STEPS};
 use crate::cpu::{Shared, share};
 use crate::linear::cpu::write_rounded;
 use crate::linear::tile::pieces;
-use crate::simd::{Instructions, Stored, instructions, prefetch};
+use crate::simd::{Instructions, Stored, instructions, prefetch, prefetch_far_at};
 
 /// `x` `[n, inner]`, `bias` `[outer]`; returns `[n, outer]`.
 pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix, bias: Option<&[f32]>) -> Vec<X> {
@@ -87,7 +87,6 @@ impl<X: Stored> Product<'_, X> {
     }
 
     /// Asks for the place of what [`Product::write`] will write.
-    #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
     pub fn fetch(&self, row: usize, panel: usize) {
         self.out.fetch(self.outs(row, panel));
@@ -176,7 +175,6 @@ impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
         if self.rows.len() == 1 {
             return self.row::<D>(self.rows.start);
         }
-        self.scratch.totals[..self.rows.len()].fill(Totals([0.0; OUTS]));
         for groups in pieces(0..self.blocks.len(), STRETCH) {
             for rows in tiles(self.rows.clone(), D::ROWS) {
                 match rows.len() {
@@ -189,9 +187,6 @@ impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
                     _ => self.tile::<D, 1>(rows.start, groups.clone()),
                 }
             }
-        }
-        for (row, totals) in self.rows.clone().zip(&self.scratch.totals) {
-            self.product.write(row, self.panel, &totals.0);
         }
     }
 }
@@ -214,13 +209,29 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
         let first = row - self.rows.start;
         let Scratch { blocks, totals } = &mut *self.scratch;
         let totals: &mut [Totals; R] = &mut totals[first..].as_chunks_mut().0[0];
-        for (group, block) in groups.zip(blocks) {
+        if groups.start == 0 {
+            *totals = [Totals([0.0; OUTS]); R];
+        }
+        let is_last = groups.end == self.blocks.len();
+        let next = &self.ahead[groups.end..self.ahead.len().min(groups.end + STRETCH)];
+        for ((group, block), done) in groups.zip(blocks).zip(0..) {
+            // Requests are spread evenly, or the sums would wait behind them for operands of their own.
+            prefetch_part(next, first * STRETCH + done * R, R, self.rows.len() * STRETCH);
+            if is_last {
+                for r in (R * done).div_ceil(STRETCH)..(R * (done + 1)).div_ceil(STRETCH) {
+                    self.product.fetch(row + r, self.panel);
+                }
+            }
             if first == 0 {
-                fetch(self.ahead, group);
                 self.blocks[group].unpack::<D>(block);
             }
             // The compiler would keep totals in registers that the sums need.
             B::add_unpacked::<D, R>(block, &x[group], &factors[group], black_box(&mut *totals));
+        }
+        if is_last {
+            for r in 0..R {
+                self.product.write(row + r, self.panel, &totals[r].0);
+            }
         }
     }
 
@@ -229,6 +240,13 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
     fn operands<const R: usize>(&self, row: usize) -> (&'a [[[Four; R]; STEPS]], &'a [[Factors; R]]) {
         self.x.tile(row)
     }
+}
+
+/// Asks for the lines of `data` that are `count` of `all` equal parts, from part `first` on.
+#[inline(always)]
+fn prefetch_part<T>(data: &[T], first: usize, count: usize, all: usize) {
+    let line = |part: usize| part * size_of_val(data) / all / 64 * 64;
+    prefetch_far_at(data.as_ptr().cast::<u8>().wrapping_add(line(first)), line(first + count) - line(first));
 }
 
 #[inline(always)]

@@ -11,7 +11,7 @@ use crate::cpu::{Shared, share};
 use crate::linear::tile::pieces;
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::simd::amx::ROWS;
-use crate::simd::{Instructions, Kernel, LANES, Lanes, Stored, dispatch, load};
+use crate::simd::{Instructions, Kernel, LANES, Lanes, Stored, dispatch};
 
 /// How rounded rows lie in memory.
 #[derive(Clone, Copy)]
@@ -185,28 +185,29 @@ impl<X: Stored> Kernel for Round<'_, X> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        // Adding 1.5 * 2^23 leaves the nearest integer in the lower bits.
-        const ROUND: f32 = 12_582_912.0;
         for (row, x) in self.x.chunks_exact(self.inner).enumerate() {
             for (group, x) in x.chunks(GROUP).enumerate() {
-                let mut values = [0.0; GROUP];
+                let mut padded = [X::round(0.0); GROUP];
+                let x = x.first_chunk().unwrap_or_else(|| {
+                    padded[..x.len()].copy_from_slice(x);
+                    &padded
+                });
+                let mut values = [V::splat(0.0); LANES];
                 let mut largest = V::splat(0.0);
-                for (x, values) in x.chunks(LANES).zip(values.as_chunks_mut::<LANES>().0) {
-                    let x: V = load(x);
-                    largest = x.max(V::splat(0.0).sub(x)).max(largest);
-                    x.store(values);
+                for i in 0..LANES {
+                    values[i] = X::load(&x.as_chunks().0[i]);
+                    largest = values[i].max(V::splat(0.0).sub(values[i])).max(largest);
                 }
                 let scale = largest.greatest() / 127.0;
                 let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
-                for values in values.as_chunks_mut::<LANES>().0 {
-                    V::load(values).mul(V::splat(inverse)).add(V::splat(ROUND)).store(values);
+                // Exact: integers below 2^24.
+                let mut sum = V::splat(0.0);
+                for i in 0..LANES {
+                    values[i] = values[i].mul(V::splat(inverse));
+                    sum = sum.add(values[i].nearest());
                 }
-                let (mut codes, mut sum) = ([0; GROUP], 0);
-                for i in 0..GROUP {
-                    codes[i] = values[i].to_bits() as i8;
-                    sum += i32::from(codes[i]);
-                }
-                let factors = Factors { scale, sum: scale * sum as f32, offset: -128 * sum };
+                let (codes, sum) = (V::bytes(values), sum.sum());
+                let factors = Factors { scale, sum: scale * sum, offset: -128 * sum as i32 };
                 self.factors[group * self.places + row] = factors;
                 let target = &mut self.codes[group * STEPS * self.places + row * self.strides[0]..];
                 if self.strides[1] == 1 {
