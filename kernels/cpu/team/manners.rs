@@ -1,8 +1,9 @@
 //! How a helper gets along with other processes.
 //!
 //! The system takes the processor from a thread that has had its share of it, in the middle of whatever it does, and gives
-//! it back milliseconds later, while the whole team waits for what it was at. A helper that found it had lost time to
-//! others therefore rests of its own accord, between two pieces of work, before its share is used up.
+//! it back milliseconds later, while the whole team waits for what it was at. A helper that keeps losing time to others
+//! therefore rests of its own accord, between two pieces of work, before its share is used up. A loss alone is no reason:
+//! every machine has something to do now and then.
 //!
 //! One that is where the leader is, beside another process that has a processor to itself, moves away: the two wait for
 //! each other there, and the system sees nothing to mend, because that process is always busy and a helper rests.
@@ -14,7 +15,9 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_millis(4);
 /// In that time, what only another process can have taken.
 const LOST: Duration = Duration::from_millis(1);
-/// For so long after a loss the processor counts as shared.
+/// A loss so soon after another shows a process that does not stop.
+const AGAIN: Duration = Duration::from_millis(20);
+/// For so long after it the processor counts as shared.
 const SHARED: Duration = Duration::from_millis(200);
 /// While it does, how long to work before a rest, and to rest: well within what the system gives and takes in turn.
 const WORK: Duration = Duration::from_millis(2);
@@ -23,6 +26,8 @@ const REST: Duration = Duration::from_millis(1);
 thread_local! {
     /// Until when the processor of this thread counts as shared.
     static SHARED_UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// When this thread last found a loss.
+    static LAST_LOSS: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
 pub struct Manners {
@@ -52,7 +57,7 @@ impl Manners {
             if (now - self.looked.0).saturating_sub(time - self.looked.1) > LOST {
                 if processor() == leader {
                     move_away();
-                } else {
+                } else if LAST_LOSS.replace(Some(now)).is_some_and(|last| now - last < AGAIN) {
                     self.shared_until = Some(now + SHARED);
                 }
             } else if self.shared_until.is_some_and(|until| until < now) {
@@ -131,9 +136,17 @@ mod tests {
 
     /// Asleep it has lost time too.
     #[test]
-    fn who_lost_time_rests_before_long() {
+    fn who_keeps_losing_time_rests_before_long() {
         let mut manners = Manners::new();
         assert!(!manners.ask_for_rest());
+        std::thread::sleep(2 * LOOK);
+        assert!(!manners.rest(usize::MAX), "a loss alone is no reason");
+        LAST_LOSS.set(Instant::now().checked_sub(2 * AGAIN));
+        std::thread::sleep(2 * LOOK);
+        assert!(!manners.rest(usize::MAX), "nor are two far apart");
+        // Of another step of the same thread.
+        let mut manners = Manners::new();
+        LAST_LOSS.set(Some(Instant::now() + Duration::from_secs(60)));
         std::thread::sleep(2 * LOOK);
         assert!(manners.rest(usize::MAX));
         assert!(!manners.rest(usize::MAX), "it has just rested");
