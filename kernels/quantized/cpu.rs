@@ -229,8 +229,8 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
             B::add_unpacked::<D, R>(block, &x[group], &factors[group], black_box(&mut *totals));
         }
         if is_last {
-            for r in 0..R {
-                self.product.write(row + r, self.panel, &totals[r].0);
+            for (row, totals) in (row..).zip(&*totals) {
+                self.product.write(row, self.panel, &totals.0);
             }
         }
     }

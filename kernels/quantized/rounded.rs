@@ -194,17 +194,17 @@ impl<X: Stored> Kernel for Round<'_, X> {
                 });
                 let mut values = [V::splat(0.0); LANES];
                 let mut largest = V::splat(0.0);
-                for i in 0..LANES {
-                    values[i] = X::load(&x.as_chunks().0[i]);
-                    largest = values[i].max(V::splat(0.0).sub(values[i])).max(largest);
+                for (value, x) in values.iter_mut().zip(x.as_chunks().0) {
+                    *value = X::load(x);
+                    largest = value.max(V::splat(0.0).sub(*value)).max(largest);
                 }
                 let scale = largest.greatest() / 127.0;
                 let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
                 // Exact: integers below 2^24.
                 let mut sum = V::splat(0.0);
-                for i in 0..LANES {
-                    values[i] = values[i].mul(V::splat(inverse));
-                    sum = sum.add(values[i].nearest());
+                for value in &mut values {
+                    *value = value.mul(V::splat(inverse));
+                    sum = sum.add(value.nearest());
                 }
                 let (codes, sum) = (V::bytes(values), sum.sum());
                 let factors = Factors { scale, sum: scale * sum, offset: -128 * sum as i32 };
