@@ -17,7 +17,7 @@ use super::{Blocks, OUTS, QuantizedMatrix, STEPS};
 use crate::cpu::{Shared, share};
 use crate::linear::cpu::write_rounded;
 use crate::linear::tile::pieces;
-use crate::simd::{Instructions, Stored, instructions, prefetch, prefetch_far_at};
+use crate::simd::{Instructions, Stored, instructions, prefetch_far_at};
 
 /// `x` `[n, inner]`, `bias` `[outer]`; returns `[n, outer]`.
 pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix, bias: Option<&[f32]>) -> Vec<X> {
@@ -249,9 +249,11 @@ fn prefetch_part<T>(data: &[T], first: usize, count: usize, all: usize) {
     prefetch_far_at(data.as_ptr().cast::<u8>().wrapping_add(line(first)), line(first + count) - line(first));
 }
 
+/// Asks for the block that comes so far behind `group`.
+#[cfg(any(test, target_arch = "x86_64"))]
 #[inline(always)]
 pub(super) fn fetch<B>(blocks: &[B], group: usize) {
     if let Some(ahead) = blocks.get(group + AHEAD.div_ceil(size_of::<B>())) {
-        prefetch(std::slice::from_ref(ahead));
+        crate::simd::prefetch(std::slice::from_ref(ahead));
     }
 }
