@@ -8,13 +8,13 @@
 use std::cell::Cell;
 
 use super::block::{Block, Unpacked};
-use super::cpu::{Panels, Totals, fetch};
+use super::cpu::{AHEAD, Panels, Totals};
 use super::dot::{self, Dot, Four, HALF};
 use super::rounded::Factors;
 use super::{OUTS, STEPS};
 use crate::linear::tile::pieces;
-use crate::simd::Stored;
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
+use crate::simd::{Stored, prefetch};
 
 /// Groups that all rows meet before the next: codes of a panel and of a register of rows take 24 KiB, which stay in the
 /// first-level cache.
@@ -81,7 +81,9 @@ impl<B: Block, X: Stored, T: Tiles> dot::Kernel for Panel<'_, B, X, T> {
         for groups in pieces(0..x.groups, STRETCH) {
             let blocks = &ahead[groups.clone()];
             for ((group, block), unpacked) in groups.clone().zip(blocks).zip(&mut *unpacked) {
-                fetch(ahead, group);
+                if let Some(block) = ahead.get(group + AHEAD.div_ceil(size_of::<B>())) {
+                    prefetch(std::slice::from_ref(block));
+                }
                 block.prepare::<D>(unpacked);
             }
             let halves = 2 * totals.len();

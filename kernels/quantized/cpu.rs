@@ -155,7 +155,7 @@ thread_local! {
 }
 
 /// Bytes that are asked for ahead of use: about as many as memory delivers within its latency.
-const AHEAD: usize = 4 << 10;
+pub(super) const AHEAD: usize = 4 << 10;
 
 /// A panel with some rows.
 struct Sweep<'a, B, X> {
@@ -247,13 +247,4 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
 fn prefetch_part<T>(data: &[T], first: usize, count: usize, all: usize) {
     let line = |part: usize| part * size_of_val(data) / all / 64 * 64;
     prefetch_far_at(data.as_ptr().cast::<u8>().wrapping_add(line(first)), line(first + count) - line(first));
-}
-
-/// Asks for the block that comes so far behind `group`.
-#[cfg(any(test, target_arch = "x86_64"))]
-#[inline(always)]
-pub(super) fn fetch<B>(blocks: &[B], group: usize) {
-    if let Some(ahead) = blocks.get(group + AHEAD.div_ceil(size_of::<B>())) {
-        crate::simd::prefetch(std::slice::from_ref(ahead));
-    }
 }
