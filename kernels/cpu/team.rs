@@ -1,8 +1,10 @@
 //! The threads of a step.
 //!
 //! A step is hundreds of ops of a few microseconds to a few hundred, too short to wake a thread for each. So the other
-//! threads of the pool join a step once, at its start, and look for work until it ends. An op is a range of indices; whoever
-//! is free takes the next one, so a thread that the system holds back does less, and nothing depends on who did what.
+//! threads of the pool join a step once, at its start, and look for work until it ends. An op is a range of indices in
+//! equal parts, one for each thread, which takes the indices of its own in their order and then those that are left of
+//! the others'. So a thread reads on where it was, and has the rows that it wrote in its caches; one that the system holds
+//! back does less; and nothing depends on who did what.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
@@ -10,8 +12,8 @@ use std::hint::spin_loop;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use rayon::prelude::*;
 
@@ -21,17 +23,17 @@ mod manners;
 
 /// Runs `f` on one of the pool's threads, with the others at hand for [`share`].
 pub fn lead<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    let team = &Team::default();
+    let team = &Team::new(rayon::current_num_threads());
     rayon::scope(|scope| {
         let this = rayon::current_thread_index();
         let gather = || {
             scope.spawn_broadcast(move |_, thread| {
                 if Some(thread.index()) != this {
-                    team.help()
+                    team.help(thread.index())
                 }
             })
         };
-        let leader = Leader { team, gather: Cell::new(Some(&gather)) };
+        let leader = Leader { team, thread: this.unwrap_or(0), gather: Cell::new(Some(&gather)) };
         let _over = OnDrop(|| team.epoch.0.store(OVER, Release));
         let _role = match rayon::current_num_threads() {
             1 => Role::Worker.take(),
@@ -84,6 +86,8 @@ impl Role {
 
 struct Leader<'a> {
     team: &'a Team,
+    /// Its own index in the pool.
+    thread: usize,
     /// Brings the other threads, if they are not on their way.
     gather: Cell<Option<&'a dyn Fn()>>,
 }
@@ -93,7 +97,7 @@ impl Leader<'_> {
         if let Some(gather) = self.gather.take() {
             gather()
         }
-        self.team.run(job)
+        self.team.run(job, self.thread)
     }
 }
 
@@ -116,12 +120,12 @@ struct Job<'a> {
     count: usize,
 }
 
-#[derive(Default)]
 struct Team {
     /// Odd while there is a job, another number for each; or [`OVER`].
     epoch: Line<AtomicUsize>,
-    /// Of the job, the first that nobody took.
-    next: Line<AtomicUsize>,
+    /// How much of each thread's part of a job is taken, below the lower half of the job's epoch. Under any other epoch,
+    /// nothing is.
+    taken: Box<[Line<AtomicU64>]>,
     /// Helpers that may be at the job.
     busy: Line<AtomicUsize>,
     /// Where the leader is.
@@ -138,13 +142,23 @@ const OVER: usize = usize::MAX - 1;
 unsafe impl Sync for Team {}
 
 impl Team {
-    fn run(&self, job: Job) {
+    fn new(threads: usize) -> Self {
+        Self {
+            epoch: Line::default(),
+            taken: (0..threads).map(|_| Line::default()).collect(),
+            busy: Line::default(),
+            leader: Line::default(),
+            job: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+        }
+    }
+
+    fn run(&self, job: Job, thread: usize) {
         // SAFETY: the epoch is even and nobody is busy. The references end before this function does: it returns or
         // unwinds only when the epoch is even again and nobody busy.
         unsafe { *self.job.get() = Some(std::mem::transmute::<Job<'_>, Job<'static>>(job)) };
         self.leader.0.store(processor(), Relaxed);
-        self.next.0.store(0, Relaxed);
-        self.epoch.0.fetch_add(1, SeqCst);
+        let epoch = self.epoch.0.fetch_add(1, SeqCst) + 1;
         {
             let _close = OnDrop(|| {
                 self.epoch.0.fetch_add(1, SeqCst);
@@ -153,32 +167,55 @@ impl Team {
                     patience.wait();
                 }
             });
-            self.work(job, || false);
+            self.work(job, epoch, thread, || false);
         }
         if let Some(panic) = self.panic.lock().expect("nothing panics that holds it").take() {
             resume_unwind(panic)
         }
     }
 
-    /// Takes what is left of the job, until it is `enough`.
-    fn work(&self, Job { f, count }: Job, enough: impl Fn() -> bool) {
+    /// Takes what is left of the job, that of `thread` first, until it is `enough`.
+    fn work(&self, Job { f, count }: Job, epoch: usize, thread: usize, enough: impl Fn() -> bool) {
         let _role = Role::Worker.take();
-        while !enough() {
-            match self.next.0.fetch_add(1, Relaxed) {
-                index if index < count => f(index),
-                _ => break,
+        let parts = self.taken.len();
+        for part in (thread..parts).chain(0..thread) {
+            let indices = count * part / parts..count * (part + 1) / parts;
+            while !enough() {
+                match self.take(part, epoch, indices.len()) {
+                    Some(index) => f(indices.start + index),
+                    None => break,
+                }
             }
         }
     }
 
-    fn help(&self) {
+    /// The first of `len` indices of a part that nobody took.
+    fn take(&self, part: usize, epoch: usize, len: usize) -> Option<usize> {
+        if len == 0 {
+            return None;
+        }
+        let (line, epoch) = (&self.taken[part].0, epoch as u64 & u64::from(u32::MAX));
+        let mut seen = line.load(Relaxed);
+        loop {
+            let taken = if seen >> 32 == epoch { seen as u32 } else { 0 };
+            if taken as usize >= len {
+                return None;
+            }
+            match line.compare_exchange_weak(seen, epoch << 32 | u64::from(taken + 1), Relaxed, Relaxed) {
+                Ok(_) => return Some(taken as usize),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    fn help(&self, thread: usize) {
         let mut seen = 0;
         let (mut manners, mut patience) = (Manners::new(), Patience::default());
         loop {
             match self.epoch.0.load(Acquire) {
                 OVER => break,
                 epoch if epoch % 2 == 1 && epoch != seen => {
-                    self.join(epoch, &manners);
+                    self.join(epoch, thread, &manners);
                     (seen, patience) = (epoch, Patience::default());
                 }
                 // Ops that are not ours share their work among the pool's threads in its own way.
@@ -191,14 +228,18 @@ impl Team {
         }
     }
 
-    fn join(&self, epoch: usize, manners: &Manners) {
+    fn join(&self, epoch: usize, thread: usize, manners: &Manners) {
         self.busy.0.fetch_add(1, SeqCst);
         // Whoever is busy before the leader closed the epoch is waited for.
         if self.epoch.0.load(SeqCst) == epoch {
             // SAFETY: see the field.
             let job = unsafe { *self.job.get() }.expect("the leader wrote it before it opened the epoch");
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(job, || manners.ask_for_rest()))) {
-                self.next.0.store(job.count, Relaxed);
+            let work = || self.work(job, epoch, thread, || manners.ask_for_rest());
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+                // Nobody needs the rest.
+                for part in 0..self.taken.len() {
+                    while self.take(part, epoch, job.count).is_some() {}
+                }
                 self.panic.lock().expect("nothing panics that holds it").get_or_insert(panic);
             }
         }
@@ -255,15 +296,16 @@ mod tests {
         }
     }
 
-    /// Neither of two pieces of work ends before the other has begun.
+    /// Neither of two pieces of work ends before the other has begun, and each thread takes its own.
     #[test]
     fn two_threads_are_at_work() {
         on(2, || {
             lead(|| {
                 for _ in 0..100 {
                     let both = Barrier::new(2);
-                    share(2, |_| {
+                    share(2, |i| {
                         both.wait();
+                        assert_eq!(rayon::current_thread_index(), Some(i));
                     });
                     rayon::join(|| both.wait(), || both.wait());
                 }
@@ -273,13 +315,14 @@ mod tests {
 
     #[test]
     fn a_panic_comes_back_from_wherever_it_was() {
-        for bad in [0, 1, 99] {
+        for bad in [0, 1, 50, 99] {
             let both = Barrier::new(2);
             let result = catch_unwind(AssertUnwindSafe(|| {
                 on(2, || {
                     lead(|| {
                         share(100, |i| {
-                            if i < 2 {
+                            // The first of either's part.
+                            if i % 50 == 0 {
                                 both.wait();
                             }
                             assert!(i != bad);

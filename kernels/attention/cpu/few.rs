@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::{Attention, CHUNK, Mix, Operand, Part, softmax};
-use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_at};
+use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far_at};
 
 /// Keys that one head is at before the next.
 const TILE: usize = LANES;
@@ -13,9 +13,9 @@ const TILE: usize = LANES;
 /// Most rows that one register tile takes.
 const ROWS: usize = 4;
 
-/// Bytes that are asked for ahead of use: about as many as memory delivers within its latency, and few enough for the
-/// first-level cache.
-const AHEAD: usize = 16 << 10;
+/// Bytes that are asked for ahead of use, into the second-level cache: about as many as memory delivers within its
+/// latency.
+const AHEAD: usize = 8 << 10;
 
 /// The mix of `[heads, rows]`.
 pub(super) struct Few<'a, T, P>(pub(super) &'a Part<'a, T, P>);
@@ -256,7 +256,7 @@ impl<P> Lines<P> {
 
     #[inline(always)]
     fn fetch(start: *const P, line: usize) {
-        prefetch_at(start.wrapping_add(line * Self::ELEMENTS), Self::ELEMENTS);
+        prefetch_far_at(start.wrapping_add(line * Self::ELEMENTS), Self::ELEMENTS);
     }
 }
 
