@@ -35,9 +35,13 @@ pub trait Block: Sync {
     #[cfg(any(test, target_arch = "x86_64"))]
     fn bytes<'a>(&'a self, unpacked: &'a Unpacked) -> &'a [u8];
     fn unpack<D: Dot>(&self, target: &mut Unpacked);
-    /// Adds the products of an unpacked block with `R` rows.
-    fn add_unpacked<D: Dot, const R: usize>(
-        block: &Unpacked,
+    /// The codes of two steps as [`Dot`] adds them, and what lies at `ahead` asked for as by [`Block::add`].
+    fn pair<D: Dot>(&self, pair: usize, part: usize, ahead: &Self) -> [D::Bytes; 2];
+    /// The scales and the minima, undefined where the format has none.
+    fn factors(&self) -> [[f32; OUTS]; 2];
+    /// Adds the products with `R` rows.
+    fn add_rows<D: Dot, const R: usize>(
+        source: &impl Source,
         x: &[[Four; R]; STEPS],
         factors: &[Factors; R],
         totals: &mut [Totals; R],
@@ -70,20 +74,35 @@ impl Block for Q8Block {
         target.scales = widen(&self.scales);
     }
     #[inline(always)]
-    fn add_unpacked<D: Dot, const R: usize>(
-        block: &Unpacked,
+    fn pair<D: Dot>(&self, pair: usize, part: usize, ahead: &Self) -> [D::Bytes; 2] {
+        let steps = [2 * pair, 2 * pair + 1];
+        if part == 0 {
+            prefetch_far(&ahead.codes[steps[0]]);
+            prefetch_far(&ahead.codes[steps[1]]);
+        }
+        [D::signed(D::load(&self.codes[steps[0]], part)), D::signed(D::load(&self.codes[steps[1]], part))]
+    }
+    #[inline(always)]
+    fn factors(&self) -> [[f32; OUTS]; 2] {
+        [widen(&self.scales), [0.0; OUTS]]
+    }
+    #[inline(always)]
+    fn add_rows<D: Dot, const R: usize>(
+        source: &impl Source,
         x: &[[Four; R]; STEPS],
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
-        let scales = block.scales;
+        let [scales, _] = source.factors();
         for part in 0..OUTS / D::WIDTH {
             let mut sums = [D::unbiased(0); R];
             for r in 0..R {
                 sums[r] = D::unbiased(factors[r].offset);
             }
-            for (codes, x) in block.codes.iter().zip(x) {
-                D::add(&mut sums, D::load(codes, part), x);
+            for (pair, [first, second]) in x.as_chunks().0.iter().enumerate() {
+                let codes = source.pair::<D>(pair, part);
+                D::add(&mut sums, codes[0], first);
+                D::add(&mut sums, codes[1], second);
             }
             for r in 0..R {
                 D::add_scaled(sums[r], factors[r].scale, &scales, part, &mut totals[r].0);
@@ -135,24 +154,40 @@ impl Block for Q4Block {
         (target.scales, target.minima) = (widen(&self.scales), widen(&self.minima));
     }
     #[inline(always)]
-    fn add_unpacked<D: Dot, const R: usize>(
-        block: &Unpacked,
+    fn pair<D: Dot>(&self, pair: usize, part: usize, ahead: &Self) -> [D::Bytes; 2] {
+        if part == 0 {
+            prefetch_far(&ahead.codes[pair]);
+        }
+        D::nibbles(D::load(&self.codes[pair], part))
+    }
+    #[inline(always)]
+    fn factors(&self) -> [[f32; OUTS]; 2] {
+        [widen(&self.scales), widen(&self.minima)]
+    }
+    #[inline(always)]
+    fn add_rows<D: Dot, const R: usize>(
+        source: &impl Source,
         x: &[[Four; R]; STEPS],
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
-        let Unpacked { scales, minima, .. } = *block;
+        let [scales, minima] = source.factors();
+        let (first_half, second_half) = x.as_chunks::<2>().0.split_at(STEPS / 4);
         for part in 0..OUTS / D::WIDTH {
             let mut first = [D::small(); R];
-            for (codes, x) in block.codes.iter().zip(x).take(STEPS / 2) {
-                D::add_small(&mut first, D::load(codes, part), x);
+            for (pair, x) in first_half.iter().enumerate() {
+                let codes = source.pair::<D>(pair, part);
+                D::add_small(&mut first, codes[0], &x[0]);
+                D::add_small(&mut first, codes[1], &x[1]);
             }
             let mut second = first;
             for r in 0..R {
                 second[r] = D::second(first[r]);
             }
-            for (codes, x) in block.codes.iter().zip(x).skip(STEPS / 2) {
-                D::add_small(&mut second, D::load(codes, part), x);
+            for (pair, x) in (STEPS / 4..).zip(second_half) {
+                let codes = source.pair::<D>(pair, part);
+                D::add_small(&mut second, codes[0], &x[0]);
+                D::add_small(&mut second, codes[1], &x[1]);
             }
             for r in 0..R {
                 let sums = D::total([first[r], second[r]]);
@@ -227,4 +262,40 @@ pub struct Unpacked {
 
 impl Unpacked {
     pub const ZERO: Self = Self { codes: [[[0; 4]; OUTS]; STEPS], scales: [0.0; OUTS], minima: [0.0; OUTS] };
+}
+
+/// Where several rows find a block.
+pub trait Source {
+    /// The codes of two steps as [`Dot`] adds them.
+    fn pair<D: Dot>(&self, pair: usize, part: usize) -> [D::Bytes; 2];
+    /// As [`Block::factors`].
+    fn factors(&self) -> [[f32; OUTS]; 2];
+}
+
+impl Source for Unpacked {
+    #[inline(always)]
+    fn pair<D: Dot>(&self, pair: usize, part: usize) -> [D::Bytes; 2] {
+        [D::load(&self.codes[2 * pair], part), D::load(&self.codes[2 * pair + 1], part)]
+    }
+    #[inline(always)]
+    fn factors(&self) -> [[f32; OUTS]; 2] {
+        [self.scales, self.minima]
+    }
+}
+
+/// A block as it is packed, and what is asked for meanwhile.
+pub struct Streamed<'a, B> {
+    pub block: &'a B,
+    pub ahead: &'a B,
+}
+
+impl<B: Block> Source for Streamed<'_, B> {
+    #[inline(always)]
+    fn pair<D: Dot>(&self, pair: usize, part: usize) -> [D::Bytes; 2] {
+        self.block.pair::<D>(pair, part, self.ahead)
+    }
+    #[inline(always)]
+    fn factors(&self) -> [[f32; OUTS]; 2] {
+        self.block.factors()
+    }
 }

@@ -1,16 +1,16 @@
 //! The product on the CPU: panels of weights times rows of `x` rounded to bytes. Lanes are outputs, so nothing is ever
 //! added across them.
 //!
-//! A row alone meets the weights as they are packed. Several meet them unpacked, a tile of rows at a time: the first
-//! tile unpacks each block on its way, the others find the panel in a cache. Sums within a group are exact, and what
-//! follows is the same either way, so a row's bits do not depend on the tile that it is in.
+//! A tile of rows alone meets the weights as they are packed. Several tiles meet them unpacked: the first unpacks each
+//! block on its way, the others find the panel in a cache. Sums within a group are exact, and what follows is the same
+//! either way, so a row's bits do not depend on the tile that it is in.
 
 use std::cell::Cell;
 use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::block::{Block, Unpacked};
+use super::block::{Block, Streamed, Unpacked};
 use super::dot::{self, Dot, Four};
 use super::rounded::{Factors, Order, Rounded, tiles};
 use super::{Blocks, OUTS, QuantizedMatrix, STEPS};
@@ -175,7 +175,8 @@ impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
         if self.rows.len() == 1 {
             return self.row::<D>(self.rows.start);
         }
-        for groups in pieces(0..self.blocks.len(), STRETCH) {
+        let stretch = if self.is_few::<D>() { self.blocks.len() } else { STRETCH };
+        for groups in pieces(0..self.blocks.len(), stretch) {
             for rows in tiles(self.rows.clone(), D::ROWS) {
                 match rows.len() {
                     12 if D::ROWS >= 12 => self.tile::<D, 12>(rows.start, groups.clone()),
@@ -197,14 +198,43 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
         let (x, factors) = self.operands::<1>(row);
         let mut totals = [0.0; OUTS];
         for (group, block) in self.blocks.iter().enumerate() {
-            let ahead = self.ahead.get(group + AHEAD.div_ceil(size_of::<B>())).unwrap_or(block);
-            block.add::<D>(&x[group], factors[group][0], &mut totals, ahead);
+            block.add::<D>(&x[group], factors[group][0], &mut totals, self.ahead(group));
         }
         self.product.write(row, self.panel, &totals);
     }
 
+    /// Whether unpacked blocks would serve one tile, or two small ones: not worth writing them down.
+    #[inline(always)]
+    fn is_few<D: Dot>(&self) -> bool {
+        self.rows.len() <= D::ROWS
+    }
+
+    /// What is asked for while `group` is at work.
+    #[inline(always)]
+    fn ahead(&self, group: usize) -> &'a B {
+        self.ahead.get(group + AHEAD.div_ceil(size_of::<B>())).unwrap_or(&self.blocks[group])
+    }
+
+    /// With the whole panel, as it is packed.
+    #[inline(always)]
+    fn packed_tile<D: Dot, const R: usize>(&self, row: usize) {
+        let (x, factors) = self.operands::<R>(row);
+        let mut totals = [Totals([0.0; OUTS]); R];
+        for (group, block) in self.blocks.iter().enumerate() {
+            let source = Streamed { block, ahead: self.ahead(group) };
+            // The compiler would keep totals in registers that the sums need.
+            B::add_rows::<D, R>(&source, &x[group], &factors[group], black_box(&mut totals));
+        }
+        for (row, totals) in (row..).zip(&totals) {
+            self.product.write(row, self.panel, &totals.0);
+        }
+    }
+
     #[inline(always)]
     fn tile<D: Dot, const R: usize>(&mut self, row: usize, groups: Range<usize>) {
+        if self.is_few::<D>() {
+            return self.packed_tile::<D, R>(row);
+        }
         let (x, factors) = self.operands::<R>(row);
         let first = row - self.rows.start;
         let Scratch { blocks, totals } = &mut *self.scratch;
@@ -226,7 +256,7 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
                 self.blocks[group].unpack::<D>(block);
             }
             // The compiler would keep totals in registers that the sums need.
-            B::add_unpacked::<D, R>(block, &x[group], &factors[group], black_box(&mut *totals));
+            B::add_rows::<D, R>(block, &x[group], &factors[group], black_box(&mut *totals));
         }
         if is_last {
             for (row, totals) in (row..).zip(&*totals) {
