@@ -1,7 +1,7 @@
 //! The product on the CPU: panels of weights times rows of `x` rounded to bytes. Lanes are outputs, so nothing is ever
 //! added across them.
 //!
-//! A tile of rows alone meets the weights as they are packed. Several tiles meet them unpacked: the first unpacks each
+//! Up to two tiles of rows meet the weights as they are packed. More meet them unpacked: the first unpacks each
 //! block on its way, the others find the panel in a cache. Sums within a group are exact, and what follows is the same
 //! either way, so a row's bits do not depend on the tile that it is in.
 
@@ -203,10 +203,10 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
         self.product.write(row, self.panel, &totals);
     }
 
-    /// Whether unpacked blocks would serve one tile, or two small ones: not worth writing them down.
+    /// Whether unpacked blocks would serve two tiles at most: not worth writing them down.
     #[inline(always)]
     fn is_few<D: Dot>(&self) -> bool {
-        self.rows.len() <= D::ROWS
+        self.rows.len() <= 2 * D::ROWS
     }
 
     /// What is asked for while `group` is at work.
