@@ -40,7 +40,7 @@ const BLOCK_ROWS: usize = 192;
 const BLOCK_ELEMENTS: usize = 24 << 10;
 
 /// Multiplications below which waking threads does not pay.
-const SERIAL: usize = 1 << 16;
+const SERIAL: usize = 1 << 18;
 
 /// `[rows, heads, d]` with the last dimension contiguous.
 pub struct Operand<'a, T> {

@@ -3,8 +3,8 @@
 //! A step is hundreds of ops of a few microseconds to a few hundred, too short to wake a thread for each. So the other
 //! threads of the pool join a step once, at its start, and look for work until it ends. An op is a range of indices in
 //! equal parts, one for each thread, which takes the indices of its own in their order and then those that are left of
-//! the others'. So a thread reads on where it was, and has the rows that it wrote in its caches; one that the system holds
-//! back does less; and nothing depends on who did what.
+//! the others'. So a thread reads on where it was, one that the system holds back does less, and nothing depends on who
+//! did what.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};

@@ -1,9 +1,9 @@
 //! The product on the CPU: panels of weights times rows of `x` rounded to bytes. Lanes are outputs, so nothing is ever
 //! added across them.
 //!
-//! Up to two tiles of rows meet the weights as they are packed. More meet them unpacked: the first unpacks each
-//! block on its way, the others find the panel in a cache. Sums within a group are exact, and what follows is the same
-//! either way, so a row's bits do not depend on the tile that it is in.
+//! Up to two tiles of rows meet the weights as they are packed. More meet them unpacked: the first unpacks each block
+//! on its way, the others find the panel in a cache. Sums within a group are exact, and what follows is the same either
+//! way, so a row's bits do not depend on the tile that it is in.
 
 use std::cell::Cell;
 use std::hint::black_box;
