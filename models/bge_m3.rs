@@ -17,7 +17,7 @@ use crate::config::{self, token_ids};
 use crate::layers::{Bias, Embedding, Linear};
 use crate::pooling::Pooling;
 use crate::weights::{Ignored, Weights};
-use crate::{Description, Encoded, Encoder, EncoderTraits, Heads};
+use crate::{AttentionShape, Description, Encoded, Encoder, EncoderTraits, Heads};
 
 /// `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -78,8 +78,14 @@ impl Config {
             max_positions: self.max_tokens(),
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: vec![],
+            attention: vec![Some(self.attention_shape()); self.num_hidden_layers],
             experts: None,
         }
+    }
+
+    fn attention_shape(&self) -> AttentionShape {
+        let shape = AttentionShape::causal(self.num_attention_heads, self.hidden_size / self.num_attention_heads);
+        AttentionShape { mask: Mask::Bidirectional, ..shape }
     }
 
     /// The first token has the position after the padding's.
@@ -171,9 +177,16 @@ impl Encoder for BgeM3 {
             bail!("bge_m3: {heads:?} asked for, the checkpoint has {:?}", self.traits.heads)
         }
         let mut x = self.embeddings.forward(batch)?;
-        for layer in &self.layers {
-            x = layer.forward(&x, batch)?;
+        let (last, layers) = self.layers.split_last().expect("sizes are 1 or more");
+        for layer in layers {
+            x = layer.forward(&x, batch, None)?;
         }
+        if heads.within(Heads::DENSE) {
+            // Of other tokens the last layer needs no more than keys and values.
+            let dense = heads.dense.then(|| last.forward(&x, batch, Some(&batch.first()?))).transpose()?;
+            return Ok(Encoded { dense, ..Encoded::default() });
+        }
+        let x = last.forward(&x, batch, None)?;
         let of = |linear: &Option<Linear>, wanted: bool| linear.as_ref().filter(|_| wanted).map(|l| l.forward(&x));
         Ok(Encoded {
             dense: heads.dense.then(|| gather(&x, &batch.first()?)).transpose()?,
@@ -235,8 +248,14 @@ impl EncoderLayer {
         })
     }
 
-    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let x = self.attention_norm.forward(&self.attention.forward(x, batch)?, x)?;
+    /// Of all tokens, or of those in `rows`.
+    fn forward(&self, x: &Tensor, batch: &Batch, rows: Option<&Tensor>) -> Result<Tensor> {
+        let pick = |x: Tensor| match rows {
+            Some(rows) => gather(&x, rows),
+            None => Ok(x),
+        };
+        let mixed = self.attention.output.forward(&pick(self.attention.mix(x, batch)?)?)?;
+        let x = self.attention_norm.forward(&mixed, &pick(x.clone())?)?;
         let y = self.output.forward(&self.intermediate.forward_gelu(&x)?)?;
         self.output_norm.forward(&y, &x)
     }
@@ -259,7 +278,8 @@ impl SelfAttention {
         })
     }
 
-    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+    /// `[N, H]`, before the output's product.
+    fn mix(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let (n, hidden) = x.dims2()?;
         let head_dim = hidden / self.num_heads;
         let qkv = self.qkv.forward(x)?.reshape((n, 3 * self.num_heads, head_dim))?;
@@ -267,7 +287,7 @@ impl SelfAttention {
         let scale = (head_dim as f32).powf(-0.5);
         let params = AttentionParams { scale, mask: Mask::Bidirectional, window: None, softcap: None };
         let mixed = attention(&heads(0)?, &heads(1)?, &heads(2)?, batch, params)?;
-        self.output.forward(&mixed.flatten_from(1)?)
+        mixed.flatten_from(1)
     }
 }
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::activation::{Activation, gelu};
-use kernels::attention::AttentionParams;
+use kernels::attention::{AttentionParams, paged_attention};
 use kernels::gather::gather;
-use kernels::heads::{KeyValueHeads, norm_rope_attend};
+use kernels::heads::{KeyValueHeads, norm_rope_attend, norm_rope_write};
 use kernels::linear::{Around, linear_around, linear_gelu};
 use kernels::norm::{self, Norm};
 use kernels::quantized::{self, QuantizedMatrix};
@@ -312,6 +312,67 @@ impl Rotations {
     ) -> Result<Tensor> {
         norm_rope_attend(q, q_norm.parts(), kv, (&self.cos, &self.sin), pages, batch, params)
     }
+
+    /// As [`Rotations::attend`], for some tokens alone: the others write their keys and values.
+    ///
+    /// # Errors
+    ///
+    /// As [`norm_rope_write`] and [`paged_attention`].
+    pub fn attend_last(
+        &self,
+        q: &Tensor,
+        q_norm: &RmsNorm,
+        kv: KeyValueHeads,
+        pages: &Tensor,
+        last: &LastTokens,
+        params: AttentionParams,
+    ) -> Result<Tensor> {
+        let (_, heads, d) = q.dims3()?;
+        let q = norm_rope_write(q, q_norm.parts(), Some(kv), (&self.cos, &self.sin), pages, last.all)?;
+        let q = last.rows(&q.flatten_from(1)?)?;
+        paged_attention(&q.reshape(((), heads, d))?, pages, &last.batch, params)
+    }
+}
+
+/// The tokens of a step whose hidden states are asked for, where there are others: of these the last layer needs no more
+/// than keys and values.
+pub struct LastTokens<'a> {
+    all: &'a Batch,
+    batch: Batch,
+    rows: Tensor,
+}
+
+impl<'a> LastTokens<'a> {
+    /// The last tokens of `sequences`, by index in the batch, or of any where that is empty; `None` if there are no others.
+    ///
+    /// # Errors
+    ///
+    /// A sequence beyond the batch.
+    pub fn of(all: &'a Batch, sequences: &[u32]) -> Result<Option<Self>> {
+        if (0..all.num_tokens() as u32).eq(sequences.iter().copied()) {
+            return Ok(None);
+        }
+        let sequences = if sequences.is_empty() { &[0] } else { sequences };
+        Ok(Some(Self { all, batch: all.last_tokens(sequences)?, rows: all.last_rows(sequences)? }))
+    }
+
+    /// Their rows of `x` `[N, D]`.
+    ///
+    /// # Errors
+    ///
+    /// `x` has fewer rows than the step has tokens.
+    pub fn rows(&self, x: &Tensor) -> Result<Tensor> {
+        gather(x, &self.rows)
+    }
+}
+
+/// The rows of `x` that a last layer goes on with.
+///
+/// # Errors
+///
+/// As [`LastTokens::rows`].
+pub fn remaining(x: &Tensor, last: Option<&LastTokens>) -> Result<Tensor> {
+    last.map_or_else(|| Ok(x.clone()), |last| last.rows(x))
 }
 
 /// `down(act(gate(x)) * up(x))`.

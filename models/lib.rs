@@ -21,6 +21,7 @@ pub mod weights;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kernels::Batch;
+use kernels::attention::Mask;
 use kernels::gather::gather;
 pub use kernels::quantized::Quantization;
 use serde_json::Value;
@@ -175,10 +176,42 @@ pub struct Description {
     pub max_positions: usize,
     /// End tokens that `config.json` names.
     pub eos_token_ids: Vec<u32>,
-    /// By layer index.
+    /// By layer index; empty where nothing is kept.
     pub cache_specs: Vec<CacheSpec>,
+    /// By layer index; `None` where a layer has none.
+    pub attention: Vec<Option<AttentionShape>>,
     /// Of each MLP, if they are sparse.
     pub experts: Option<ExpertCount>,
+}
+
+/// The attention of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    pub num_heads: usize,
+    pub head_dim: usize,
+    pub mask: Mask,
+    /// Positions that a token sees at most, its own among them.
+    pub window: Option<usize>,
+}
+
+impl AttentionShape {
+    /// Without a window.
+    pub(crate) fn causal(num_heads: usize, head_dim: usize) -> Self {
+        Self { num_heads, head_dim, mask: Mask::Causal, window: None }
+    }
+
+    /// Operations of the scores and mixes of `tokens` of a sequence behind `past` others: two for each product of an
+    /// element of a query or a weight with one that it sees.
+    pub fn operations(&self, tokens: usize, past: usize) -> usize {
+        let context = past + tokens;
+        let seen = |position: usize| match self.mask {
+            Mask::Causal => position + 1,
+            Mask::Bidirectional => context,
+        };
+        let window = self.window.unwrap_or(usize::MAX);
+        let pairs: usize = (past..context).map(|position| seen(position).min(window)).sum();
+        4 * self.num_heads * self.head_dim * pairs
+    }
 }
 
 /// How many experts there are, and to how many of them a token goes.

@@ -7,7 +7,6 @@ use candle_core::{Result, Tensor, bail};
 use kernels::Batch;
 use kernels::activation::Activation;
 use kernels::attention::{AttentionParams, attention};
-use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::Around;
 use serde::Deserialize;
@@ -15,10 +14,12 @@ use serde::Deserialize;
 use crate::cache::{Cache, CacheSpec};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, HiddenAct, RopeParameters};
-use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations, heads};
+use crate::layers::{
+    Bias, Embedding, GatedMlp, LastTokens, Linear, RmsNorm, RotaryEmbedding, Rotations, heads, remaining,
+};
 use crate::pooling::Pooling;
 use crate::weights::{Ignored, Weights};
-use crate::{CausalLm, Description, Encoded, Encoder, EncoderTraits, Heads, Observed, Observer};
+use crate::{AttentionShape, CausalLm, Description, Encoded, Encoder, EncoderTraits, Heads, Observed, Observer};
 
 /// `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -65,12 +66,17 @@ impl Config {
             max_positions: self.max_position_embeddings,
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: vec![self.cache_spec(); self.num_hidden_layers],
+            attention: vec![Some(self.attention_shape()); self.num_hidden_layers],
             experts: None,
         }
     }
 
     fn cache_spec(&self) -> CacheSpec {
         CacheSpec::KeyValue { num_kv_heads: self.num_kv_heads(), head_dim: self.head_dim(), window: None }
+    }
+
+    fn attention_shape(&self) -> AttentionShape {
+        AttentionShape::causal(self.num_attention_heads, self.head_dim())
     }
 
     fn num_kv_heads(&self) -> usize {
@@ -122,7 +128,13 @@ impl CausalLm for Qwen3 {
     }
 
     fn forward_observed(&self, batch: &Batch, cache: &mut Cache, observe: &mut Observer) -> Result<Tensor> {
-        self.model.forward(batch, Some(cache), observe)
+        self.model.forward(batch, Some(cache), None, observe)
+    }
+
+    fn forward_last(&self, batch: &Batch, cache: &mut Cache, sequences: &[u32]) -> Result<Option<Tensor>> {
+        let last = LastTokens::of(batch, sequences)?;
+        let x = self.model.forward(batch, Some(cache), last.as_ref(), &mut |_| Ok(()))?;
+        Ok((!sequences.is_empty()).then_some(x))
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -180,9 +192,13 @@ impl Encoder for Qwen3Embedding {
         if !heads.within(Heads::DENSE) {
             bail!("qwen3: {heads:?} asked for, the model has a dense head alone")
         }
-        let x = self.model.forward(batch, None, &mut |_| Ok(()))?;
-        let dense = heads.dense.then(|| gather(&x, &batch.last)).transpose()?;
-        Ok(Encoded { dense, ..Encoded::default() })
+        if !heads.dense {
+            return Ok(Encoded::default());
+        }
+        let texts: Vec<u32> = (0..batch.num_sequences() as u32).collect();
+        let last = LastTokens::of(batch, &texts)?;
+        let dense = self.model.forward(batch, None, last.as_ref(), &mut |_| Ok(()))?;
+        Ok(Encoded { dense: Some(dense), ..Encoded::default() })
     }
 }
 
@@ -217,13 +233,20 @@ impl Model {
         })
     }
 
-    /// Without a cache, each sequence of the batch is whole.
-    fn forward(&self, batch: &Batch, cache: Option<&Cache>, observe: &mut Observer) -> Result<Tensor> {
+    /// Of all tokens, or of the last ones. Without a cache, each sequence of the batch is whole.
+    fn forward(
+        &self,
+        batch: &Batch,
+        cache: Option<&Cache>,
+        last: Option<&LastTokens>,
+        observe: &mut Observer,
+    ) -> Result<Tensor> {
         let rotations = self.rotary.rotations(batch)?;
         let mut x = self.embed_tokens.forward(&batch.tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
             observe(Observed::Hidden(index, &x))?;
-            x = layer.forward(&x, &rotations, batch, cache)?;
+            let last = last.filter(|_| index + 1 == self.layers.len());
+            x = layer.forward(&x, &rotations, batch, cache, last)?;
         }
         let x = self.norm.forward(&x)?;
         observe(Observed::Hidden(self.layers.len(), &x))?;
@@ -249,8 +272,15 @@ impl DecoderLayer {
         })
     }
 
-    fn forward(&self, x: &Tensor, rotations: &Rotations, batch: &Batch, cache: Option<&Cache>) -> Result<Tensor> {
-        let x = self.self_attn.forward(x, &self.input_layernorm, rotations, batch, cache)?;
+    fn forward(
+        &self,
+        x: &Tensor,
+        rotations: &Rotations,
+        batch: &Batch,
+        cache: Option<&Cache>,
+        last: Option<&LastTokens>,
+    ) -> Result<Tensor> {
+        let x = self.self_attn.forward(x, &self.input_layernorm, rotations, batch, cache, last)?;
         let norm = Some(self.post_attention_layernorm.parts());
         self.mlp.forward_around(&x, Around { norm, onto: Some(&x), ..Around::default() })
     }
@@ -294,6 +324,7 @@ impl Attention {
         rotations: &Rotations,
         batch: &Batch,
         cache: Option<&Cache>,
+        last: Option<&LastTokens>,
     ) -> Result<Tensor> {
         let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
         let (hq, hk, d) = (self.num_heads, self.num_kv_heads, self.head_dim);
@@ -305,14 +336,18 @@ impl Attention {
             Some(cache) => {
                 let pages = cache.kv(self.layer)?;
                 let kv = KeyValueHeads { k: &k, v: &v, k_norm: self.k_norm.parts(), v_norm: None };
-                rotations.attend(&q, &self.q_norm, Some(kv), pages, batch, params)?
+                match last {
+                    None => rotations.attend(&q, &self.q_norm, Some(kv), pages, batch, params)?.flatten_from(1)?,
+                    Some(last) => rotations.attend_last(&q, &self.q_norm, kv, pages, last, params)?.flatten_from(1)?,
+                }
             }
             None => {
                 let q = rotations.apply(&self.q_norm.forward(&q)?)?;
                 let k = rotations.apply(&self.k_norm.forward(&k)?)?;
-                attention(&q, &k, &v, batch, params)?
+                remaining(&attention(&q, &k, &v, batch, params)?.flatten_from(1)?, last)?
             }
         };
-        self.o_proj.forward_around(&mixed.flatten_from(1)?, Around { onto: Some(x), ..Around::default() })
+        let x = remaining(x, last)?;
+        self.o_proj.forward_around(&mixed, Around { onto: Some(&x), ..Around::default() })
     }
 }

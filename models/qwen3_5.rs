@@ -19,10 +19,12 @@ use serde_json::Value;
 use crate::cache::{Cache, CacheSpec};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, HiddenAct, RopeParameters};
-use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations, heads};
+use crate::layers::{
+    Bias, Embedding, GatedMlp, LastTokens, Linear, RmsNorm, RotaryEmbedding, Rotations, heads, remaining,
+};
 use crate::moe::{self, SparseMlp};
 use crate::weights::{Ignored, Weights};
-use crate::{CausalLm, Description, Observed, Observer};
+use crate::{AttentionShape, CausalLm, Description, Observed, Observer};
 
 /// The text part of `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -136,6 +138,7 @@ impl Config {
             max_positions: self.max_position_embeddings,
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: self.cache_specs(),
+            attention: self.attention_shapes(),
             experts: self.moe.as_ref().map(moe::Config::experts),
         }
     }
@@ -154,6 +157,11 @@ impl Config {
             },
         };
         self.layer_types().into_iter().map(spec).collect()
+    }
+
+    fn attention_shapes(&self) -> Vec<Option<AttentionShape>> {
+        let shape = AttentionShape::causal(self.num_attention_heads, self.head_dim);
+        self.layer_types().into_iter().map(|it| matches!(it, LayerType::FullAttention).then_some(shape)).collect()
     }
 
     fn layer_types(&self) -> Vec<LayerType> {
@@ -229,21 +237,36 @@ impl Qwen35 {
     }
 }
 
+impl Qwen35 {
+    /// Of all tokens, or of the last ones.
+    fn run(&self, batch: &Batch, cache: &Cache, last: Option<&LastTokens>, observe: &mut Observer) -> Result<Tensor> {
+        let rotations = self.rotary.rotations(batch)?;
+        let mut x = self.embed_tokens.forward(&batch.tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            observe(Observed::Hidden(index, &x))?;
+            let last = last.filter(|_| index + 1 == self.layers.len());
+            x = layer.mix(&x, &rotations, batch, cache, last)?;
+            x = layer.mlp.forward(&x, &layer.post_attention_layernorm, observe)?;
+        }
+        let x = self.norm.forward(&x)?;
+        observe(Observed::Hidden(self.layers.len(), &x))?;
+        Ok(x)
+    }
+}
+
 impl CausalLm for Qwen35 {
     fn cache_specs(&self) -> Vec<CacheSpec> {
         self.cache_specs.clone()
     }
 
     fn forward_observed(&self, batch: &Batch, cache: &mut Cache, observe: &mut Observer) -> Result<Tensor> {
-        let rotations = self.rotary.rotations(batch)?;
-        let mut x = self.embed_tokens.forward(&batch.tokens)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            observe(Observed::Hidden(index, &x))?;
-            x = layer.forward(&x, &rotations, batch, cache, observe)?;
-        }
-        let x = self.norm.forward(&x)?;
-        observe(Observed::Hidden(self.layers.len(), &x))?;
-        Ok(x)
+        self.run(batch, cache, None, observe)
+    }
+
+    fn forward_last(&self, batch: &Batch, cache: &mut Cache, sequences: &[u32]) -> Result<Option<Tensor>> {
+        let last = LastTokens::of(batch, sequences)?;
+        let x = self.run(batch, cache, last.as_ref(), &mut |_| Ok(()))?;
+        Ok((!sequences.is_empty()).then_some(x))
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -285,20 +308,20 @@ impl DecoderLayer {
         })
     }
 
-    fn forward(
+    /// What enters the layer to what enters its MLP.
+    fn mix(
         &self,
         x: &Tensor,
         rotations: &Rotations,
         batch: &Batch,
         cache: &Cache,
-        observe: &mut Observer,
+        last: Option<&LastTokens>,
     ) -> Result<Tensor> {
         let norm = &self.input_layernorm;
-        let x = match &self.mixer {
-            Mixer::SelfAttn(attention) => attention.forward(x, norm, rotations, batch, cache)?,
-            Mixer::LinearAttn(delta_net) => delta_net.forward(x, norm, batch, cache)?,
-        };
-        self.mlp.forward(&x, &self.post_attention_layernorm, observe)
+        match &self.mixer {
+            Mixer::SelfAttn(attention) => attention.forward(x, norm, rotations, batch, cache, last),
+            Mixer::LinearAttn(delta_net) => remaining(&delta_net.forward(x, norm, batch, cache)?, last),
+        }
     }
 }
 
@@ -362,18 +385,24 @@ impl Attention {
         rotations: &Rotations,
         batch: &Batch,
         cache: &Cache,
+        last: Option<&LastTokens>,
     ) -> Result<Tensor> {
         let d = self.head_dim;
         let qkv = self.qkv_proj.forward_around(x, Around { norm: Some(norm.parts()), ..Around::default() })?;
-        let query_and_gate = heads(&qkv, 0, self.num_heads, 2 * d)?;
+        let query_and_gate = |qkv: &Tensor| heads(qkv, 0, self.num_heads, 2 * d);
+        let q = query_and_gate(&qkv)?.narrow(2, 0, d)?;
         let k = heads(&qkv, 2 * self.num_heads * d, self.num_kv_heads, d)?;
         let v = heads(&qkv, (2 * self.num_heads + self.num_kv_heads) * d, self.num_kv_heads, d)?;
-        let (q, gate) = (query_and_gate.narrow(2, 0, d)?, query_and_gate.narrow(2, d, d)?);
         let pages = cache.kv(self.layer)?;
         let kv = KeyValueHeads { k: &k, v: &v, k_norm: self.k_norm.parts(), v_norm: None };
         let params = AttentionParams::causal((d as f32).powf(-0.5));
-        let mixed = sigmoid_gated(&rotations.attend(&q, &self.q_norm, Some(kv), pages, batch, params)?, &gate)?;
-        self.o_proj.forward_around(&mixed.flatten_from(1)?, Around { onto: Some(x), ..Around::default() })
+        let mixed = match last {
+            None => rotations.attend(&q, &self.q_norm, Some(kv), pages, batch, params)?,
+            Some(last) => rotations.attend_last(&q, &self.q_norm, kv, pages, last, params)?,
+        };
+        let (x, qkv) = (remaining(x, last)?, remaining(&qkv, last)?);
+        let mixed = sigmoid_gated(&mixed, &query_and_gate(&qkv)?.narrow(2, d, d)?)?;
+        self.o_proj.forward_around(&mixed.flatten_from(1)?, Around { onto: Some(&x), ..Around::default() })
     }
 }
 

@@ -4,10 +4,10 @@ use candle_core::{Result, bail};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::Description;
 use crate::cache::CacheSpec;
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, RopeParameters};
+use crate::{AttentionShape, Description};
 
 /// The text part of `config.json`, with its names.
 #[derive(Clone, Debug, Deserialize)]
@@ -185,6 +185,7 @@ impl Config {
             max_positions: self.max_position_embeddings,
             eos_token_ids: self.eos_token_id.clone(),
             cache_specs: self.cache_specs(),
+            attention: self.layer_types().into_iter().map(|it| Some(self.attention_shape(it))).collect(),
             experts: None,
         }
     }
@@ -198,6 +199,11 @@ impl Config {
         let mut specs: Vec<CacheSpec> = self.layer_types().into_iter().map(own).collect();
         specs[self.first_shared()..].fill(CacheSpec::None);
         specs
+    }
+
+    fn attention_shape(&self, layer_type: LayerType) -> AttentionShape {
+        let shape = AttentionShape::causal(self.num_attention_heads, self.head_dim_of(layer_type));
+        AttentionShape { window: self.window_of(layer_type), ..shape }
     }
 
     pub(super) fn layer_types(&self) -> Vec<LayerType> {
