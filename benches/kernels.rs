@@ -18,7 +18,7 @@ use kernels::attention::{AttentionParams, Mask, attention, paged_attention};
 use kernels::linear::linear;
 use kernels::moe::{Experts, Stack, route, sparse_mlp};
 use kernels::norm::add_layer_norm;
-use kernels::probe::{self, Memory};
+use kernels::probe::{self, Memory, Operands};
 use kernels::quantized::{self, Quantization, QuantizedMatrix};
 use kernels::softcap::softcap;
 use kernels::testing::Random;
@@ -383,7 +383,7 @@ impl Machine {
 
     fn measure(&mut self) {
         self.bandwidth.0.push(self.memory.read_bandwidth());
-        self.flops.0.push(probe::peak_flops());
+        self.flops.0.push(probe::peak(Operands::F32));
     }
 
     fn report(&self) {

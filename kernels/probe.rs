@@ -1,4 +1,5 @@
-//! What this machine's CPU can do at most, measured: the ceilings that `benches/kernels.rs` compares ops with.
+//! What this machine's CPU can do at most, measured: the ceilings that `benches/kernels.rs` and `taper bench` compare
+//! with.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -6,15 +7,37 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use crate::memory;
+use crate::quantized::{self, Quantization};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Instructions, Stored, instructions};
 use crate::simd::{Kernel, LANES, Lanes, dispatch, prefetch};
 
-/// Floating point operations per second of all threads together in independent f32 multiply-adds.
-pub fn peak_flops() -> f64 {
-    const STEPS: usize = 1_000_000;
+/// What a product multiplies with `x` in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operands {
+    /// Values in f32, or widened to it.
+    F32,
+    /// Weights in bf16.
+    Bf16,
+    /// Packed weights.
+    Packed(Quantization),
+}
+
+/// Operations per second of all threads together, two for each product of two operands, on the instructions that the
+/// kernels use for them, with everything in registers.
+pub fn peak(operands: Operands) -> f64 {
+    const STEPS: usize = 500_000;
+    let run = |_| match operands {
+        Operands::F32 => multiply_adds(black_box(STEPS)),
+        Operands::Bf16 => bf16_products(black_box(STEPS)),
+        Operands::Packed(format) => quantized::probe::products(format, black_box(STEPS)),
+    };
     let threads = rayon::current_num_threads();
     let start = Instant::now();
-    let flops: usize = (0..threads).into_par_iter().map(|_| multiply_adds(black_box(STEPS))).sum();
-    flops as f64 / start.elapsed().as_secs_f64()
+    let operations: usize = (0..threads).into_par_iter().map(run).sum();
+    operations as f64 / start.elapsed().as_secs_f64()
 }
 
 /// Memory to read, larger than every cache, on huge pages where the system grants them.
@@ -75,12 +98,41 @@ impl<const STREAMS: usize, const AHEAD: usize> Kernel for Total<'_, STREAMS, AHE
     }
 }
 
-/// Runs `steps` rounds of multiply-adds and returns how many operations that were.
+/// Multiplies weights in bf16 with `x` in f32 `steps` times over and returns how many operations that were.
+fn bf16_products(steps: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if amx::is_used() {
+        amx::dispatch([WIDTH; 8], TileProducts { steps });
+        return steps * 4 * ROWS * ROWS * (WIDTH / 2) * 2 / f32::PARTS;
+    }
+    multiply_adds(steps)
+}
+
+#[cfg(target_arch = "x86_64")]
+struct TileProducts {
+    steps: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl amx::Kernel for TileProducts {
+    fn run<T: Tiles>(self, tiles: &mut T) {
+        for _ in 0..self.steps {
+            tiles.multiply_bf16::<0, 4, 6>();
+            tiles.multiply_bf16::<1, 4, 7>();
+            tiles.multiply_bf16::<2, 5, 6>();
+            tiles.multiply_bf16::<3, 5, 7>();
+        }
+    }
+}
+
+/// Runs `steps` rounds of multiply-adds in f32 and returns how many operations that were.
 fn multiply_adds(steps: usize) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        // SAFETY: the features were just detected.
-        return unsafe { multiply_adds_avx2(steps) };
+    match instructions() {
+        Instructions::Portable => {}
+        // SAFETY of both: the features were just found.
+        Instructions::Avx512 => return unsafe { multiply_adds_avx512(steps) },
+        _ => return unsafe { multiply_adds_avx2(steps) },
     }
     let mut lanes = black_box([1.0f32; 64]);
     let factor = black_box([0.5f32; 64]);
@@ -91,12 +143,30 @@ fn multiply_adds(steps: usize) -> usize {
     steps * lanes.len() * 2
 }
 
+/// Chains of latency four or five that keep two units busy.
+#[cfg(target_arch = "x86_64")]
+const CHAINS: usize = 12;
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn multiply_adds_avx512(steps: usize) -> usize {
+    use std::arch::x86_64::*;
+    let mut lanes = black_box([_mm512_set1_ps(1.0); CHAINS]);
+    let factor = black_box(_mm512_set1_ps(0.5));
+    for _ in 0..steps {
+        for lane in &mut lanes {
+            *lane = _mm512_fmadd_ps(*lane, factor, factor);
+        }
+    }
+    black_box(lanes);
+    steps * CHAINS * 16 * 2
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn multiply_adds_avx2(steps: usize) -> usize {
     use std::arch::x86_64::*;
-    // Ten chains of latency four or five keep two units busy.
-    let mut lanes = black_box([_mm256_set1_ps(1.0); 10]);
+    let mut lanes = black_box([_mm256_set1_ps(1.0); CHAINS]);
     let factor = black_box(_mm256_set1_ps(0.5));
     for _ in 0..steps {
         for lane in &mut lanes {
@@ -104,5 +174,5 @@ fn multiply_adds_avx2(steps: usize) -> usize {
         }
     }
     black_box(lanes);
-    steps * lanes.len() * 8 * 2
+    steps * CHAINS * 8 * 2
 }

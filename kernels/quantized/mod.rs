@@ -10,6 +10,7 @@ mod dot;
 #[cfg(any(test, feature = "metal", feature = "emulator"))]
 pub(crate) mod metal;
 mod pack;
+pub(crate) mod probe;
 #[cfg(test)]
 mod reference;
 mod rounded;

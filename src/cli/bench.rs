@@ -1,5 +1,6 @@
-//! `taper bench`: how fast a model runs here, beside what the machine's memory allows.
+//! `taper bench`: how fast a model runs here, beside what the machine allows.
 
+mod limit;
 mod measure;
 mod report;
 
@@ -10,14 +11,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use kernels::probe;
-use models::{Checkpoint, Config, Description, Quantization, cache, weights};
+use kernels::probe::{self, Operands};
+use models::{Checkpoint, Config, Description, cache};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use signal_hook::consts::SIGINT;
 
+use self::limit::Weights;
 use self::measure::{Sample, Subject};
-use super::info::{self, bytes_of};
+use super::info::bytes_of;
 use super::model::{DeviceArgs, PackCacheArgs, Quant, SourceArgs};
 use super::{Error, Result};
 
@@ -86,7 +88,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Err(Error::Usage(format!("a test takes a context of {longest} tokens, the model's is {limit}")));
     }
     let setup = Setup { checkpoint, config, description, device, dtype, is_encoder };
-    let weights = setup.weights(&args.quant)?;
+    let weights = args.quant.iter().map(|quant| setup.weights(quant.quantization())).collect::<Result<Vec<_>>>()?;
     let needed = setup.memory(args, longest) * args.quant.len() + weights.iter().map(|it| it.resident).sum::<usize>();
     let free = taper::available_memory(&setup.device);
     if needed > free {
@@ -101,7 +103,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .map(|quant| Subject::load(&setup, args, quant.quantization(), longest))
         .collect::<Result<Vec<_>>>()?;
     let mut bench = Bench::new(args, tests)?;
-    let complete = bench.run(args, &setup.device, &mut subjects)?;
+    let complete = bench.run(args, &setup, &weights, &mut subjects)?;
     let report = report::Report { args, setup: &setup, weights: &weights, bench: &bench, complete };
     match args.json {
         true => println!("{:#}", report.json()),
@@ -208,52 +210,7 @@ struct Setup {
     is_encoder: bool,
 }
 
-/// Bytes of the weights in one format.
-struct WeightBytes {
-    resident: usize,
-    /// Those that every step reads: of an embedding that is not the head as well it needs a row, and no experts but
-    /// those that its tokens go to.
-    read: usize,
-    /// Of one expert in each layer.
-    expert: usize,
-    /// Of the keys and values beside them.
-    kv_dtype: DType,
-}
-
 impl Setup {
-    fn weights(&self, formats: &[Quant]) -> Result<Vec<WeightBytes>> {
-        let tensors = weights::tensor_sizes(&self.checkpoint)?;
-        let has_head = tensors.iter().any(|tensor| info::part(&tensor.name) == info::HEAD);
-        let of = |quantization| {
-            let kv_dtype = taper::kv_dtype(&self.device, self.dtype, quantization);
-            let mut bytes = WeightBytes { resident: 0, read: 0, expert: 0, kv_dtype };
-            for tensor in &tensors {
-                let part = info::part(&tensor.name);
-                if [info::UNUSED, info::ON_DISK].contains(&part) {
-                    continue;
-                }
-                let size = self.tensor_bytes(tensor, quantization);
-                bytes.resident += size;
-                if let (info::EXPERTS, Some(experts)) = (part, self.description.experts) {
-                    bytes.expert += size / experts.total;
-                } else if part != info::POSITIONS && !(has_head && part == info::EMBEDDING) {
-                    bytes.read += size;
-                }
-            }
-            bytes
-        };
-        Ok(formats.iter().map(|quant| of(quant.quantization())).collect())
-    }
-
-    fn tensor_bytes(&self, tensor: &weights::TensorSize, quantization: Option<Quantization>) -> usize {
-        let elements: usize = tensor.shape.iter().product();
-        match quantization {
-            Some(format) => info::packed_bytes(tensor, format) as usize,
-            None if self.device.is_cpu() => tensor.bytes.min(elements * self.dtype.size_in_bytes()),
-            None => elements * self.dtype.size_in_bytes(),
-        }
-    }
-
     /// Bytes for keys, values and states that hold every test.
     fn memory(&self, args: &Args, longest: usize) -> usize {
         let specs = &self.description.cache_specs;
@@ -268,18 +225,6 @@ impl Setup {
         2 * sequences * cache::bytes_per_slot(specs)
             + 2 * window
             + batch * blocks(longest) * cache::bytes_per_block(specs, measure::BLOCK, self.dtype)
-    }
-
-    /// Bytes that decoding one token of each of `test.batch` sequences must read at least.
-    fn decode_bytes(&self, weights: &WeightBytes, test: &Test) -> usize {
-        let specs = &self.description.cache_specs;
-        let tokens = test.depth + test.tokens.div_ceil(2);
-        let windowed = cache::window(specs).unwrap_or(0).min(tokens);
-        let cache = tokens * cache::bytes_per_block(specs, 1, weights.kv_dtype)
-            + windowed * cache::bytes_per_window_block(specs, 1, weights.kv_dtype)
-            + cache::bytes_per_slot(specs);
-        let experts = self.description.experts.map_or(0, |experts| experts.total.min(test.batch * experts.per_token));
-        weights.read + experts * weights.expert + test.batch * cache
     }
 }
 
@@ -298,25 +243,36 @@ struct Machine {
     pool: Option<ThreadPool>,
     /// Bytes a second.
     bandwidth: Vec<f64>,
-    /// Operations a second.
+    /// Operations a second in f32.
     flops: Vec<f64>,
+    /// The same of products with the weights of each format.
+    products: Vec<Vec<f64>>,
 }
 
 impl Machine {
-    fn new(threads: Option<usize>) -> Result<Self> {
+    fn new(threads: Option<usize>, formats: usize) -> Result<Self> {
         let pool = threads.map(|threads| ThreadPoolBuilder::new().num_threads(threads).build());
         let pool = pool.transpose().map_err(|error| Error::Usage(format!("--threads: {error}")))?;
         let threads = threads.unwrap_or_else(rayon::current_num_threads);
-        Ok(Self { threads, pool, bandwidth: vec![], flops: vec![] })
+        Ok(Self { threads, pool, bandwidth: vec![], flops: vec![], products: vec![vec![]; formats] })
     }
 
-    /// A disturbance makes memory look slow, never fast: the best of a few reads counts.
-    fn measure(&mut self, memory: &probe::Memory) {
-        const READS: usize = 4;
-        let read = || (0..READS).map(|_| memory.read_bandwidth()).fold(0.0, f64::max);
-        let (bandwidth, flops) = self.install(|| (read(), probe::peak_flops()));
+    /// A disturbance makes a machine look slow, never fast: the best of a few counts.
+    fn measure(&mut self, memory: &probe::Memory, weights: &[Weights]) {
+        const TIMES: usize = 4;
+        let best = |of: &(dyn Fn() -> f64 + Sync)| self.install(|| (0..TIMES).map(|_| of()).fold(0.0, f64::max));
+        let bandwidth = best(&|| memory.read_bandwidth());
+        let flops = best(&|| probe::peak(Operands::F32));
+        let products: Vec<f64> = weights
+            .iter()
+            .map(|weights| match weights.operands {
+                Operands::F32 => flops,
+                operands => best(&|| probe::peak(operands)),
+            })
+            .collect();
         self.bandwidth.push(bandwidth);
         self.flops.push(flops);
+        self.products.iter_mut().zip(products).for_each(|(all, peak)| all.push(peak));
     }
 
     fn install<R: Send>(&self, run: impl FnOnce() -> R + Send) -> R {
@@ -330,15 +286,18 @@ impl Machine {
 impl Bench {
     fn new(args: &Args, tests: Vec<Test>) -> Result<Self> {
         let machines = match args.threads.is_empty() {
-            true => vec![Machine::new(None)?],
-            false => args.threads.iter().map(|&threads| Machine::new(Some(threads))).collect::<Result<_>>()?,
+            true => vec![Machine::new(None, args.quant.len())?],
+            false => {
+                let new = |&threads| Machine::new(Some(threads), args.quant.len());
+                args.threads.iter().map(new).collect::<Result<_>>()?
+            }
         };
         let samples = vec![vec![vec![vec![]; tests.len()]; args.quant.len()]; machines.len()];
         Ok(Self { tests, machines, samples })
     }
 
     /// Measures everything once in each round, so that a disturbance hits all alike. `false` if Ctrl-C ended it.
-    fn run(&mut self, args: &Args, device: &Device, subjects: &mut [Subject]) -> Result<bool> {
+    fn run(&mut self, args: &Args, setup: &Setup, weights: &[Weights], subjects: &mut [Subject]) -> Result<bool> {
         let stop = Arc::new(AtomicBool::new(false));
         // The second Ctrl-C does not wait for the end of a step.
         signal_hook::flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), stop.clone())?;
@@ -350,12 +309,12 @@ impl Bench {
         for round in 0..=args.repetitions {
             for (machine, samples) in self.machines.iter_mut().zip(&mut self.samples) {
                 if round > 0 {
-                    machine.measure(&memory);
+                    machine.measure(&memory, weights);
                 }
                 for ((subject, quant), samples) in subjects.iter_mut().zip(&args.quant).zip(samples) {
                     for (test, samples) in self.tests.iter().zip(samples) {
                         bar.set_message(format!("{} {}", name(*quant), test.kind.name()));
-                        let test = if round == 0 { test.warm_up(device) } else { *test };
+                        let test = if round == 0 { test.warm_up(&setup.device) } else { *test };
                         match machine.install(|| subject.measure(&test, &stop))? {
                             Some(sample) if round > 0 => samples.push(sample),
                             _ => {}

@@ -2,14 +2,15 @@
 
 use serde_json::{Value, json};
 
+use super::limit::Weights;
 use super::measure::Sample;
-use super::{Args, Bench, Kind, Machine, Setup, Test, WeightBytes, name};
+use super::{Args, Bench, Machine, Setup, Test, name};
 
 pub struct Report<'a> {
     pub args: &'a Args,
     pub setup: &'a Setup,
     /// By format.
-    pub weights: &'a [WeightBytes],
+    pub weights: &'a [Weights],
     pub bench: &'a Bench,
     /// Whether every sample was taken.
     pub complete: bool,
@@ -23,7 +24,7 @@ struct Row<'a> {
     samples: &'a [Sample],
     /// Tokens a second.
     rates: Vec<f64>,
-    /// Tokens a second at which the bytes of a decoding step take all of the memory's bandwidth.
+    /// Tokens a second that the machine allows.
     limit: Option<f64>,
 }
 
@@ -32,13 +33,12 @@ impl Report<'_> {
     fn rows(&self) -> Vec<Row<'_>> {
         let mut rows = vec![];
         for (machine, samples) in self.bench.machines.iter().zip(&self.bench.samples) {
-            for ((quant, weights), samples) in self.args.quant.iter().zip(self.weights).zip(samples) {
+            let formats = self.args.quant.iter().zip(self.weights).zip(&machine.products);
+            for (((quant, weights), peak), samples) in formats.zip(samples) {
                 for (test, samples) in self.bench.tests.iter().zip(samples).filter(|(_, samples)| !samples.is_empty()) {
                     let rates = samples.iter().map(|sample| sample.tokens as f64 / sample.seconds).collect();
-                    let limit = (test.kind == Kind::Decode && self.setup.device.is_cpu()).then(|| {
-                        let bytes = self.setup.decode_bytes(weights, test);
-                        test.batch as f64 * median(&machine.bandwidth) / bytes as f64
-                    });
+                    let is_cpu = self.setup.device.is_cpu();
+                    let limit = is_cpu.then(|| self.setup.limit(weights, test, machine, peak));
                     rows.push(Row { format: name(*quant), machine, test, samples, rates, limit });
                 }
             }
@@ -75,18 +75,22 @@ impl Report<'_> {
             );
         }
         for machine in self.bench.machines.iter().filter(|machine| !machine.bandwidth.is_empty()) {
+            let formats = self.args.quant.iter().zip(&machine.products);
+            let products: Vec<_> =
+                formats.map(|(quant, peak)| format!("{} {:.0}", name(*quant), median(peak) / 1e9)).collect();
             println!(
-                "This machine with {} threads reads {:.1} GB/s and does {:.0} GFLOP/s of multiply-adds in f32.",
+                "This machine with {} threads reads {:.1} GB/s and multiplies at {:.0} Gop/s in f32, with weights {}.",
                 machine.threads,
                 median(&machine.bandwidth) / 1e9,
-                median(&machine.flops) / 1e9
+                median(&machine.flops) / 1e9,
+                products.join(", ")
             );
         }
         println!(
             "Medians of {} rounds; spread is the distance of the extremes over them.{}",
             self.args.repetitions,
             match rows.iter().any(|row| row.limit.is_some()) {
-                true => " The limit is to read weights and cache at that speed.",
+                true => " The limit is to read weights and cache, or to multiply, at these speeds.",
                 false => "",
             }
         );
@@ -98,10 +102,13 @@ impl Report<'_> {
     pub fn json(&self) -> Value {
         let machines = self.bench.machines.iter().filter(|machine| !machine.bandwidth.is_empty());
         let machines = machines.map(|machine| {
+            let formats = self.args.quant.iter().zip(&machine.products);
+            let products = formats.map(|(quant, peak)| (name(*quant), summary(peak)));
             json!({
                 "threads": machine.threads,
                 "read_bytes_per_second": summary(&machine.bandwidth),
                 "multiply_add_flops_per_second": summary(&machine.flops),
+                "product_operations_per_second": products.collect::<serde_json::Map<_, _>>(),
             })
         });
         let rows = self.rows();
@@ -116,7 +123,7 @@ impl Report<'_> {
                 "depth": depth,
                 "tokens_per_sequence": tokens,
                 "tokens_per_second": summary(&row.rates),
-                "memory_limit_tokens_per_second": row.limit,
+                "limit_tokens_per_second": row.limit,
                 "share_of_limit": row.limit.map(|limit| median(&row.rates) / limit),
                 "samples": samples.collect::<Vec<_>>(),
             })
@@ -145,7 +152,7 @@ fn summary(values: &[f64]) -> Value {
 }
 
 /// Of an even number the mean of the middle two.
-fn median(values: &[f64]) -> f64 {
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
