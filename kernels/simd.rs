@@ -9,12 +9,18 @@
 
 use half::{bf16, f16};
 
+pub(crate) use self::portable::Portable;
 use crate::cpu::Element;
 
 #[cfg(any(test, target_arch = "x86_64"))]
 pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod portable;
 
 pub(crate) const LANES: usize = 8;
+/// Of a [`Lanes::Pair`].
+pub(crate) const PAIR: usize = 2 * LANES;
 
 /// Added and subtracted, it leaves the nearest integer; added alone, in the lower bits: 1.5 * 2^23.
 const ROUND: f32 = 12_582_912.0;
@@ -72,26 +78,17 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     match instructions() {
         // SAFETY: the three features were just found.
         #[cfg(target_arch = "x86_64")]
-        Instructions::Avx2 | Instructions::AvxVnni | Instructions::Avx512 => unsafe { avx2::run(kernel) },
+        Instructions::Avx2 | Instructions::AvxVnni => unsafe { avx2::run(kernel) },
+        // SAFETY: and AVX-512 F as well.
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512 => unsafe { avx2::run_wide(kernel) },
         _ => kernel.run::<Portable>(),
     }
 }
 
-/// Eight f32 values.
-pub(crate) trait Lanes: Copy {
+/// f32 values that are all treated alike: nothing is added across them.
+pub(crate) trait Vector: Copy {
     fn splat(value: f32) -> Self;
-    fn load(source: &[f32; LANES]) -> Self;
-    fn load_f16(source: &[f16; LANES]) -> Self;
-    fn load_bf16(source: &[bf16; LANES]) -> Self;
-    fn store(self, target: &mut [f32; LANES]);
-    /// Rounds to nearest, ties to even.
-    fn store_f16(self, target: &mut [f16; LANES]);
-    /// Rounds to nearest, ties to even.
-    fn store_bf16(self, target: &mut [bf16; LANES]);
-    /// Cuts the lower half off.
-    #[cfg(any(test, target_arch = "x86_64"))]
-    fn store_upper(self, target: &mut [bf16; LANES]);
-
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
@@ -104,32 +101,11 @@ pub(crate) trait Lanes: Copy {
     fn min(self, other: Self) -> Self;
     /// `self * 2^exponent` for integral exponents within -252..=254.
     fn scale(self, exponent: Self) -> Self;
-    /// The nearest integers of values within -128..=127, ties to even, those of the first lanes first.
-    fn bytes(values: [Self; LANES]) -> [i8; LANES * LANES];
-    /// Lane `i` of result `j` is lane `j` of `rows[i]`.
-    fn transpose(rows: [Self; LANES]) -> [Self; LANES];
-    /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
-    fn sums(four: [Self; 4]) -> [f32; 4];
 
     /// The nearest integers, ties to even, of values within -2^22..=2^22.
     #[inline(always)]
     fn nearest(self) -> Self {
         self.add(Self::splat(ROUND)).sub(Self::splat(ROUND))
-    }
-
-    /// The sum of the lanes.
-    #[inline(always)]
-    fn sum(self) -> f32 {
-        Self::sums([self; 4])[0]
-    }
-
-    /// The greatest lane.
-    #[inline(always)]
-    fn greatest(self) -> f32 {
-        let mut lanes = [0.0; LANES];
-        self.store(&mut lanes);
-        let pair = |i: usize| lanes[i].max(lanes[i + 4]);
-        pair(0).max(pair(1)).max(pair(2).max(pair(3)))
     }
 
     /// `e^self` within 2 ulp: 0 from -104 down, infinity from 89 up, subnormal between -104 and -87, NaN stays.
@@ -158,6 +134,92 @@ pub(crate) trait Lanes: Copy {
     fn sigmoid(self) -> Self {
         let one = Self::splat(1.0);
         one.div(one.add(Self::splat(0.0).sub(self).exp()))
+    }
+}
+
+/// Eight f32 values.
+pub(crate) trait Lanes: Vector {
+    /// Sixteen, in one register where there is one so wide.
+    type Pair: Vector;
+
+    fn pair(self, next: Self) -> Self::Pair;
+    fn halves(pair: Self::Pair) -> [Self; 2];
+
+    fn load(source: &[f32; LANES]) -> Self;
+    fn load_f16(source: &[f16; LANES]) -> Self;
+    fn load_bf16(source: &[bf16; LANES]) -> Self;
+    fn store(self, target: &mut [f32; LANES]);
+    /// Rounds to nearest, ties to even.
+    fn store_f16(self, target: &mut [f16; LANES]);
+    /// Rounds to nearest, ties to even.
+    fn store_bf16(self, target: &mut [bf16; LANES]);
+    /// Cuts the lower half off.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn store_upper(self, target: &mut [bf16; LANES]);
+
+    /// The nearest integers of values within -128..=127, ties to even, those of the first lanes first.
+    fn bytes(values: [Self::Pair; 4]) -> [i8; 4 * PAIR];
+    /// Lane `i` of result `j` is lane `j` of `rows[i]`.
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES];
+    /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
+    fn sums(four: [Self; 4]) -> [f32; 4];
+
+    /// The sum of the lanes.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        Self::sums([self; 4])[0]
+    }
+
+    /// The greatest lane.
+    #[inline(always)]
+    fn greatest(self) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes);
+        let pair = |i: usize| lanes[i].max(lanes[i + 4]);
+        pair(0).max(pair(1)).max(pair(2).max(pair(3)))
+    }
+}
+
+/// Two vectors as one, where no register holds both.
+#[derive(Clone, Copy)]
+pub(crate) struct Two<V>(V, V);
+
+impl<V: Vector> Vector for Two<V> {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self(V::splat(value), V::splat(value))
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(self.0.add(other.0), self.1.add(other.1))
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(self.0.sub(other.0), self.1.sub(other.1))
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Self(self.0.mul(other.0), self.1.mul(other.1))
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        Self(self.0.div(other.0), self.1.div(other.1))
+    }
+    #[inline(always)]
+    fn mul_add(self, factor: Self, sum: Self) -> Self {
+        Self(self.0.mul_add(factor.0, sum.0), self.1.mul_add(factor.1, sum.1))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        Self(self.0.max(other.0), self.1.max(other.1))
+    }
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        Self(self.0.min(other.0), self.1.min(other.1))
+    }
+    #[inline(always)]
+    fn scale(self, exponent: Self) -> Self {
+        Self(self.0.scale(exponent.0), self.1.scale(exponent.1))
     }
 }
 
@@ -245,6 +307,22 @@ pub(crate) fn store<V: Lanes, T: Stored>(lanes: V, target: &mut [T]) {
     }
 }
 
+/// As [`load`], up to sixteen.
+#[inline(always)]
+pub(crate) fn load_pair<V: Lanes, T: Stored>(source: &[T]) -> V::Pair {
+    let (first, second) = source.split_at(source.len().min(LANES));
+    load::<V, T>(first).pair(load(second))
+}
+
+/// As [`store`], at most sixteen.
+#[inline(always)]
+pub(crate) fn store_pair<V: Lanes, T: Stored>(pair: V::Pair, target: &mut [T]) {
+    let (first, second) = target.split_at_mut(target.len().min(LANES));
+    let [a, b] = V::halves(pair);
+    store(a, first);
+    store(b, second);
+}
+
 /// Asks for `data` to be brought near, where the machine can be asked.
 #[inline(always)]
 pub(crate) fn prefetch<T>(data: &[T]) {
@@ -300,289 +378,6 @@ pub(crate) fn sum_of_squares<V: Lanes, T: Stored>(x: &[T]) -> f32 {
     }
     let [a, b, c, d] = V::sums(sums);
     (a + b) + (c + d)
-}
-
-/// Lanes of the baseline instruction set, in a form that compilers turn into vectors.
-#[derive(Clone, Copy)]
-pub(crate) struct Portable([f32; LANES]);
-
-impl Portable {
-    #[inline(always)]
-    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
-        Self(std::array::from_fn(|i| f(self.0[i], other.0[i])))
-    }
-}
-
-impl Lanes for Portable {
-    #[inline(always)]
-    fn splat(value: f32) -> Self {
-        Self([value; LANES])
-    }
-    #[inline(always)]
-    fn load(source: &[f32; LANES]) -> Self {
-        Self(*source)
-    }
-    #[inline(always)]
-    fn load_f16(source: &[f16; LANES]) -> Self {
-        Self(source.map(f16::widen))
-    }
-    #[inline(always)]
-    fn load_bf16(source: &[bf16; LANES]) -> Self {
-        Self(source.map(bf16::widen))
-    }
-    #[inline(always)]
-    fn store(self, target: &mut [f32; LANES]) {
-        *target = self.0
-    }
-    #[inline(always)]
-    fn store_f16(self, target: &mut [f16; LANES]) {
-        *target = self.0.map(f16::round)
-    }
-    #[inline(always)]
-    fn store_bf16(self, target: &mut [bf16; LANES]) {
-        *target = self.0.map(bf16::round)
-    }
-    #[cfg(any(test, target_arch = "x86_64"))]
-    #[inline(always)]
-    fn store_upper(self, target: &mut [bf16; LANES]) {
-        *target = self.0.map(|x| bf16::from_bits((x.to_bits() >> 16) as u16))
-    }
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        self.zip(other, |a, b| a + b)
-    }
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        self.zip(other, |a, b| a - b)
-    }
-    #[inline(always)]
-    fn mul(self, other: Self) -> Self {
-        self.zip(other, |a, b| a * b)
-    }
-    #[inline(always)]
-    fn div(self, other: Self) -> Self {
-        self.zip(other, |a, b| a / b)
-    }
-    #[inline(always)]
-    fn mul_add(self, factor: Self, sum: Self) -> Self {
-        // Without the instruction `f32::mul_add` is a call.
-        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
-            Self(std::array::from_fn(|i| self.0[i].mul_add(factor.0[i], sum.0[i])))
-        } else {
-            self.mul(factor).add(sum)
-        }
-    }
-    #[inline(always)]
-    fn max(self, other: Self) -> Self {
-        self.zip(other, |a, b| if a > b { a } else { b })
-    }
-    #[inline(always)]
-    fn min(self, other: Self) -> Self {
-        self.zip(other, |a, b| if a < b { a } else { b })
-    }
-    #[inline(always)]
-    fn scale(self, exponent: Self) -> Self {
-        let power = |e: i32| f32::from_bits(((e + 127) << 23) as u32);
-        self.zip(exponent, |x, e| {
-            let e = e as i32;
-            x * power(e >> 1) * power(e - (e >> 1))
-        })
-    }
-    #[inline(always)]
-    fn bytes(values: [Self; LANES]) -> [i8; LANES * LANES] {
-        let mut bytes = [0; LANES * LANES];
-        for (value, byte) in values.iter().flat_map(|value| value.0).zip(&mut bytes) {
-            *byte = (value + ROUND).to_bits() as i8;
-        }
-        bytes
-    }
-    #[inline(always)]
-    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
-        std::array::from_fn(|j| Self(std::array::from_fn(|i| rows[i].0[j])))
-    }
-    #[inline(always)]
-    fn sums(four: [Self; 4]) -> [f32; 4] {
-        four.map(|Self(x)| ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])))
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use std::arch::x86_64::*;
-
-    use half::{bf16, f16};
-
-    use super::{Kernel, LANES, Lanes, ROUND};
-
-    /// # Safety
-    ///
-    /// The machine has AVX2, FMA and F16C.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
-        kernel.run::<Avx2>()
-    }
-
-    /// Lanes in one register. Only [`run`] names this type, so wherever a method is called the features are there.
-    #[derive(Clone, Copy)]
-    pub(super) struct Avx2(__m256);
-
-    impl Avx2 {
-        /// Transposes the lower and the upper four columns of four rows, side by side.
-        #[inline(always)]
-        fn transpose_quarters([a, b, c, d]: [Self; 4]) -> [__m256; 4] {
-            // SAFETY: the features are there.
-            unsafe {
-                let (ab, ab_high) = (_mm256_unpacklo_ps(a.0, b.0), _mm256_unpackhi_ps(a.0, b.0));
-                let (cd, cd_high) = (_mm256_unpacklo_ps(c.0, d.0), _mm256_unpackhi_ps(c.0, d.0));
-                [
-                    _mm256_shuffle_ps::<0x44>(ab, cd),
-                    _mm256_shuffle_ps::<0xee>(ab, cd),
-                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
-                    _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
-                ]
-            }
-        }
-    }
-
-    // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
-    impl Lanes for Avx2 {
-        #[inline(always)]
-        fn splat(value: f32) -> Self {
-            Self(unsafe { _mm256_set1_ps(value) })
-        }
-        #[inline(always)]
-        fn load(source: &[f32; LANES]) -> Self {
-            Self(unsafe { _mm256_loadu_ps(source.as_ptr()) })
-        }
-        #[inline(always)]
-        fn load_f16(source: &[f16; LANES]) -> Self {
-            Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.as_ptr().cast())) })
-        }
-        #[inline(always)]
-        fn load_bf16(source: &[bf16; LANES]) -> Self {
-            // A bf16 is the upper half of an f32.
-            Self(unsafe {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(source.as_ptr().cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            })
-        }
-        #[inline(always)]
-        fn store(self, target: &mut [f32; LANES]) {
-            unsafe { _mm256_storeu_ps(target.as_mut_ptr(), self.0) }
-        }
-        #[inline(always)]
-        fn store_f16(self, target: &mut [f16; LANES]) {
-            unsafe {
-                let rounded = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
-                _mm_storeu_si128(target.as_mut_ptr().cast(), rounded)
-            }
-        }
-        #[inline(always)]
-        fn store_bf16(self, target: &mut [bf16; LANES]) {
-            unsafe {
-                let bits = _mm256_castps_si256(self.0);
-                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-                // Rounding could carry a NaN into infinity: NaN is cut instead, and made quiet.
-                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-                let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
-                let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
-                let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
-                _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
-            }
-        }
-        #[inline(always)]
-        fn store_upper(self, target: &mut [bf16; LANES]) {
-            unsafe {
-                let upper = _mm256_srli_epi32::<16>(_mm256_castps_si256(self.0));
-                let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
-                _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
-            }
-        }
-        #[inline(always)]
-        fn add(self, other: Self) -> Self {
-            Self(unsafe { _mm256_add_ps(self.0, other.0) })
-        }
-        #[inline(always)]
-        fn sub(self, other: Self) -> Self {
-            Self(unsafe { _mm256_sub_ps(self.0, other.0) })
-        }
-        #[inline(always)]
-        fn mul(self, other: Self) -> Self {
-            Self(unsafe { _mm256_mul_ps(self.0, other.0) })
-        }
-        #[inline(always)]
-        fn div(self, other: Self) -> Self {
-            Self(unsafe { _mm256_div_ps(self.0, other.0) })
-        }
-        #[inline(always)]
-        fn mul_add(self, factor: Self, sum: Self) -> Self {
-            Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, sum.0) })
-        }
-        #[inline(always)]
-        fn max(self, other: Self) -> Self {
-            Self(unsafe { _mm256_max_ps(self.0, other.0) })
-        }
-        #[inline(always)]
-        fn min(self, other: Self) -> Self {
-            Self(unsafe { _mm256_min_ps(self.0, other.0) })
-        }
-        #[inline(always)]
-        fn scale(self, exponent: Self) -> Self {
-            unsafe {
-                let exponent = _mm256_cvtps_epi32(exponent.0);
-                let half = _mm256_srai_epi32::<1>(exponent);
-                let rest = _mm256_sub_epi32(exponent, half);
-                let bias = _mm256_set1_epi32(127);
-                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias)));
-                let high = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias)));
-                Self(_mm256_mul_ps(_mm256_mul_ps(self.0, low), high))
-            }
-        }
-        #[inline(always)]
-        fn bytes(values: [Self; LANES]) -> [i8; LANES * LANES] {
-            let mut bytes = [0; LANES * LANES];
-            for (values, bytes) in values.as_chunks::<4>().0.iter().zip(bytes.as_chunks_mut::<32>().0) {
-                unsafe {
-                    let mut lowest = [_mm256_setzero_si256(); 4];
-                    for i in 0..4 {
-                        let bits = _mm256_castps_si256(_mm256_add_ps(values[i].0, _mm256_set1_ps(ROUND)));
-                        lowest[i] = _mm256_and_si256(bits, _mm256_set1_epi32(0xff));
-                    }
-                    let [a, b, c, d] = lowest;
-                    // Either half of a register gets four bytes of each value.
-                    let mixed = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
-                    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-                    _mm256_storeu_si256(bytes.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(mixed, order))
-                }
-            }
-            bytes
-        }
-        #[inline(always)]
-        fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
-            let [a, b, c, d, e, f, g, h] = rows;
-            let upper = Self::transpose_quarters([a, b, c, d]);
-            let lower = Self::transpose_quarters([e, f, g, h]);
-            let mut columns = rows;
-            for j in 0..4 {
-                unsafe {
-                    columns[j] = Self(_mm256_permute2f128_ps::<0x20>(upper[j], lower[j]));
-                    columns[j + 4] = Self(_mm256_permute2f128_ps::<0x31>(upper[j], lower[j]));
-                }
-            }
-            columns
-        }
-        #[inline(always)]
-        fn sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
-            unsafe {
-                let quarters = _mm256_hadd_ps(_mm256_hadd_ps(a.0, b.0), _mm256_hadd_ps(c.0, d.0));
-                let sums = _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps::<1>(quarters));
-                let mut out = [0.0; 4];
-                _mm_storeu_ps(out.as_mut_ptr(), sums);
-                out
-            }
-        }
-    }
 }
 
 #[cfg(test)]

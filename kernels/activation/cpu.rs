@@ -4,7 +4,7 @@ use candle_core::{Layout, Result};
 
 use super::Activation;
 use crate::cpu::{RowStarts, fill_rows};
-use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
+use crate::simd::{Kernel, Lanes, PAIR, Stored, Vector, dispatch, load_pair, store_pair};
 
 /// `gate_up` `[N, 2 * width]`.
 pub fn gated_activation<T: Stored>(gate_up: &[T], layout: &Layout, activation: Activation) -> Result<Vec<T>> {
@@ -56,10 +56,10 @@ impl<T: Stored> Kernel for SigmoidGated<'_, T> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let operands = self.x.chunks(LANES).zip(self.gate.chunks(LANES));
-        for ((x, gate), out) in operands.zip(self.out.chunks_mut(LANES)) {
-            let gate: V = load(gate);
-            store(gate.sigmoid().mul(load(x)), out);
+        let operands = self.x.chunks(PAIR).zip(self.gate.chunks(PAIR));
+        for ((x, gate), out) in operands.zip(self.out.chunks_mut(PAIR)) {
+            let gate = load_pair::<V, T>(gate).sigmoid();
+            store_pair::<V, T>(gate.mul(load_pair::<V, T>(x)), out);
         }
     }
 }
@@ -74,14 +74,14 @@ impl<T: Stored> Kernel for Gelu<'_, T> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let zero = V::splat(0.0);
-        for (x, out) in self.x.chunks(LANES).zip(self.out.chunks_mut(LANES)) {
-            let x: V = load(x);
+        let zero = V::Pair::splat(0.0);
+        for (x, out) in self.x.chunks(PAIR).zip(self.out.chunks_mut(PAIR)) {
+            let x = load_pair::<V, T>(x);
             let distance = zero.sub(x).max(x);
             // What the unit keeps back, from 0 on the left and from x on the right: in this form neither end loses
             // digits.
-            let tail = distance.mul(V::splat(0.5)).mul(erfc_of_root(distance));
-            store(zero.max(x).sub(tail), out);
+            let tail = distance.mul(V::Pair::splat(0.5)).mul(erfc_of_root(distance));
+            store_pair::<V, T>(zero.max(x).sub(tail), out);
         }
     }
 }
@@ -90,7 +90,7 @@ impl<T: Stored> Kernel for Gelu<'_, T> {
 ///
 /// Source: the Chebyshev fit of Press et al., "Numerical Recipes", 2nd edition, section 6.2, whose own error is 1.2e-7.
 #[inline(always)]
-fn erfc_of_root<V: Lanes>(x: V) -> V {
+fn erfc_of_root<V: Vector>(x: V) -> V {
     const FIT: [f32; 9] = [
         -0.822_152_23,
         1.488_515_9,
@@ -123,18 +123,18 @@ impl<T: Stored> Kernel for Row<'_, T> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let operands = self.gate.chunks(LANES).zip(self.up.chunks(LANES));
-        for ((gate, up), out) in operands.zip(self.out.chunks_mut(LANES)) {
-            let gate: V = load(gate);
+        let operands = self.gate.chunks(PAIR).zip(self.up.chunks(PAIR));
+        for ((gate, up), out) in operands.zip(self.out.chunks_mut(PAIR)) {
+            let gate = load_pair::<V, T>(gate);
             let logit = match self.activation {
                 Activation::Silu => gate,
                 // 0.5 (1 + tanh(z)) = sigmoid(2 z), which loses nothing where tanh is near -1.
                 Activation::GeluTanh => {
-                    let cubic = gate.mul(gate).mul_add(V::splat(0.044715), V::splat(1.0));
-                    gate.mul(V::splat(2.0 * (2.0 / std::f32::consts::PI).sqrt())).mul(cubic)
+                    let cubic = gate.mul(gate).mul_add(V::Pair::splat(0.044715), V::Pair::splat(1.0));
+                    gate.mul(V::Pair::splat(2.0 * (2.0 / std::f32::consts::PI).sqrt())).mul(cubic)
                 }
             };
-            store(gate.mul(logit.sigmoid()).mul(load(up)), out);
+            store_pair::<V, T>(gate.mul(logit.sigmoid()).mul(load_pair::<V, T>(up)), out);
         }
     }
 }

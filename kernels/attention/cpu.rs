@@ -21,7 +21,9 @@ use crate::linear::tile::Wide;
 use crate::linear::tile::{Narrow, Tile, pieces};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::Instructions;
-use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, instructions, load, store};
+use crate::simd::{
+    Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, instructions, load, load_pair, store, store_pair,
+};
 
 mod few;
 mod many;
@@ -304,27 +306,29 @@ fn merge_sums(max: &mut f32, sum: &mut f32, later_max: f32, later_sum: f32) -> [
 /// Replaces the scores within `bounds` by `exp(score - max)`; returns the greatest and the sum.
 #[inline(always)]
 fn softmax<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, softcap: Option<f32>) -> (f32, f32) {
-    let all = bounds.start / LANES * LANES..bounds.end.next_multiple_of(LANES);
+    let all = bounds.start / PAIR * PAIR..bounds.end.next_multiple_of(PAIR);
     if let Some(cap) = softcap {
         // tanh(x) = 2 sigmoid(2 x) - 1
-        for lanes in scores[all.clone()].as_chunks_mut::<LANES>().0 {
-            let sigmoid = V::load(lanes).mul(V::splat(2.0 / cap)).sigmoid();
-            sigmoid.mul_add(V::splat(2.0 * cap), V::splat(-cap)).store(lanes);
+        for scores in scores[all.clone()].as_chunks_mut::<PAIR>().0 {
+            let sigmoid = load_pair::<V, f32>(scores).mul(V::Pair::splat(2.0 / cap)).sigmoid();
+            store_pair::<V, f32>(sigmoid.mul_add(V::Pair::splat(2.0 * cap), V::Pair::splat(-cap)), scores);
         }
     }
     scores[all.start..bounds.start].fill(f32::NEG_INFINITY);
     scores[bounds.end..all.end].fill(f32::NEG_INFINITY);
-    let (scores, _) = scores[all].as_chunks_mut::<LANES>();
-    let mut max = V::splat(f32::NEG_INFINITY);
-    for lanes in scores.iter() {
-        max = V::load(lanes).max(max);
+    let (scores, _) = scores[all].as_chunks_mut::<PAIR>();
+    let mut max = V::Pair::splat(f32::NEG_INFINITY);
+    for scores in scores.iter() {
+        max = load_pair::<V, f32>(scores).max(max);
     }
-    let max = max.greatest();
+    let [a, b] = V::halves(max);
+    let max = a.max(b).greatest();
     let mut sum = V::splat(0.0);
-    for lanes in scores.iter_mut() {
-        let weights = V::load(lanes).sub(V::splat(max)).exp();
-        weights.store(lanes);
-        sum = sum.add(weights);
+    for scores in scores.iter_mut() {
+        let weights = load_pair::<V, f32>(scores).sub(V::Pair::splat(max)).exp();
+        store_pair::<V, f32>(weights, scores);
+        let [a, b] = V::halves(weights);
+        sum = sum.add(a).add(b);
     }
     (max, sum.sum())
 }

@@ -3,7 +3,9 @@
 use candle_core::{CpuStorage, Error, Layout, Result};
 
 use crate::cpu::{RowStarts, fill_rows, read_f32};
-use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store, sum_of_squares};
+use crate::simd::{
+    Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, load, load_pair, store, store_pair, sum_of_squares,
+};
 
 /// `x` of elements `T` in rows as long as `weight`, normalised, and gated where there is a gate.
 pub fn rms_norm<T: Stored>(
@@ -104,15 +106,15 @@ impl<T: Stored> Kernel for Row<'_, T> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let mean = sum_of_squares::<V, T>(self.x) / self.x.len() as f32;
-        let scale = V::splat(1.0 / (mean + self.eps).sqrt());
-        let operands = self.x.chunks(LANES).zip(self.weight.chunks(LANES));
-        for (i, ((x, weight), out)) in operands.zip(self.out.chunks_mut(LANES)).enumerate() {
-            let mut y = load::<V, T>(x).mul(scale).mul(load(weight));
+        let scale = V::Pair::splat(1.0 / (mean + self.eps).sqrt());
+        let operands = self.x.chunks(PAIR).zip(self.weight.chunks(PAIR));
+        for (i, ((x, weight), out)) in operands.zip(self.out.chunks_mut(PAIR)).enumerate() {
+            let mut y = load_pair::<V, T>(x).mul(scale).mul(load_pair::<V, f32>(weight));
             if let Some(gate) = self.gate {
-                let gate: V = load(&gate[i * LANES..][..x.len()]);
+                let gate = load_pair::<V, T>(&gate[i * PAIR..][..x.len()]);
                 y = y.mul(gate.mul(gate.sigmoid()));
             }
-            store(y, out);
+            store_pair::<V, T>(y, out);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::cpu::{Shared, share};
 use crate::linear::tile::pieces;
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::simd::amx::ROWS;
-use crate::simd::{Instructions, Kernel, LANES, Lanes, Stored, dispatch};
+use crate::simd::{Instructions, Kernel, Lanes, PAIR, Stored, Vector, dispatch, load_pair};
 
 /// How rounded rows lie in memory.
 #[derive(Clone, Copy)]
@@ -192,21 +192,23 @@ impl<X: Stored> Kernel for Round<'_, X> {
                     padded[..x.len()].copy_from_slice(x);
                     &padded
                 });
-                let mut values = [V::splat(0.0); LANES];
-                let mut largest = V::splat(0.0);
-                for (value, x) in values.iter_mut().zip(x.as_chunks().0) {
-                    *value = X::load(x);
-                    largest = value.max(V::splat(0.0).sub(*value)).max(largest);
+                let zero = V::Pair::splat(0.0);
+                let (mut values, mut largest) = ([zero; GROUP / PAIR], zero);
+                for (value, x) in values.iter_mut().zip(x.as_chunks::<PAIR>().0) {
+                    *value = load_pair::<V, X>(x);
+                    largest = value.max(zero.sub(*value)).max(largest);
                 }
-                let scale = largest.greatest() / 127.0;
+                let [a, b] = V::halves(largest);
+                let scale = a.max(b).greatest() / 127.0;
                 let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
                 // Exact: integers below 2^24.
-                let mut sum = V::splat(0.0);
+                let mut sum = zero;
                 for value in &mut values {
-                    *value = value.mul(V::splat(inverse));
+                    *value = value.mul(V::Pair::splat(inverse));
                     sum = sum.add(value.nearest());
                 }
-                let (codes, sum) = (V::bytes(values), sum.sum());
+                let [a, b] = V::halves(sum);
+                let (codes, sum) = (V::bytes(values), a.add(b).sum());
                 let factors = Factors { scale, sum: scale * sum, offset: -128 * sum as i32 };
                 self.factors[group * self.places + row] = factors;
                 let target = &mut self.codes[group * STEPS * self.places + row * self.strides[0]..];

@@ -2,7 +2,7 @@
 use super::HALF;
 use super::{Affine, Dot, Four};
 use crate::quantized::{Codes, OUTS};
-use crate::simd::{LANES, Lanes, Portable as Eight};
+use crate::simd::{LANES, Lanes, Portable as Eight, Vector};
 
 pub(in crate::quantized) struct Portable;
 
