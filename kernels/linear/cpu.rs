@@ -57,7 +57,7 @@ pub fn linear<X: Stored, W: Stored>(
 const STREAMED_ROWS: usize = 16;
 
 /// Weights of a stretch that stay in the second-level cache.
-const PANEL: usize = 1 << 15;
+const PANEL: usize = 1 << 16;
 /// Rows that meet a stretch of a panel before the next stretch.
 const BLOCK_ROWS: usize = 48;
 /// Rows that are turned at once and share one turn of each panel.
@@ -156,6 +156,9 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
             let count = rows.len().div_ceil(R);
             let x = &x[..count * columns];
             let accumulators = &mut accumulators[..count * tiles];
+            for row in rows.clone() {
+                self.out.fetch(row * self.outer + outs.start..row * self.outer + outs.end);
+            }
             dispatch(Blocked {
                 tile: PhantomData::<T>,
                 x,
