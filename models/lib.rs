@@ -337,3 +337,16 @@ impl Config {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attention_counts_what_tokens_see() {
+        let causal = AttentionShape::causal(3, 5);
+        assert_eq!(causal.operations(3, 2), 4 * 15 * (3 + 4 + 5));
+        assert_eq!(AttentionShape { window: Some(4), ..causal }.operations(3, 2), 4 * 15 * (3 + 4 + 4));
+        assert_eq!(AttentionShape { mask: Mask::Bidirectional, ..causal }.operations(3, 0), 4 * 15 * 9);
+    }
+}
