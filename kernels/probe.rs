@@ -11,8 +11,8 @@ use crate::quantized::{self, Quantization};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Instructions, Stored, instructions};
-use crate::simd::{Kernel, LANES, Lanes, dispatch, prefetch};
+use crate::simd::{Instructions, PAIR, Stored};
+use crate::simd::{Kernel, LANES, Lanes, Vector, dispatch, instructions, prefetch};
 
 /// What a product multiplies with `x` in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +29,11 @@ pub enum Operands {
 /// kernels use for them, with everything in registers.
 pub fn peak(operands: Operands) -> f64 {
     const STEPS: usize = 500_000;
-    let run = |_| match operands {
-        Operands::F32 => multiply_adds(black_box(STEPS)),
-        Operands::Bf16 => bf16_products(black_box(STEPS)),
-        Operands::Packed(format) => quantized::probe::products(format, black_box(STEPS)),
+    let run = |_| match (operands, black_box(STEPS)) {
+        #[cfg(target_arch = "x86_64")]
+        (Operands::Bf16 | Operands::Packed(_), steps) if amx::is_used() => tile_products(operands, steps),
+        (Operands::F32 | Operands::Bf16, steps) => dispatch(MultiplyAdds { steps }),
+        (Operands::Packed(format), steps) => quantized::probe::products(format, steps),
     };
     let threads = rayon::current_num_threads();
     let start = Instant::now();
@@ -98,18 +99,19 @@ impl<const STREAMS: usize, const AHEAD: usize> Kernel for Total<'_, STREAMS, AHE
     }
 }
 
-/// Multiplies weights in bf16 with `x` in f32 `steps` times over and returns how many operations that were.
-fn bf16_products(steps: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if amx::is_used() {
-        amx::dispatch([WIDTH; 8], TileProducts { steps });
-        return steps * 4 * ROWS * ROWS * (WIDTH / 2) * 2 / f32::PARTS;
-    }
-    multiply_adds(steps)
+/// Multiplies registers of AMX `steps` times over and returns how many operations of a product that were.
+#[cfg(target_arch = "x86_64")]
+fn tile_products(operands: Operands, steps: usize) -> usize {
+    let is_bf16 = operands == Operands::Bf16;
+    amx::dispatch([WIDTH; 8], TileProducts { is_bf16, steps });
+    // A value of `x` is several in bf16.
+    let (elements, parts) = if is_bf16 { (WIDTH / 2, f32::PARTS) } else { (WIDTH, 1) };
+    steps * 4 * ROWS * ROWS * elements * 2 / parts
 }
 
 #[cfg(target_arch = "x86_64")]
 struct TileProducts {
+    is_bf16: bool,
     steps: usize,
 }
 
@@ -117,62 +119,51 @@ struct TileProducts {
 impl amx::Kernel for TileProducts {
     fn run<T: Tiles>(self, tiles: &mut T) {
         for _ in 0..self.steps {
-            tiles.multiply_bf16::<0, 4, 6>();
-            tiles.multiply_bf16::<1, 4, 7>();
-            tiles.multiply_bf16::<2, 5, 6>();
-            tiles.multiply_bf16::<3, 5, 7>();
+            if self.is_bf16 {
+                tiles.multiply_bf16::<0, 4, 6>();
+                tiles.multiply_bf16::<1, 4, 7>();
+                tiles.multiply_bf16::<2, 5, 6>();
+                tiles.multiply_bf16::<3, 5, 7>();
+            } else {
+                tiles.multiply_bytes::<0, 4, 6>();
+                tiles.multiply_bytes::<1, 4, 7>();
+                tiles.multiply_bytes::<2, 5, 6>();
+                tiles.multiply_bytes::<3, 5, 7>();
+            }
         }
     }
 }
 
-/// Runs `steps` rounds of multiply-adds in f32 and returns how many operations that were.
-fn multiply_adds(steps: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    match instructions() {
-        Instructions::Portable => {}
-        // SAFETY of both: the features were just found.
-        Instructions::Avx512 => return unsafe { multiply_adds_avx512(steps) },
-        _ => return unsafe { multiply_adds_avx2(steps) },
-    }
-    let mut lanes = black_box([1.0f32; 64]);
-    let factor = black_box([0.5f32; 64]);
-    for _ in 0..steps {
-        lanes.iter_mut().zip(&factor).for_each(|(lane, factor)| *lane = *lane * factor + factor);
-    }
-    black_box(lanes);
-    steps * lanes.len() * 2
+/// Rounds of multiply-adds in f32, in the widest registers; gives how many operations they were.
+struct MultiplyAdds {
+    steps: usize,
 }
 
-/// Chains of latency four or five that keep two units busy.
-#[cfg(target_arch = "x86_64")]
-const CHAINS: usize = 12;
+impl Kernel for MultiplyAdds {
+    type Output = usize;
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn multiply_adds_avx512(steps: usize) -> usize {
-    use std::arch::x86_64::*;
-    let mut lanes = black_box([_mm512_set1_ps(1.0); CHAINS]);
-    let factor = black_box(_mm512_set1_ps(0.5));
-    for _ in 0..steps {
-        for lane in &mut lanes {
-            *lane = _mm512_fmadd_ps(*lane, factor, factor);
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> usize {
+        match instructions() {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => PAIR * multiply_adds::<V::Pair>(self.steps),
+            _ => LANES * multiply_adds::<V>(self.steps),
         }
     }
-    black_box(lanes);
-    steps * CHAINS * 16 * 2
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn multiply_adds_avx2(steps: usize) -> usize {
-    use std::arch::x86_64::*;
-    let mut lanes = black_box([_mm256_set1_ps(1.0); CHAINS]);
-    let factor = black_box(_mm256_set1_ps(0.5));
+/// Operations on each lane.
+#[inline(always)]
+fn multiply_adds<V: Vector>(steps: usize) -> usize {
+    /// Chains of latency four or five that keep two units busy.
+    const CHAINS: usize = 12;
+    let mut values = black_box([V::splat(1.0); CHAINS]);
+    let factor = black_box(V::splat(0.5));
     for _ in 0..steps {
-        for lane in &mut lanes {
-            *lane = _mm256_fmadd_ps(*lane, factor, factor);
+        for value in &mut values {
+            *value = value.mul_add(factor, factor);
         }
     }
-    black_box(lanes);
-    steps * CHAINS * 8 * 2
+    black_box(values);
+    steps * CHAINS * 2
 }

@@ -4,17 +4,10 @@ use std::hint::black_box;
 
 use super::dot::{self, Dot};
 use super::{OUTS, Quantization};
-#[cfg(any(test, target_arch = "x86_64"))]
-use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
 use crate::simd::instructions;
 
 /// Multiplies codes in registers with rows in registers `steps` times over and returns how many operations that were.
 pub(crate) fn products(format: Quantization, steps: usize) -> usize {
-    #[cfg(any(test, target_arch = "x86_64"))]
-    if amx::is_used() {
-        amx::dispatch([WIDTH; 8], TileProducts { steps });
-        return steps * 4 * ROWS * ROWS * WIDTH * 2;
-    }
     let mut operations = 0;
     dot::dispatch(instructions(), Products { format, steps, operations: &mut operations });
     operations
@@ -59,22 +52,5 @@ impl Products<'_> {
             }
         }
         *self.operations = self.steps * R * D::WIDTH * 4 * 2;
-    }
-}
-
-#[cfg(any(test, target_arch = "x86_64"))]
-struct TileProducts {
-    steps: usize,
-}
-
-#[cfg(any(test, target_arch = "x86_64"))]
-impl amx::Kernel for TileProducts {
-    fn run<T: Tiles>(self, tiles: &mut T) {
-        for _ in 0..self.steps {
-            tiles.multiply_bytes::<0, 4, 6>();
-            tiles.multiply_bytes::<1, 4, 7>();
-            tiles.multiply_bytes::<2, 5, 6>();
-            tiles.multiply_bytes::<3, 5, 7>();
-        }
     }
 }

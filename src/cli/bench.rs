@@ -12,7 +12,7 @@ use candle_core::{DType, Device};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::probe::{self, Operands};
-use models::{Checkpoint, Config, Description, cache};
+use models::{Checkpoint, Config, Description, cache, weights};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use signal_hook::consts::SIGINT;
@@ -88,7 +88,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Err(Error::Usage(format!("a test takes a context of {longest} tokens, the model's is {limit}")));
     }
     let setup = Setup { checkpoint, config, description, device, dtype, is_encoder };
-    let weights = args.quant.iter().map(|quant| setup.weights(quant.quantization())).collect::<Result<Vec<_>>>()?;
+    let tensors = weights::tensor_sizes(&setup.checkpoint)?;
+    let weights: Vec<_> = args.quant.iter().map(|quant| setup.weights(&tensors, quant.quantization())).collect();
     let needed = setup.memory(args, longest) * args.quant.len() + weights.iter().map(|it| it.resident).sum::<usize>();
     let free = taper::available_memory(&setup.device);
     if needed > free {

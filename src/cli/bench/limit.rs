@@ -2,10 +2,10 @@
 
 use candle_core::DType;
 use kernels::probe::Operands;
-use models::weights::{self, TensorSize};
+use models::weights::TensorSize;
 use models::{CacheSpec, Quantization, cache};
 
-use super::super::{Result, info};
+use super::super::info;
 use super::report::median;
 use super::{Kind, Machine, Setup, Test};
 
@@ -39,11 +39,8 @@ struct Work {
 }
 
 impl Setup {
-    /// # Errors
-    ///
-    /// As [`weights::tensor_sizes`].
-    pub fn weights(&self, quantization: Option<Quantization>) -> Result<Weights> {
-        let tensors = weights::tensor_sizes(&self.checkpoint)?;
+    /// Of the checkpoint's `tensors`.
+    pub fn weights(&self, tensors: &[TensorSize], quantization: Option<Quantization>) -> Weights {
         let has_head = tensors.iter().any(|tensor| info::part(&tensor.name) == info::HEAD);
         let is_bf16 = tensors.iter().any(|tensor| tensor.shape.len() > 1 && tensor.dtype == safetensors::Dtype::BF16);
         let mut weights = Weights {
@@ -59,7 +56,8 @@ impl Setup {
             met: 0,
             met_by_last: 0,
         };
-        for tensor in &tensors {
+        let below = self.layers_of_all();
+        for tensor in tensors {
             let part = info::part(&tensor.name);
             if [info::UNUSED, info::ON_DISK].contains(&part) || (self.is_encoder && part == info::HEAD) {
                 continue;
@@ -77,11 +75,11 @@ impl Setup {
                 weights.read += size;
             }
             weights.met_by_last += met;
-            if !is_head && layer(&tensor.name).is_none_or(|layer| layer < self.layers_of_all()) {
+            if !is_head && layer(&tensor.name).is_none_or(|layer| layer < below) {
                 weights.met += met;
             }
         }
-        Ok(weights)
+        weights
     }
 
     fn tensor_bytes(&self, tensor: &TensorSize, quantization: Option<Quantization>) -> usize {
