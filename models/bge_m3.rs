@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, token_ids};
-use crate::layers::{Bias, Embedding, Linear};
+use crate::layers::{Bias, Embedding, Linear, remaining};
 use crate::pooling::Pooling;
 use crate::weights::{Ignored, Weights};
 use crate::{AttentionShape, Description, Encoded, Encoder, EncoderTraits, Heads};
@@ -250,12 +250,8 @@ impl EncoderLayer {
 
     /// Of all tokens, or of those in `rows`.
     fn forward(&self, x: &Tensor, batch: &Batch, rows: Option<&Tensor>) -> Result<Tensor> {
-        let pick = |x: Tensor| match rows {
-            Some(rows) => gather(&x, rows),
-            None => Ok(x),
-        };
-        let mixed = self.attention.output.forward(&pick(self.attention.mix(x, batch)?)?)?;
-        let x = self.attention_norm.forward(&mixed, &pick(x.clone())?)?;
+        let mixed = self.attention.output.forward(&remaining(&self.attention.mix(x, batch)?, rows)?)?;
+        let x = self.attention_norm.forward(&mixed, &remaining(x, rows)?)?;
         let y = self.output.forward(&self.intermediate.forward_gelu(&x)?)?;
         self.output_norm.forward(&y, &x)
     }

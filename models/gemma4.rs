@@ -14,7 +14,6 @@ use candle_core::{IndexOp, Result, Tensor};
 use kernels::Batch;
 use kernels::activation::{Activation, gated_by};
 use kernels::attention::AttentionParams;
-use kernels::gather::gather;
 use kernels::heads::KeyValueHeads;
 use kernels::linear::{Around, linear};
 use kernels::norm::add_rms_norm;
@@ -22,7 +21,9 @@ use kernels::softcap::softcap;
 
 pub use self::config::Config;
 use crate::cache::{Cache, CacheSpec};
-use crate::layers::{Bias, Embedding, GatedMlp, Linear, RmsNorm, RotaryEmbedding, Rotations, heads};
+use crate::layers::{
+    Bias, Embedding, GatedMlp, LastTokens, Linear, RmsNorm, RotaryEmbedding, Rotations, heads, remaining,
+};
 use crate::weights::{Ignored, Table, Weights};
 use crate::{CausalLm, Observed, Observer};
 
@@ -155,10 +156,11 @@ impl CausalLm for Gemma4 {
         if sequences.is_empty() {
             return Ok(None);
         }
-        let rows = batch.last_rows(sequences)?;
-        let (embedded, x) = (gather(&embedded, &rows)?, gather(&x, &rows)?);
-        let last = batch.last_tokens(sequences)?;
-        let x = self.run(self.first_shared..self.layers.len(), &embedded, x, &last, cache, unobserved)?;
+        let last = LastTokens::of(batch, sequences)?;
+        let rows = last.as_ref().map(LastTokens::rows);
+        let (embedded, x) = (remaining(&embedded, rows)?, remaining(&x, rows)?);
+        let batch = last.as_ref().map_or(batch, LastTokens::batch);
+        let x = self.run(self.first_shared..self.layers.len(), &embedded, x, batch, cache, unobserved)?;
         self.norm.forward(&x).map(Some)
     }
 

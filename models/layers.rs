@@ -329,13 +329,13 @@ impl Rotations {
     ) -> Result<Tensor> {
         let (_, heads, d) = q.dims3()?;
         let q = norm_rope_write(q, q_norm.parts(), Some(kv), (&self.cos, &self.sin), pages, last.all)?;
-        let q = last.rows(&q.flatten_from(1)?)?;
+        let q = gather(&q.flatten_from(1)?, &last.rows)?;
         paged_attention(&q.reshape(((), heads, d))?, pages, &last.batch, params)
     }
 }
 
-/// The tokens of a step whose hidden states are asked for, where there are others: of these the last layer needs no more
-/// than keys and values.
+/// The tokens of a step whose hidden states are asked for, where there are others: of these the last layers need no
+/// more than keys and values.
 pub struct LastTokens<'a> {
     all: &'a Batch,
     batch: Batch,
@@ -356,23 +356,24 @@ impl<'a> LastTokens<'a> {
         Ok(Some(Self { all, batch: all.last_tokens(sequences)?, rows: all.last_rows(sequences)? }))
     }
 
-    /// Their rows of `x` `[N, D]`.
-    ///
-    /// # Errors
-    ///
-    /// `x` has fewer rows than the step has tokens.
-    pub fn rows(&self, x: &Tensor) -> Result<Tensor> {
-        gather(x, &self.rows)
+    /// They alone, as a step of their own.
+    pub fn batch(&self) -> &Batch {
+        &self.batch
+    }
+
+    /// Where they stand in the step.
+    pub fn rows(&self) -> &Tensor {
+        &self.rows
     }
 }
 
-/// The rows of `x` that a last layer goes on with.
+/// The rows of `x` `[N, D]` that a last layer goes on with, all of them if none are named.
 ///
 /// # Errors
 ///
-/// As [`LastTokens::rows`].
-pub fn remaining(x: &Tensor, last: Option<&LastTokens>) -> Result<Tensor> {
-    last.map_or_else(|| Ok(x.clone()), |last| last.rows(x))
+/// As [`gather`].
+pub fn remaining(x: &Tensor, rows: Option<&Tensor>) -> Result<Tensor> {
+    rows.map_or_else(|| Ok(x.clone()), |rows| gather(x, rows))
 }
 
 /// `down(act(gate(x)) * up(x))`.

@@ -332,6 +332,7 @@ impl Attention {
         let k = heads(&qkv, hq * d, hk, d)?;
         let v = heads(&qkv, (hq + hk) * d, hk, d)?;
         let params = AttentionParams::causal((d as f32).powf(-0.5));
+        let rows = last.map(LastTokens::rows);
         let mixed = match cache {
             Some(cache) => {
                 let pages = cache.kv(self.layer)?;
@@ -344,10 +345,10 @@ impl Attention {
             None => {
                 let q = rotations.apply(&self.q_norm.forward(&q)?)?;
                 let k = rotations.apply(&self.k_norm.forward(&k)?)?;
-                remaining(&attention(&q, &k, &v, batch, params)?.flatten_from(1)?, last)?
+                remaining(&attention(&q, &k, &v, batch, params)?.flatten_from(1)?, rows)?
             }
         };
-        let x = remaining(x, last)?;
+        let x = remaining(x, rows)?;
         self.o_proj.forward_around(&mixed, Around { onto: Some(&x), ..Around::default() })
     }
 }

@@ -320,7 +320,9 @@ impl DecoderLayer {
         let norm = &self.input_layernorm;
         match &self.mixer {
             Mixer::SelfAttn(attention) => attention.forward(x, norm, rotations, batch, cache, last),
-            Mixer::LinearAttn(delta_net) => remaining(&delta_net.forward(x, norm, batch, cache)?, last),
+            Mixer::LinearAttn(delta_net) => {
+                remaining(&delta_net.forward(x, norm, batch, cache)?, last.map(LastTokens::rows))
+            }
         }
     }
 }
@@ -400,7 +402,8 @@ impl Attention {
             None => rotations.attend(&q, &self.q_norm, Some(kv), pages, batch, params)?,
             Some(last) => rotations.attend_last(&q, &self.q_norm, kv, pages, last, params)?,
         };
-        let (x, qkv) = (remaining(x, last)?, remaining(&qkv, last)?);
+        let rows = last.map(LastTokens::rows);
+        let (x, qkv) = (remaining(x, rows)?, remaining(&qkv, rows)?);
         let mixed = sigmoid_gated(&mixed, &query_and_gate(&qkv)?.narrow(2, d, d)?)?;
         self.o_proj.forward_around(&mixed.flatten_from(1)?, Around { onto: Some(&x), ..Around::default() })
     }
