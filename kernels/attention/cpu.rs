@@ -303,10 +303,10 @@ fn merge_sums(max: &mut f32, sum: &mut f32, later_max: f32, later_sum: f32) -> [
     factors
 }
 
-/// Replaces the scores within `bounds` by `exp(score - max)`; returns the greatest and the sum.
+/// Caps the scores within `bounds`; returns the greatest. Their pairs have no score beyond the bounds then.
 #[inline(always)]
-fn softmax<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, softcap: Option<f32>) -> (f32, f32) {
-    let all = bounds.start / PAIR * PAIR..bounds.end.next_multiple_of(PAIR);
+fn greatest_score<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, softcap: Option<f32>) -> f32 {
+    let all = pairs(bounds);
     if let Some(cap) = softcap {
         // tanh(x) = 2 sigmoid(2 x) - 1
         for scores in scores[all.clone()].as_chunks_mut::<PAIR>().0 {
@@ -316,21 +316,31 @@ fn softmax<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, softcap: 
     }
     scores[all.start..bounds.start].fill(f32::NEG_INFINITY);
     scores[bounds.end..all.end].fill(f32::NEG_INFINITY);
-    let (scores, _) = scores[all].as_chunks_mut::<PAIR>();
     let mut max = V::Pair::splat(f32::NEG_INFINITY);
-    for scores in scores.iter() {
+    for scores in scores[all].as_chunks::<PAIR>().0 {
         max = load_pair::<V, f32>(scores).max(max);
     }
     let [a, b] = V::halves(max);
-    let max = a.max(b).greatest();
+    a.max(b).greatest()
+}
+
+/// Replaces scores by `exp(score - max)`, once [`greatest_score`] has found it; returns their sum.
+#[inline(always)]
+fn to_weights<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, max: f32) -> f32 {
     let mut sum = V::splat(0.0);
-    for scores in scores.iter_mut() {
+    for scores in scores[pairs(bounds)].as_chunks_mut::<PAIR>().0 {
         let weights = load_pair::<V, f32>(scores).sub(V::Pair::splat(max)).exp();
         store_pair::<V, f32>(weights, scores);
         let [a, b] = V::halves(weights);
         sum = sum.add(a).add(b);
     }
-    (max, sum.sum())
+    sum.sum()
+}
+
+/// The scores that fill the lanes of those within `bounds`.
+#[inline(always)]
+fn pairs(bounds: &Range<usize>) -> Range<usize> {
+    bounds.start / PAIR * PAIR..bounds.end.next_multiple_of(PAIR)
 }
 
 /// Divides the mix of some heads by its sums and rounds it.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::amx;
 #[cfg(target_arch = "x86_64")]
 use super::tile::Wide;
-use super::tile::{Accumulators, Blocked, Group, Interleave, Narrow, Streamed, Tile, Turn, pieces};
+use super::tile::{Blocked, Group, Interleave, Narrow, Pending, Streamed, Sums, Tile, Turn, pieces};
 use crate::cpu::{Shared, share, share_pieces};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::Instructions;
@@ -142,34 +142,25 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
     ) {
         let groups = self.inner.div_ceil(LANES);
         let (columns, tiles) = (groups * LANES, outs.len().div_ceil(O));
-        let (weights, rest) =
-            aligned(scratch, tiles * O * (columns + (LANES + 1) * BLOCK_ROWS)).split_at_mut(tiles * O * columns);
+        let pending = BLOCK_ROWS * size_of::<Pending<R, O>>() / size_of::<Sums<R, O>>();
+        let scratch = aligned(scratch, tiles * O * (columns + pending));
+        let (weights, pending) = scratch.split_at_mut(tiles * O * columns);
         let weights = weights.as_chunks_mut().0;
+        let pending: &mut [Pending<R, O>] = pending.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
         for (target, rows) in weights.chunks_exact_mut(columns).zip(pieces(outs.clone(), O)) {
             dispatch(Turn { source: self.weight, inner: self.inner, rows, target });
         }
-        let (accumulators, sums) = rest.split_at_mut(tiles * O * LANES * BLOCK_ROWS);
-        let accumulators: &mut [Accumulators<R, O>] =
-            accumulators.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
-        let sums: &mut [[[f32; O]; R]] = sums.as_chunks_mut().0.as_chunks_mut().0;
         for (rows, x) in pieces(rows, BLOCK_ROWS).zip(x.chunks(BLOCK_ROWS / R * columns)) {
             let count = rows.len().div_ceil(R);
             let x = &x[..count * columns];
-            let accumulators = &mut accumulators[..count * tiles];
+            let pending = &mut pending[..count * tiles];
             for row in rows.clone() {
                 self.out.fetch(row * self.outer + outs.start..row * self.outer + outs.end);
             }
-            dispatch(Blocked {
-                tile: PhantomData::<T>,
-                x,
-                weights,
-                groups,
-                accumulators,
-                sums: &mut sums[..count * tiles],
-            });
+            dispatch(Blocked { tile: PhantomData::<T>, x, weights, groups, pending: &mut *pending });
             for (row, at) in rows.zip(0..) {
-                for (sums, outs) in sums[at / R * tiles..].iter().zip(pieces(outs.clone(), O)) {
-                    self.write(row, outs.start, &sums[at % R][..outs.len()]);
+                for (sums, outs) in pending[at / R * tiles..].iter().zip(pieces(outs.clone(), O)) {
+                    self.write(row, outs.start, &sums[0][at % R][..outs.len()]);
                 }
             }
         }

@@ -10,7 +10,12 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+pub use self::wide::Wide;
 use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far};
+
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 /// Eight values along the inner dimension.
 pub type Group<T> = [T; LANES];
@@ -134,18 +139,85 @@ impl<T: Stored, const R: usize> Kernel for Turn<'_, T, R> {
     }
 }
 
-/// A register tile for many rows: `R` of them times `O` outputs.
-pub trait Tile<const R: usize, const O: usize> {
-    /// Groups after which the next lane has its turn, so that the weights of a lane stay in the first-level cache for all
-    /// tiles, and the stretch of all operands in the second.
-    const STRETCH: usize;
+/// What a register tile holds: `R` rows times `O` outputs.
+pub type Sums<const R: usize, const O: usize> = [[f32; O]; R];
 
-    /// Adds the products of one lane of a dot product to `stored`, which is zero if `fresh`.
-    fn multiply<V: Lanes>(x: &[[f32; R]], weights: &[[f32; O]], fresh: bool, stored: &mut [[f32; O]; R]);
+/// The sums of a tile's lanes, those that wait for others to be added to and the one at work.
+pub type Pending<const R: usize, const O: usize> = [Sums<R, O>; LANES.ilog2() as usize + 1];
+
+/// The values of `R` rows that meet the outputs' weights, step by step.
+pub trait Steps<const R: usize>: Copy {
+    fn value(self, step: usize, row: usize) -> f32;
 }
 
-/// The accumulators of a tile: each lane of a dot product is summed on its own.
-pub type Accumulators<const R: usize, const O: usize> = [[[f32; O]; R]; LANES];
+/// Turned.
+impl<const R: usize> Steps<R> for &[[f32; R]] {
+    #[inline(always)]
+    fn value(self, step: usize, row: usize) -> f32 {
+        self[step][row]
+    }
+}
+
+/// Rows of which all steps lie one after the other.
+#[derive(Clone, Copy)]
+pub struct AsRows<'a, const R: usize, const L: usize> {
+    pub rows: &'a [[f32; L]; R],
+    /// The step of every row at which they start.
+    pub first: usize,
+}
+
+impl<const R: usize, const L: usize> Steps<R> for AsRows<'_, R, L> {
+    #[inline(always)]
+    fn value(self, step: usize, row: usize) -> f32 {
+        self.rows[row][self.first + step]
+    }
+}
+
+/// A register tile for many rows: `R` of them times `O` outputs.
+pub trait Tile<const R: usize, const O: usize> {
+    /// Groups after which the next tile has its turn, so that the weights of a lane stay in the first-level cache for all
+    /// tiles.
+    const STRETCH: usize;
+
+    /// Adds the products of all `weights` to the last of `sums`, which is zero if `fresh`, and then the `folded` before it,
+    /// the last one first. The result takes the place of the first of them.
+    fn multiply<V: Lanes>(x: impl Steps<R>, weights: &[[f32; O]], fresh: bool, folded: usize, sums: &mut [Sums<R, O>]);
+
+    /// Whole dot products times `scale`, to `target` from `first` on. `x` and `weights` are turned: `[LANES, groups]`.
+    #[inline(always)]
+    fn dots<V: Lanes, const L: usize>(
+        x: &[[f32; R]],
+        weights: &[[f32; O]],
+        scale: f32,
+        target: &mut [[f32; L]; R],
+        first: usize,
+    ) {
+        let groups = weights.len() / LANES;
+        let OnLines(pending) = &mut OnLines([[[0.0; O]; R]; LANES.ilog2() as usize + 1]);
+        for lane in 0..LANES {
+            let part = lane * groups..(lane + 1) * groups;
+            let (waiting, folded) = fold(lane);
+            Self::multiply::<V>(&x[part.clone()], &weights[part], true, folded, &mut pending[..=waiting]);
+        }
+        for (sums, target) in pending[0].iter().zip(target) {
+            let target = target[first..][..O].as_chunks_mut().0;
+            for (sums, target) in sums.as_chunks().0.iter().zip(target) {
+                V::load(sums).mul(V::splat(scale)).store(target);
+            }
+        }
+    }
+}
+
+/// On cache lines, so that no register's values straddle two.
+#[repr(C, align(64))]
+pub struct OnLines<T>(pub T);
+
+/// How many sums wait when a lane has its turn, and how many of them are added to its own: lanes are added as a tree,
+/// `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
+#[inline(always)]
+fn fold(lane: usize) -> (usize, usize) {
+    (lane.count_ones() as usize, lane.trailing_ones() as usize)
+}
 
 /// Many rows: tiles of turned `x` times tiles of turned weights.
 pub struct Blocked<'a, T, const R: usize, const O: usize> {
@@ -155,10 +227,8 @@ pub struct Blocked<'a, T, const R: usize, const O: usize> {
     /// `[panel, LANES, groups]`
     pub weights: &'a [[f32; O]],
     pub groups: usize,
-    /// `[tiles, panel]`, of any content.
-    pub accumulators: &'a mut [Accumulators<R, O>],
-    /// `[tiles, panel]`
-    pub sums: &'a mut [[[f32; O]; R]],
+    /// `[tiles, panel]`, of any content; the first of each becomes the product.
+    pub pending: &'a mut [Pending<R, O>],
 }
 
 impl<T: Tile<R, O>, const R: usize, const O: usize> Kernel for Blocked<'_, T, R, O> {
@@ -168,28 +238,17 @@ impl<T: Tile<R, O>, const R: usize, const O: usize> Kernel for Blocked<'_, T, R,
     fn run<V: Lanes>(self) {
         let whole = LANES * self.groups;
         let panel = self.weights.len() / whole;
-        for stretch in pieces(0..self.groups, T::STRETCH) {
-            let fresh = stretch.start == 0;
-            for lane in 0..LANES {
+        for lane in 0..LANES {
+            let (waiting, all) = fold(lane);
+            for stretch in pieces(0..self.groups, T::STRETCH) {
+                let fresh = stretch.start == 0;
+                let folded = if stretch.end == self.groups { all } else { 0 };
                 let part = lane * self.groups + stretch.start..lane * self.groups + stretch.end;
                 for (t, weights) in self.weights.chunks_exact(whole).enumerate() {
-                    let tiles = self.x.chunks_exact(whole).zip(self.accumulators.chunks_exact_mut(panel));
-                    for (x, accumulators) in tiles {
-                        T::multiply::<V>(&x[part.clone()], &weights[part.clone()], fresh, &mut accumulators[t][lane]);
+                    for (x, pending) in self.x.chunks_exact(whole).zip(self.pending.chunks_exact_mut(panel)) {
+                        let (x, sums) = (&x[part.clone()], &mut pending[t][..=waiting]);
+                        T::multiply::<V>(x, &weights[part.clone()], fresh, folded, sums);
                     }
-                }
-            }
-        }
-        for (accumulators, sums) in self.accumulators.iter().zip(self.sums) {
-            for row in 0..R {
-                for (eight, sums) in sums[row].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                    let mut lanes = [V::splat(0.0); LANES];
-                    for lane in 0..LANES {
-                        lanes[lane] = V::load(&accumulators[lane][row].as_chunks().0[eight]);
-                    }
-                    let [a, b, c, d, e, f, g, h] = lanes;
-                    let upper = a.add(b).add(c.add(d));
-                    upper.add(e.add(f).add(g.add(h))).store(sums);
                 }
             }
         }
@@ -203,76 +262,40 @@ impl Tile<6, 16> for Narrow {
     const STRETCH: usize = 192;
 
     #[inline(always)]
-    fn multiply<V: Lanes>(x: &[[f32; 6]], weights: &[[f32; 16]], fresh: bool, stored: &mut [[f32; 16]; 6]) {
-        let mut sums = [[V::splat(0.0); 2]; 6];
+    fn multiply<V: Lanes>(
+        x: impl Steps<6>,
+        weights: &[[f32; 16]],
+        fresh: bool,
+        folded: usize,
+        sums: &mut [Sums<6, 16>],
+    ) {
+        let Some((last, earlier)) = sums.split_last_mut() else { return };
+        let mut total = [[V::splat(0.0); 2]; 6];
         if !fresh {
-            for row in 0..6 {
-                for (half, stored) in stored[row].as_chunks().0.iter().enumerate() {
-                    sums[row][half] = V::load(stored);
-                }
+            for (total, stored) in total.iter_mut().zip(last) {
+                let stored = stored.as_chunks().0;
+                *total = [V::load(&stored[0]), V::load(&stored[1])];
             }
         }
-        for (x, weights) in x.iter().zip(weights) {
+        for (step, weights) in weights.iter().enumerate() {
             let halves = weights.as_chunks::<LANES>().0;
             let (first, second) = (V::load(&halves[0]), V::load(&halves[1]));
-            for row in 0..6 {
-                let x = V::splat(x[row]);
-                sums[row][0] = x.mul_add(first, sums[row][0]);
-                sums[row][1] = x.mul_add(second, sums[row][1]);
+            for (row, total) in total.iter_mut().enumerate() {
+                let x = V::splat(x.value(step, row));
+                *total = [x.mul_add(first, total[0]), x.mul_add(second, total[1])];
             }
         }
-        for row in 0..6 {
-            for (half, stored) in stored[row].as_chunks_mut().0.iter_mut().enumerate() {
-                sums[row][half].store(stored);
+        let kept = earlier.len() - folded;
+        for earlier in earlier[kept..].iter().rev() {
+            for (total, stored) in total.iter_mut().zip(earlier) {
+                let stored = stored.as_chunks().0;
+                *total = [V::load(&stored[0]).add(total[0]), V::load(&stored[1]).add(total[1])];
             }
         }
-    }
-}
-
-/// On AVX-512: twenty-four accumulators of its thirty-two registers. Only where the machine has it.
-#[cfg(target_arch = "x86_64")]
-pub struct Wide;
-
-#[cfg(target_arch = "x86_64")]
-impl Tile<12, 32> for Wide {
-    const STRETCH: usize = 128;
-
-    #[inline(always)]
-    fn multiply<V: Lanes>(x: &[[f32; 12]], weights: &[[f32; 32]], fresh: bool, stored: &mut [[f32; 32]; 12]) {
-        // SAFETY: whoever names the type has found the feature.
-        unsafe { multiply_avx512(x, weights, fresh, stored) }
-    }
-}
-
-/// # Safety
-///
-/// The machine has AVX-512 F.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn multiply_avx512(x: &[[f32; 12]], weights: &[[f32; 32]], fresh: bool, stored: &mut [[f32; 32]; 12]) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm512_setzero_ps(); 2]; 12];
-    // SAFETY of the blocks below: loads and stores cover exactly half of a borrowed array of 32.
-    if !fresh {
-        for row in 0..12 {
-            let source = stored[row].as_ptr();
-            sums[row] = unsafe { [_mm512_loadu_ps(source), _mm512_loadu_ps(source.add(16))] };
-        }
-    }
-    for (x, weights) in x.iter().zip(weights) {
-        let source = weights.as_ptr();
-        let (first, second) = unsafe { (_mm512_loadu_ps(source), _mm512_loadu_ps(source.add(16))) };
-        for row in 0..12 {
-            let x = _mm512_set1_ps(x[row]);
-            sums[row][0] = _mm512_fmadd_ps(x, first, sums[row][0]);
-            sums[row][1] = _mm512_fmadd_ps(x, second, sums[row][1]);
-        }
-    }
-    for row in 0..12 {
-        let target = stored[row].as_mut_ptr();
-        unsafe {
-            _mm512_storeu_ps(target, sums[row][0]);
-            _mm512_storeu_ps(target.add(16), sums[row][1]);
+        for (total, target) in total.into_iter().zip(&mut sums[kept]) {
+            let target = target.as_chunks_mut().0;
+            total[0].store(&mut target[0]);
+            total[1].store(&mut target[1]);
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::{Attention, CHUNK, Mix, Operand, Part, softmax};
+use super::{Attention, CHUNK, Mix, Operand, Part, greatest_score, to_weights};
 use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far_at};
 
 /// Keys that one head is at before the next.
@@ -61,10 +61,11 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
             mix.values.fill([0.0; LANES]);
             for (row, scores) in scores.iter_mut().enumerate() {
                 let bounds = &bounds[row % rows];
-                (mix.max[row], mix.sum[row]) = match bounds.is_empty() {
-                    true => (f32::NEG_INFINITY, 0.0),
-                    false => softmax::<V>(scores, bounds, params.softcap),
-                };
+                (mix.max[row], mix.sum[row]) = (f32::NEG_INFINITY, 0.0);
+                if !bounds.is_empty() {
+                    mix.max[row] = greatest_score::<V>(scores, bounds, params.softcap);
+                    mix.sum[row] = to_weights::<V>(scores, bounds, mix.max[row]);
+                }
             }
             for (index, at) in stream.tiles().enumerate() {
                 seen.clear();

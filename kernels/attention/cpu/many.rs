@@ -6,12 +6,12 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::{Attention, CHUNK, Mix, Part, merge_sums, softmax};
+use super::{Attention, CHUNK, Mix, Part, greatest_score, merge_sums, to_weights};
 use crate::linear::cpu::aligned;
-use crate::linear::tile::{Accumulators, Tile};
-use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch};
+use crate::linear::tile::{AsRows, OnLines, Sums, Tile};
+use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far};
 
-/// The scores of a tile by row and then by key; once they are weights, by key and then by row.
+/// The scores of a tile by row and then by key, and then the weights.
 type Scores<const R: usize> = [[f32; CHUNK]; R];
 
 /// The mix of a block with one key head, in register tiles `M` of `R` rows times `O` keys or columns of values.
@@ -21,8 +21,8 @@ pub(super) struct Many<'a, T, P, M, const R: usize, const O: usize> {
     queries: &'a mut [[f32; R]],
     /// `[LANES, groups]` keys, turned, likewise.
     keys: &'a mut [[f32; O]],
-    /// `[columns / O, CHUNK]` values; what is missing from the last columns is zero.
-    values: &'a mut [[[f32; O]; CHUNK]],
+    /// Columns of the values; beyond the last one anything.
+    values: &'a mut [[f32; O]; CHUNK],
     /// `[tiles]`, defined where a row sees the key.
     scores: &'a mut [Scores<R>],
     tile: PhantomData<M>,
@@ -32,7 +32,7 @@ impl<'a, T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Ma
     pub fn new(part: &'a Part<'a, T, P>, scratch: &'a mut Vec<f32>) -> Self {
         let d = part.attention.d;
         let (rows, columns) = (part.rows().next_multiple_of(R), d.next_multiple_of(LANES));
-        let lens = [columns * O, CHUNK * d.next_multiple_of(O), rows * CHUNK, rows * columns];
+        let lens = [columns * O, CHUNK * O, rows * CHUNK, rows * columns];
         let (keys, scratch) = aligned(scratch, lens.iter().sum()).split_at_mut(lens[0]);
         let (values, scratch) = scratch.split_at_mut(lens[1]);
         let (scores, queries) = scratch.split_at_mut(lens[2]);
@@ -40,7 +40,7 @@ impl<'a, T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Ma
             part,
             queries: queries.as_chunks_mut().0,
             keys: keys.as_chunks_mut().0,
-            values: values.as_chunks_mut().0.as_chunks_mut().0,
+            values: &mut values.as_chunks_mut().0.as_chunks_mut().0[0],
             scores: scores.as_chunks_mut().0.as_chunks_mut().0,
             tile: PhantomData,
         }
@@ -63,12 +63,9 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
             }
             turn::<V, T, R>(&sources, target);
         }
-        for values in values.iter_mut().skip(d / O) {
-            values.fill([0.0; O]);
-        }
-        let mut lanes = [[[0.0; O]; R]; LANES];
         let mut total = Mix::new(rows, groups);
         let mut factors = vec![[0.0; 2]; rows];
+        let mut max = vec![0.0; rows];
         let mut places = Vec::new();
         for chunk in part.chunks.clone() {
             let bounds: Vec<Range<usize>> = (0..rows).map(|row| part.bounds(chunk, row)).collect();
@@ -80,39 +77,45 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
                 for (source, key) in sources.iter_mut().zip(first..) {
                     let place = place(key.clamp(range.start, range.end - 1));
                     *source = key_rows.head(place, head, d);
-                    prefetch(value_rows.head(place, head, d));
+                    prefetch_far(value_rows.head(place, head, d));
                 }
                 turn::<V, P, O>(&sources, keys);
+                for key in first + O..(first + 2 * O).min(range.end) {
+                    prefetch_far(key_rows.head(place(key), head, d));
+                }
                 for (tile, queries) in queries.chunks_exact(LANES * groups).enumerate() {
                     let rows = tile_rows(tile);
                     if bounds[rows.start].start < first + O && first < bounds[rows.end - 1].end {
-                        score::<V, M, R, O>(queries, keys, first, params.scale, &mut lanes, &mut scores[tile]);
+                        M::dots::<V, CHUNK>(queries, keys, params.scale, &mut scores[tile], first);
                     }
                 }
             }
 
             for (tile, scores) in scores.iter_mut().enumerate() {
+                // All of the greatest first: weights of one row after the other would wait for each.
                 for (row, scores) in tile_rows(tile).zip(scores.iter_mut()) {
                     if !bounds[row].is_empty() {
-                        let (max, sum) = softmax::<V>(scores, &bounds[row], params.softcap);
-                        factors[row] = merge_sums(&mut total.max[row], &mut total.sum[row], max, sum);
+                        max[row] = greatest_score::<V>(scores, &bounds[row], params.softcap);
                     }
                 }
-                turn_weights::<V, R>(scores);
+                for (row, scores) in tile_rows(tile).zip(scores.iter_mut()) {
+                    if !bounds[row].is_empty() {
+                        let sum = to_weights::<V>(scores, &bounds[row], max[row]);
+                        factors[row] = merge_sums(&mut total.max[row], &mut total.sum[row], max[row], sum);
+                    }
+                }
             }
 
-            for key in range.clone() {
-                let source = value_rows.head(place(key), head, d);
-                for (source, values) in source.chunks(O).zip(values.iter_mut()) {
-                    for (source, target) in source.chunks(LANES).zip(values[key].as_chunks_mut().0) {
+            for column in 0..d.div_ceil(O) {
+                for key in range.clone() {
+                    let source = value_rows.head(place(key), head, d)[column * O..].chunks(LANES);
+                    for (source, target) in source.zip(values[key].as_chunks_mut().0) {
                         load::<V, P>(source).store(target);
                     }
                 }
-            }
-            for (column, values) in values.iter().enumerate() {
                 for (tile, scores) in scores.iter().enumerate() {
-                    let (rows, weights) = (tile_rows(tile), scores.as_flattened().as_chunks().0);
-                    let mixed = weigh::<V, M, R, O>(weights, values, &bounds[rows.clone()]);
+                    let rows = tile_rows(tile);
+                    let OnLines(mixed) = weigh::<V, M, R, O>(scores, values, &bounds[rows.clone()]);
                     for (row, mixed) in rows.zip(&mixed) {
                         if bounds[row].is_empty() {
                             continue;
@@ -170,90 +173,30 @@ fn turn<V: Lanes, T: Stored, const R: usize>(sources: &[&[T]; R], target: &mut [
     }
 }
 
-/// `[R, CHUNK]` to `[CHUNK, R]`.
-#[inline(always)]
-fn turn_weights<V: Lanes, const R: usize>(scores: &mut Scores<R>) {
-    let by_row = *scores;
-    let by_key = scores.as_flattened_mut();
-    for first in (0..CHUNK).step_by(LANES) {
-        // At most sixteen rows.
-        let mut turned = [[V::splat(0.0); LANES]; 2];
-        for part in 0..R.div_ceil(LANES) {
-            for i in 0..LANES.min(R - part * LANES) {
-                turned[part][i] = V::load(&by_row[part * LANES + i].as_chunks().0[first / LANES]);
-            }
-            turned[part] = V::transpose(turned[part]);
-        }
-        // A register may hold more than is left of a row: the next row comes later.
-        for i in 0..LANES {
-            for part in 0..R.div_ceil(LANES) {
-                let target = &mut by_key[(first + i) * R + part * LANES..];
-                match target.first_chunk_mut() {
-                    Some(target) => turned[part][i].store(target),
-                    None => {
-                        let mut values = [0.0; LANES];
-                        turned[part][i].store(&mut values);
-                        target.copy_from_slice(&values[..target.len()]);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// The scores of a tile with the `O` keys from `first` on.
-#[inline(always)]
-fn score<V: Lanes, M: Tile<R, O>, const R: usize, const O: usize>(
-    queries: &[[f32; R]],
-    keys: &[[f32; O]],
-    first: usize,
-    scale: f32,
-    lanes: &mut Accumulators<R, O>,
-    scores: &mut Scores<R>,
-) {
-    let groups = keys.len() / LANES;
-    for (lane, sums) in lanes.iter_mut().enumerate() {
-        let part = lane * groups..(lane + 1) * groups;
-        M::multiply::<V>(&queries[part.clone()], &keys[part], true, sums);
-    }
-    for row in 0..R {
-        let target = scores[row][first..][..O].as_chunks_mut().0;
-        for (eight, target) in target.iter_mut().enumerate() {
-            let mut sums = [V::splat(0.0); LANES];
-            for lane in 0..LANES {
-                sums[lane] = V::load(&lanes[lane][row].as_chunks().0[eight]);
-            }
-            let [a, b, c, d, e, f, g, h] = sums;
-            let upper = a.add(b).add(c.add(d));
-            upper.add(e.add(f).add(g.add(h))).mul(V::splat(scale)).store(target);
-        }
-    }
-}
-
-/// The weighted sums of `O` columns of the values for the rows of a tile, in the order of the keys. A value that a row
+/// The sums of `O` columns of the values, weighted for the rows of a tile, in the order of the keys. A value that a row
 /// does not see has no weight in it, not even zero: it may be NaN.
 #[inline(always)]
 fn weigh<V: Lanes, M: Tile<R, O>, const R: usize, const O: usize>(
-    weights: &[[f32; R]],
+    weights: &Scores<R>,
     values: &[[f32; O]; CHUNK],
     bounds: &[Range<usize>],
-) -> [[f32; O]; R] {
-    let mut sums = [[0.0; O]; R];
+) -> OnLines<Sums<R, O>> {
+    let mut sums = OnLines([[0.0; O]; R]);
     let common = common(bounds);
-    for (row, keys) in bounds.iter().enumerate() {
-        weigh_row::<V, R, O>(weights, row, values, keys.start..keys.end.min(common.start), &mut sums[row]);
+    for ((keys, weights), sums) in bounds.iter().zip(weights).zip(&mut sums.0) {
+        weigh_row::<V, O>(weights, values, keys.start..keys.end.min(common.start), sums);
     }
-    M::multiply::<V>(&weights[common.clone()], &values[common.clone()], false, &mut sums);
-    for (row, keys) in bounds.iter().enumerate() {
-        weigh_row::<V, R, O>(weights, row, values, keys.start.max(common.end)..keys.end, &mut sums[row]);
+    let steps = AsRows { rows: weights, first: common.start };
+    M::multiply::<V>(steps, &values[common.clone()], false, 0, std::slice::from_mut(&mut sums.0));
+    for ((keys, weights), sums) in bounds.iter().zip(weights).zip(&mut sums.0) {
+        weigh_row::<V, O>(weights, values, keys.start.max(common.end)..keys.end, sums);
     }
     sums
 }
 
 #[inline(always)]
-fn weigh_row<V: Lanes, const R: usize, const O: usize>(
-    weights: &[[f32; R]],
-    row: usize,
+fn weigh_row<V: Lanes, const O: usize>(
+    weights: &[f32; CHUNK],
     values: &[[f32; O]; CHUNK],
     keys: Range<usize>,
     sums: &mut [f32; O],
@@ -264,7 +207,7 @@ fn weigh_row<V: Lanes, const R: usize, const O: usize>(
     for (column, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
         let mut sum = V::load(sums);
         for key in keys.clone() {
-            sum = V::splat(weights[key][row]).mul_add(V::load(&values[key].as_chunks().0[column]), sum);
+            sum = V::splat(weights[key]).mul_add(V::load(&values[key].as_chunks().0[column]), sum);
         }
         sum.store(sums);
     }
