@@ -88,6 +88,13 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 
 /// f32 values that are all treated alike: nothing is added across them.
 pub(crate) trait Vector: Copy {
+    /// How many.
+    const WIDTH: usize;
+
+    /// The first of `source`.
+    fn read(source: &[f32]) -> Self;
+    /// To the first of `target`.
+    fn write(self, target: &mut [f32]);
     fn splat(value: f32) -> Self;
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -185,6 +192,17 @@ pub(crate) trait Lanes: Vector {
 pub(crate) struct Two<V>(V, V);
 
 impl<V: Vector> Vector for Two<V> {
+    const WIDTH: usize = 2 * V::WIDTH;
+
+    #[inline(always)]
+    fn read(source: &[f32]) -> Self {
+        Self(V::read(source), V::read(&source[V::WIDTH..]))
+    }
+    #[inline(always)]
+    fn write(self, target: &mut [f32]) {
+        self.0.write(target);
+        self.1.write(&mut target[V::WIDTH..]);
+    }
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self(V::splat(value), V::splat(value))

@@ -10,12 +10,9 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-#[cfg(target_arch = "x86_64")]
-pub use self::wide::Wide;
 use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far};
 
-#[cfg(target_arch = "x86_64")]
-mod wide;
+mod registers;
 
 /// Eight values along the inner dimension.
 pub type Group<T> = [T; LANES];
@@ -184,28 +181,13 @@ pub trait Tile<const R: usize, const O: usize> {
     fn multiply<V: Lanes>(x: impl Steps<R>, weights: &[[f32; O]], fresh: bool, folded: usize, sums: &mut [Sums<R, O>]);
 
     /// Whole dot products times `scale`, to `target` from `first` on. `x` and `weights` are turned: `[LANES, groups]`.
-    #[inline(always)]
     fn dots<V: Lanes, const L: usize>(
         x: &[[f32; R]],
         weights: &[[f32; O]],
         scale: f32,
         target: &mut [[f32; L]; R],
         first: usize,
-    ) {
-        let groups = weights.len() / LANES;
-        let OnLines(pending) = &mut OnLines([[[0.0; O]; R]; LANES.ilog2() as usize + 1]);
-        for lane in 0..LANES {
-            let part = lane * groups..(lane + 1) * groups;
-            let (waiting, folded) = fold(lane);
-            Self::multiply::<V>(&x[part.clone()], &weights[part], true, folded, &mut pending[..=waiting]);
-        }
-        for (sums, target) in pending[0].iter().zip(target) {
-            let target = target[first..][..O].as_chunks_mut().0;
-            for (sums, target) in sums.as_chunks().0.iter().zip(target) {
-                V::load(sums).mul(V::splat(scale)).store(target);
-            }
-        }
-    }
+    );
 }
 
 /// On cache lines, so that no register's values straddle two.
@@ -255,7 +237,7 @@ impl<T: Tile<R, O>, const R: usize, const O: usize> Kernel for Blocked<'_, T, R,
     }
 }
 
-/// On [`Lanes`]: twelve accumulators, two loads of weights and a broadcast of `x` fill the sixteen registers of AVX2.
+/// In [`Lanes`]: twelve accumulators, two loads of weights and a broadcast of `x` fill the sixteen registers of AVX2.
 pub struct Narrow;
 
 impl Tile<6, 16> for Narrow {
@@ -269,34 +251,49 @@ impl Tile<6, 16> for Narrow {
         folded: usize,
         sums: &mut [Sums<6, 16>],
     ) {
-        let Some((last, earlier)) = sums.split_last_mut() else { return };
-        let mut total = [[V::splat(0.0); 2]; 6];
-        if !fresh {
-            for (total, stored) in total.iter_mut().zip(last) {
-                let stored = stored.as_chunks().0;
-                *total = [V::load(&stored[0]), V::load(&stored[1])];
-            }
-        }
-        for (step, weights) in weights.iter().enumerate() {
-            let halves = weights.as_chunks::<LANES>().0;
-            let (first, second) = (V::load(&halves[0]), V::load(&halves[1]));
-            for (row, total) in total.iter_mut().enumerate() {
-                let x = V::splat(x.value(step, row));
-                *total = [x.mul_add(first, total[0]), x.mul_add(second, total[1])];
-            }
-        }
-        let kept = earlier.len() - folded;
-        for earlier in earlier[kept..].iter().rev() {
-            for (total, stored) in total.iter_mut().zip(earlier) {
-                let stored = stored.as_chunks().0;
-                *total = [V::load(&stored[0]).add(total[0]), V::load(&stored[1]).add(total[1])];
-            }
-        }
-        for (total, target) in total.into_iter().zip(&mut sums[kept]) {
-            let target = target.as_chunks_mut().0;
-            total[0].store(&mut target[0]);
-            total[1].store(&mut target[1]);
-        }
+        registers::multiply::<V, 6, 16>(x, weights, fresh, folded, sums)
+    }
+
+    #[inline(always)]
+    fn dots<V: Lanes, const L: usize>(
+        x: &[[f32; 6]],
+        weights: &[[f32; 16]],
+        scale: f32,
+        target: &mut [[f32; L]; 6],
+        first: usize,
+    ) {
+        registers::dots::<V, 6, 3, 16, L>(x, weights, scale, target, first)
+    }
+}
+
+/// In pairs of them, for AVX-512: twenty-four accumulators of its thirty-two registers.
+#[cfg(target_arch = "x86_64")]
+pub struct Wide;
+
+#[cfg(target_arch = "x86_64")]
+impl Tile<12, 32> for Wide {
+    const STRETCH: usize = 128;
+
+    #[inline(always)]
+    fn multiply<V: Lanes>(
+        x: impl Steps<12>,
+        weights: &[[f32; 32]],
+        fresh: bool,
+        folded: usize,
+        sums: &mut [Sums<12, 32>],
+    ) {
+        registers::multiply::<V::Pair, 12, 32>(x, weights, fresh, folded, sums)
+    }
+
+    #[inline(always)]
+    fn dots<V: Lanes, const L: usize>(
+        x: &[[f32; 12]],
+        weights: &[[f32; 32]],
+        scale: f32,
+        target: &mut [[f32; L]; 12],
+        first: usize,
+    ) {
+        registers::dots::<V::Pair, 12, 6, 32, L>(x, weights, scale, target, first)
     }
 }
 

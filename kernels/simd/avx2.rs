@@ -120,6 +120,16 @@ impl Pairs for Together {
 pub(super) struct Sixteen(__m512);
 
 impl Vector for Sixteen {
+    const WIDTH: usize = PAIR;
+
+    #[inline(always)]
+    fn read(source: &[f32]) -> Self {
+        Self(unsafe { _mm512_loadu_ps(source[..PAIR].as_ptr()) })
+    }
+    #[inline(always)]
+    fn write(self, target: &mut [f32]) {
+        unsafe { _mm512_storeu_ps(target[..PAIR].as_mut_ptr(), self.0) }
+    }
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self(unsafe { _mm512_set1_ps(value) })
@@ -183,6 +193,16 @@ impl<P> Eight<P> {
 }
 
 impl<P> Vector for Eight<P> {
+    const WIDTH: usize = LANES;
+
+    #[inline(always)]
+    fn read(source: &[f32]) -> Self {
+        Self::new(unsafe { _mm256_loadu_ps(source[..LANES].as_ptr()) })
+    }
+    #[inline(always)]
+    fn write(self, target: &mut [f32]) {
+        unsafe { _mm256_storeu_ps(target[..LANES].as_mut_ptr(), self.0) }
+    }
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self::new(unsafe { _mm256_set1_ps(value) })

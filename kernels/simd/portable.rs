@@ -17,6 +17,16 @@ impl Portable {
 }
 
 impl Vector for Portable {
+    const WIDTH: usize = LANES;
+
+    #[inline(always)]
+    fn read(source: &[f32]) -> Self {
+        Self(std::array::from_fn(|i| source[i]))
+    }
+    #[inline(always)]
+    fn write(self, target: &mut [f32]) {
+        target[..LANES].copy_from_slice(&self.0);
+    }
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Self([value; LANES])
