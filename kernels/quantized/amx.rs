@@ -9,7 +9,7 @@ use std::cell::Cell;
 
 use super::block::{Block, Unpacked};
 use super::cpu::{AHEAD, Panels, Totals};
-use super::dot::{self, Dot, Four, HALF};
+use super::dot::{self, Dot, HALF, Row};
 use super::rounded::Factors;
 use super::{OUTS, STEPS};
 use crate::linear::tile::pieces;
@@ -125,7 +125,7 @@ struct Half<'a, B> {
     blocks: &'a [B],
     unpacked: &'a [Unpacked],
     /// `[groups, ROWS, STEPS]`
-    codes: &'a [[[Four; STEPS]; ROWS]],
+    codes: &'a [[Row; ROWS]],
     /// `[groups, ROWS]`
     factors: &'a [[Factors; ROWS]],
     half: usize,

@@ -7,7 +7,7 @@ use half::bf16;
 use super::cpu::Totals;
 #[cfg(any(test, target_arch = "x86_64"))]
 use super::dot::HALF;
-use super::dot::{Affine, Dot, Four};
+use super::dot::{Affine, Dot, Row};
 use super::rounded::Factors;
 use super::{Codes, OUTS, Q4Block, Q8Block, STEPS};
 use crate::simd::prefetch_far;
@@ -19,7 +19,7 @@ const MOST_PARTS: usize = 2;
 pub trait Block: Sync {
     /// Adds its products with one row. What lies at `ahead` is asked for meanwhile, line by line: all at once, lines would
     /// wait for each other.
-    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self);
+    fn add<D: Dot>(&self, x: &[Row; 1], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self);
     /// Adds the sums of a row's products, scaled, for half a panel, the one that the factors of the block are of.
     #[cfg(any(test, target_arch = "x86_64"))]
     fn add_half<D: Dot>(
@@ -42,7 +42,7 @@ pub trait Block: Sync {
     /// Adds the products with `R` rows.
     fn add_rows<D: Dot, const R: usize>(
         source: &impl Source,
-        x: &[[Four; R]; STEPS],
+        x: &[Row; R],
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     );
@@ -50,14 +50,14 @@ pub trait Block: Sync {
 
 impl Block for Q8Block {
     #[inline(always)]
-    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
+    fn add<D: Dot>(&self, x: &[Row; 1], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
         prefetch_far(&ahead.scales);
         let scales = widen(&self.scales);
         let mut sums = [[D::unbiased(factors.offset)]; MOST_PARTS];
-        for (step, x) in x.iter().enumerate() {
+        for step in 0..STEPS {
             prefetch_far(&ahead.codes[step]);
             for (part, sums) in sums[..OUTS / D::WIDTH].iter_mut().enumerate() {
-                D::add(sums, D::signed(D::load(&self.codes[step], part)), x);
+                D::add(sums, D::signed(D::load(&self.codes[step], part)), x, step);
             }
         }
         for (part, sums) in sums[..OUTS / D::WIDTH].iter().enumerate() {
@@ -89,7 +89,7 @@ impl Block for Q8Block {
     #[inline(always)]
     fn add_rows<D: Dot, const R: usize>(
         source: &impl Source,
-        x: &[[Four; R]; STEPS],
+        x: &[Row; R],
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
@@ -99,10 +99,10 @@ impl Block for Q8Block {
             for r in 0..R {
                 sums[r] = D::unbiased(factors[r].offset);
             }
-            for (pair, [first, second]) in x.as_chunks().0.iter().enumerate() {
+            for pair in 0..STEPS / 2 {
                 let codes = source.pair::<D>(pair, part);
-                D::add(&mut sums, codes[0], first);
-                D::add(&mut sums, codes[1], second);
+                D::add(&mut sums, codes[0], x, 2 * pair);
+                D::add(&mut sums, codes[1], x, 2 * pair + 1);
             }
             for r in 0..R {
                 D::add_scaled(sums[r], factors[r].scale, &scales, part, &mut totals[r].0);
@@ -128,7 +128,7 @@ impl Block for Q8Block {
 
 impl Block for Q4Block {
     #[inline(always)]
-    fn add<D: Dot>(&self, x: &[[Four; 1]; STEPS], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
+    fn add<D: Dot>(&self, x: &[Row; 1], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
         prefetch_far(&ahead.scales);
         prefetch_far(&ahead.minima);
         let (scales, minima) = (&widen(&self.scales), &widen(&self.minima));
@@ -167,27 +167,26 @@ impl Block for Q4Block {
     #[inline(always)]
     fn add_rows<D: Dot, const R: usize>(
         source: &impl Source,
-        x: &[[Four; R]; STEPS],
+        x: &[Row; R],
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
         let [scales, minima] = source.factors();
-        let (first_half, second_half) = x.as_chunks::<2>().0.split_at(STEPS / 4);
         for part in 0..OUTS / D::WIDTH {
             let mut first = [D::small(); R];
-            for (pair, x) in first_half.iter().enumerate() {
+            for pair in 0..STEPS / 4 {
                 let codes = source.pair::<D>(pair, part);
-                D::add_small(&mut first, codes[0], &x[0]);
-                D::add_small(&mut first, codes[1], &x[1]);
+                D::add_small(&mut first, codes[0], x, 2 * pair);
+                D::add_small(&mut first, codes[1], x, 2 * pair + 1);
             }
             let mut second = first;
             for r in 0..R {
                 second[r] = D::second(first[r]);
             }
-            for (pair, x) in (STEPS / 4..).zip(second_half) {
+            for pair in STEPS / 4..STEPS / 2 {
                 let codes = source.pair::<D>(pair, part);
-                D::add_small(&mut second, codes[0], &x[0]);
-                D::add_small(&mut second, codes[1], &x[1]);
+                D::add_small(&mut second, codes[0], x, 2 * pair);
+                D::add_small(&mut second, codes[1], x, 2 * pair + 1);
             }
             for r in 0..R {
                 let sums = D::total([first[r], second[r]]);
@@ -225,7 +224,7 @@ impl Q4Block {
     fn add_pairs<D: Dot>(
         &self,
         pairs: Range<usize>,
-        x: &[[Four; 1]; STEPS],
+        x: &[Row; 1],
         sums: &mut [[D::Small; 1]; MOST_PARTS],
         ahead: &Self,
     ) {
@@ -233,8 +232,8 @@ impl Q4Block {
             prefetch_far(&ahead.codes[pair]);
             for (part, sums) in sums[..OUTS / D::WIDTH].iter_mut().enumerate() {
                 let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
-                D::add_small(sums, lower, &x[2 * pair]);
-                D::add_small(sums, upper, &x[2 * pair + 1]);
+                D::add_small(sums, lower, x, 2 * pair);
+                D::add_small(sums, upper, x, 2 * pair + 1);
             }
         }
     }

@@ -11,9 +11,9 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::block::{Block, Streamed, Unpacked};
-use super::dot::{self, Dot, Four};
+use super::dot::{self, Dot, Row};
 use super::rounded::{Factors, Order, Rounded, tiles};
-use super::{Blocks, OUTS, QuantizedMatrix, STEPS};
+use super::{Blocks, OUTS, QuantizedMatrix};
 use crate::cpu::{Shared, share};
 use crate::linear::cpu::write_rounded;
 use crate::linear::tile::pieces;
@@ -70,9 +70,9 @@ impl<X: Stored> Product<'_, X> {
             let rows = part * rows..self.n.min((part + 1) * rows);
             let part = Panels { product: self, blocks, panels, rows };
             match self.x.order() {
-                Order::BySteps(_) => part.sweep(),
+                Order::Tiles(_) => part.sweep(),
                 #[cfg(any(test, target_arch = "x86_64"))]
-                Order::ByRows => super::amx::run(part),
+                Order::Registers => super::amx::run(part),
             }
         });
     }
@@ -267,7 +267,7 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
 
     /// The groups of the tile of `R` rows from `row` on.
     #[inline(always)]
-    fn operands<const R: usize>(&self, row: usize) -> (&'a [[[Four; R]; STEPS]], &'a [[Factors; R]]) {
+    fn operands<const R: usize>(&self, row: usize) -> (&'a [[Row; R]], &'a [[Factors; R]]) {
         self.x.tile(row)
     }
 }

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use super::dot::{self, Dot};
-use super::{OUTS, Quantization};
+use super::{OUTS, Quantization, STEPS};
 use crate::simd::instructions;
 
 /// Multiplies codes in registers with rows in registers `steps` times over and returns how many operations that were.
@@ -34,19 +34,19 @@ impl Products<'_> {
     #[inline(always)]
     fn rows<D: Dot, const R: usize>(self) {
         let codes = D::load(&black_box([[1; 4]; OUTS]), 0);
-        let x = black_box([[1; 4]; R]);
+        let x = black_box([[[1; 4]; STEPS]; R]);
         match self.format {
             Quantization::Q8 => {
                 let mut sums = [D::unbiased(0); R];
                 for _ in 0..self.steps {
-                    D::add(&mut sums, codes, &x);
+                    D::add(&mut sums, codes, &x, 0);
                 }
                 black_box(&sums);
             }
             Quantization::Q4 => {
                 let mut sums = [D::small(); R];
                 for _ in 0..self.steps {
-                    D::add_small(&mut sums, codes, &x);
+                    D::add_small(&mut sums, codes, &x, 0);
                 }
                 black_box(&sums);
             }

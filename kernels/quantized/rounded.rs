@@ -4,23 +4,23 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::cpu::MIN_TASK;
-use super::dot::{self, Dot, Four};
+use super::dot::{self, Dot, Four, Row};
 use super::{GROUP, STEPS};
 use crate::cpu::{Shared, share};
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::linear::tile::pieces;
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::simd::amx::ROWS;
-use crate::simd::{Instructions, Kernel, Lanes, PAIR, Stored, Vector, dispatch, load_pair};
+use crate::simd::{Instructions, Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, load_pair};
 
 /// How rounded rows lie in memory.
 #[derive(Clone, Copy)]
 pub enum Order {
-    /// In tiles of at most so many rows `R`, which have [`tiles`]: codes `[groups, STEPS, R]`, factors `[groups, R]`.
-    BySteps(usize),
+    /// In tiles of at most so many rows `R`, which have [`tiles`]: codes `[groups, R, STEPS]`, factors `[groups, R]`.
+    Tiles(usize),
     /// In registers of sixteen rows, some missing: codes `[groups, 16, STEPS]`, factors `[groups, 16]`.
     #[cfg(any(test, target_arch = "x86_64"))]
-    ByRows,
+    Registers,
 }
 
 impl Order {
@@ -34,21 +34,21 @@ impl Order {
         }
         #[cfg(any(test, target_arch = "x86_64"))]
         if super::amx::takes(n) {
-            return Self::ByRows;
+            return Self::Registers;
         }
         #[cfg(not(any(test, target_arch = "x86_64")))]
         let _ = n;
         let mut rows = 1;
         dot::dispatch(instructions, Rows(&mut rows));
-        Self::BySteps(rows)
+        Self::Tiles(rows)
     }
 
     /// Rows that are multiplied at once, at most.
     pub fn rows(self) -> usize {
         match self {
-            Self::BySteps(rows) => rows,
+            Self::Tiles(rows) => rows,
             #[cfg(any(test, target_arch = "x86_64"))]
-            Self::ByRows => ROWS,
+            Self::Registers => ROWS,
         }
     }
 }
@@ -102,9 +102,9 @@ impl Rounded {
         let groups = inner.div_ceil(GROUP);
         let n = x.len() / inner;
         let places = match order {
-            Order::BySteps(_) => n,
+            Order::Tiles(_) => n,
             #[cfg(any(test, target_arch = "x86_64"))]
-            Order::ByRows => n.next_multiple_of(order.rows()),
+            Order::Registers => n.next_multiple_of(order.rows()),
         };
         let mut memory = MEMORY.take();
         let Memory { codes, factors } = &mut memory;
@@ -119,19 +119,14 @@ impl Rounded {
             let (codes, factors) =
                 unsafe { (shared_codes.part(start * STEPS, count * STEPS), shared_factors.part(start, count)) };
             let x = &x[rows.start * inner..rows.end * inner];
-            let strides = match order {
-                Order::BySteps(_) => [1, places],
-                #[cfg(any(test, target_arch = "x86_64"))]
-                Order::ByRows => [STEPS, 1],
-            };
-            dispatch(Round { x, inner, places, strides, codes, factors });
+            dispatch(Round { x, inner, places, codes, factors });
         };
         share(n.div_ceil(task), |index| {
             let rows = index * task..n.min((index + 1) * task);
             match order {
-                Order::BySteps(most) => tiles(rows, most).for_each(|rows| round(rows.clone(), rows.len())),
+                Order::Tiles(most) => tiles(rows, most).for_each(|rows| round(rows.clone(), rows.len())),
                 #[cfg(any(test, target_arch = "x86_64"))]
-                Order::ByRows => pieces(rows, ROWS).for_each(|rows| round(rows, ROWS)),
+                Order::Registers => pieces(rows, ROWS).for_each(|rows| round(rows, ROWS)),
             }
         });
         Self { memory, skip, groups, order }
@@ -147,7 +142,7 @@ impl Rounded {
 
     /// The codes and factors of the groups of the tile of `R` rows from `row` on.
     #[inline(always)]
-    pub fn tile<const R: usize>(&self, row: usize) -> (&[[[Four; R]; STEPS]], &[[Factors; R]]) {
+    pub fn tile<const R: usize>(&self, row: usize) -> (&[[Row; R]], &[[Factors; R]]) {
         let (start, count) = (row * self.groups, R * self.groups);
         let codes = self.codes()[start * STEPS..][..count * STEPS].as_chunks().0.as_chunks().0;
         (codes, self.memory.factors[start..][..count].as_chunks().0)
@@ -156,7 +151,7 @@ impl Rounded {
     /// The codes and factors of some groups of the sixteen rows of a register, by rows.
     #[cfg(any(test, target_arch = "x86_64"))]
     #[inline(always)]
-    pub fn register(&self, register: usize, groups: Range<usize>) -> (&[[[Four; STEPS]; ROWS]], &[[Factors; ROWS]]) {
+    pub fn register(&self, register: usize, groups: Range<usize>) -> (&[[Row; ROWS]], &[[Factors; ROWS]]) {
         let groups = register * self.groups + groups.start..register * self.groups + groups.end;
         (&self.codes().as_chunks().0.as_chunks().0[groups.clone()], &self.memory.factors.as_chunks().0[groups])
     }
@@ -174,8 +169,6 @@ struct Round<'a, X> {
     inner: usize,
     /// Rows that there is place for.
     places: usize,
-    /// From the codes of one row to those of the next, and from one step to the next.
-    strides: [usize; 2],
     codes: &'a mut [Four],
     factors: &'a mut [Factors],
 }
@@ -185,41 +178,75 @@ impl<X: Stored> Kernel for Round<'_, X> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        let mut padded = [X::round(0.0); GROUP];
         for (row, x) in self.x.chunks_exact(self.inner).enumerate() {
-            for (group, x) in x.chunks(GROUP).enumerate() {
-                let mut padded = [X::round(0.0); GROUP];
-                let x = x.first_chunk().unwrap_or_else(|| {
-                    padded[..x.len()].copy_from_slice(x);
-                    &padded
-                });
-                let zero = V::Pair::splat(0.0);
-                let (mut values, mut largest) = ([zero; GROUP / PAIR], zero);
-                for (value, x) in values.iter_mut().zip(x.as_chunks::<PAIR>().0) {
-                    *value = load_pair::<V, X>(x);
-                    largest = value.max(zero.sub(*value)).max(largest);
+            for (eight, x) in x.chunks(LANES * GROUP).enumerate() {
+                // Eight groups share what is done across lanes, and the divisions.
+                let mut largest = [V::splat(0.0); LANES];
+                for (largest, x) in largest.iter_mut().zip(x.chunks(GROUP)) {
+                    *largest = largest_of::<V, X>(whole(x, &mut padded));
                 }
-                let [a, b] = V::halves(largest);
-                let scale = a.max(b).greatest() / 127.0;
-                let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
-                // Exact: integers below 2^24.
-                let mut sum = zero;
-                for value in &mut values {
-                    *value = value.mul(V::Pair::splat(inverse));
-                    sum = sum.add(value.nearest());
+                let [a, b, c, d, e, f, g, h] = V::transpose(largest);
+                let largest = a.max(b).max(c.max(d)).max(e.max(f).max(g.max(h)));
+                let (mut scales, mut inverses) = ([0.0; LANES], [0.0; LANES]);
+                let scale = largest.div(V::splat(127.0));
+                scale.store(&mut scales);
+                V::splat(1.0).div(scale).store(&mut inverses);
+
+                let mut sums = [V::splat(0.0); LANES];
+                for (i, x) in x.chunks(GROUP).enumerate() {
+                    let inverse = if scales[i] == 0.0 { 0.0 } else { inverses[i] };
+                    let (codes, sum) = codes_of::<V, X>(whole(x, &mut padded), inverse);
+                    sums[i] = sum;
+                    let at = (eight * LANES + i) * self.places + row;
+                    self.codes[at * STEPS..][..STEPS].copy_from_slice(codes.as_chunks().0);
                 }
-                let [a, b] = V::halves(sum);
-                let (codes, sum) = (V::bytes(values), a.add(b).sum());
-                let factors = Factors { scale, sum: scale * sum, offset: -128 * sum as i32 };
-                self.factors[group * self.places + row] = factors;
-                let target = &mut self.codes[group * STEPS * self.places + row * self.strides[0]..];
-                if self.strides[1] == 1 {
-                    target[..STEPS].copy_from_slice(codes.as_chunks().0);
-                    continue;
-                }
-                for (target, codes) in target.iter_mut().step_by(self.strides[1]).zip(codes.as_chunks().0) {
-                    *target = *codes;
+                let [a, b, c, d, e, f, g, h] = sums;
+                let sums = [V::sums([a, b, c, d]), V::sums([e, f, g, h])];
+                let factors = self.factors[eight * LANES * self.places + row..].iter_mut().step_by(self.places);
+                for ((factors, scale), sum) in factors.zip(scales).zip(sums.as_flattened()) {
+                    *factors = Factors { scale, sum: scale * sum, offset: -128 * *sum as i32 };
                 }
             }
         }
     }
+}
+
+/// All of a group, in `padded` if `x` has less; what lies beyond is zero there.
+#[inline(always)]
+fn whole<'a, X: Copy>(x: &'a [X], padded: &'a mut [X; GROUP]) -> &'a [X; GROUP] {
+    match x.first_chunk() {
+        Some(x) => x,
+        None => {
+            padded[..x.len()].copy_from_slice(x);
+            padded
+        }
+    }
+}
+
+/// The largest magnitude, in some lane.
+#[inline(always)]
+fn largest_of<V: Lanes, X: Stored>(x: &[X; GROUP]) -> V {
+    let zero = V::Pair::splat(0.0);
+    let mut largest = zero;
+    for x in x.as_chunks::<PAIR>().0 {
+        let value = load_pair::<V, X>(x);
+        largest = value.max(zero.sub(value)).max(largest);
+    }
+    let [a, b] = V::halves(largest);
+    a.max(b)
+}
+
+/// The codes, and what they add up to over all lanes.
+#[inline(always)]
+fn codes_of<V: Lanes, X: Stored>(x: &[X; GROUP], inverse: f32) -> ([i8; GROUP], V) {
+    let (inverse, mut values) = (V::Pair::splat(inverse), [V::Pair::splat(0.0); GROUP / PAIR]);
+    // Exact: integers below 2^24.
+    let mut sum = V::Pair::splat(0.0);
+    for (value, x) in values.iter_mut().zip(x.as_chunks::<PAIR>().0) {
+        *value = load_pair::<V, X>(x).mul(inverse);
+        sum = sum.add(value.nearest());
+    }
+    let [a, b] = V::halves(sum);
+    (V::bytes(values), a.add(b))
 }

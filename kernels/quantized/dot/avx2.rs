@@ -1,7 +1,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{Affine, Dot, Four, HALF, Kernel, word};
+use super::{Affine, Dot, Four, HALF, Kernel, Row, word};
 use crate::quantized::{Codes, OUTS};
 
 /// # Safety
@@ -129,9 +129,9 @@ impl Dot for Avx2 {
         Self::small()
     }
     #[inline(always)]
-    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Four; R]) {
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
         for r in 0..R {
-            let x = repeat(x[r]);
+            let x = repeat(x[r][step]);
             for i in 0..REGISTERS {
                 sums[r][i] = unsafe { multiply_add(sums[r][i], codes[i], x, _mm256_abs_epi8(x)) };
             }
@@ -142,9 +142,9 @@ impl Dot for Avx2 {
         [unsafe { _mm256_setzero_si256() }; REGISTERS]
     }
     #[inline(always)]
-    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]) {
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
         for r in 0..R {
-            let x = repeat(x[r]);
+            let x = repeat(x[r][step]);
             for i in 0..REGISTERS {
                 sums[r][i] = unsafe { multiply_add_small(sums[r][i], codes[i], x) };
             }

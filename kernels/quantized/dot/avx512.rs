@@ -1,6 +1,6 @@
 use std::arch::x86_64::*;
 
-use super::{Affine, Dot, Four, HALF, Kernel, word};
+use super::{Affine, Dot, HALF, Kernel, Row, word};
 use crate::quantized::{Codes, OUTS};
 
 /// # Safety
@@ -68,9 +68,9 @@ impl Dot for Avx512 {
         [unsafe { _mm512_set1_epi32(offset) }; REGISTERS]
     }
     #[inline(always)]
-    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Four; R]) {
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
         for r in 0..R {
-            let x = unsafe { _mm512_set1_epi32(word(x[r])) };
+            let x = unsafe { _mm512_set1_epi32(word(x[r][step])) };
             for i in 0..REGISTERS {
                 sums[r][i] = unsafe { _mm512_dpbusd_epi32(sums[r][i], codes[i], x) };
             }
@@ -81,8 +81,8 @@ impl Dot for Avx512 {
         [unsafe { _mm512_setzero_si512() }; REGISTERS]
     }
     #[inline(always)]
-    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]) {
-        Self::add(sums, codes, x)
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
+        Self::add(sums, codes, x, step)
     }
     #[inline(always)]
     fn second(first: Self::Small) -> Self::Small {

@@ -1,7 +1,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2::{Avx2, REGISTERS, repeat};
-use super::{Affine, Dot, Four, HALF, Kernel};
+use super::{Affine, Dot, HALF, Kernel, Row};
 use crate::quantized::{Codes, OUTS};
 
 /// # Safety
@@ -50,9 +50,9 @@ impl Dot for AvxVnni {
         [unsafe { _mm256_set1_epi32(offset) }; REGISTERS]
     }
     #[inline(always)]
-    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Four; R]) {
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
         for r in 0..R {
-            let x = repeat(x[r]);
+            let x = repeat(x[r][step]);
             for i in 0..REGISTERS {
                 sums[r][i] = unsafe { _mm256_dpbusd_avx_epi32(sums[r][i], codes[i], x) };
             }
@@ -63,8 +63,8 @@ impl Dot for AvxVnni {
         Self::unbiased(0)
     }
     #[inline(always)]
-    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]) {
-        Self::add(sums, codes, x)
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
+        Self::add(sums, codes, x, step)
     }
     #[inline(always)]
     fn second(first: Self::Small) -> Self::Small {

@@ -14,11 +14,14 @@ mod avx_vnni;
 mod neon;
 mod portable;
 
-use super::{Codes, OUTS};
+use super::{Codes, OUTS, STEPS};
 use crate::simd::Instructions;
 
 /// The four values of `x` that meet one step's codes, none of them -128.
 pub(super) type Four = [i8; 4];
+
+/// The values of `x` of a group.
+pub(super) type Row = [Four; STEPS];
 
 /// The four values as the one word that a register repeats.
 #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(dead_code))]
@@ -56,12 +59,12 @@ pub(super) trait Dot {
     /// Nothing yet; codes that were 128 too large would have added `-offset`.
     fn unbiased(offset: i32) -> Self::Sums;
     /// Adds the products of signed codes with each row.
-    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Four; R]);
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Row; R], step: usize);
     fn small() -> Self::Small;
     /// What the sums of the second half of a group start from.
     fn second(first: Self::Small) -> Self::Small;
     /// Adds the products of codes up to 15 with each row.
-    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]);
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Row; R], step: usize);
     fn total(halves: [Self::Small; 2]) -> Self::Sums;
 
     /// `totals += sums * factor * scales`, the last product fused with the sum.

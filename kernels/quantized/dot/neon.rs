@@ -3,7 +3,7 @@ use std::arch::asm;
 
 #[cfg(any(test, target_arch = "x86_64"))]
 use super::HALF;
-use super::{Affine, Dot, Four, Kernel, word};
+use super::{Affine, Dot, Kernel, Row, word};
 use crate::quantized::{Codes, OUTS};
 
 /// # Safety
@@ -93,9 +93,9 @@ impl Dot for Neon {
         Self::small()
     }
     #[inline(always)]
-    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Four; R]) {
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
         for r in 0..R {
-            let x = unsafe { vreinterpretq_s8_s32(vdupq_n_s32(word(x[r]))) };
+            let x = unsafe { vreinterpretq_s8_s32(vdupq_n_s32(word(x[r][step]))) };
             for i in 0..REGISTERS {
                 sums[r][i] = dot(sums[r][i], codes[i], x);
             }
@@ -106,8 +106,8 @@ impl Dot for Neon {
         [unsafe { vdupq_n_s32(0) }; REGISTERS]
     }
     #[inline(always)]
-    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Four; R]) {
-        Self::add(sums, codes, x)
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Self::Bytes, x: &[Row; R], step: usize) {
+        Self::add(sums, codes, x, step)
     }
     #[inline(always)]
     fn second(first: Self::Small) -> Self::Small {

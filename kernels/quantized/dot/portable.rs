@@ -1,6 +1,6 @@
 #[cfg(any(test, target_arch = "x86_64"))]
 use super::HALF;
-use super::{Affine, Dot, Four};
+use super::{Affine, Dot, Four, Row};
 use crate::quantized::{Codes, OUTS};
 use crate::simd::{LANES, Lanes, Portable as Eight, Vector};
 
@@ -40,10 +40,10 @@ impl Dot for Portable {
         [0; OUTS]
     }
     #[inline(always)]
-    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Codes, x: &[Four; R]) {
-        for (sums, &x) in sums.iter_mut().zip(x) {
+    fn add<const R: usize>(sums: &mut [Self::Sums; R], codes: Codes, x: &[Row; R], step: usize) {
+        for (sums, x) in sums.iter_mut().zip(x) {
             for (sum, codes) in sums.iter_mut().zip(codes) {
-                *sum += dot(codes, x, |code| i32::from(code as i8));
+                *sum += dot(codes, x[step], |code| i32::from(code as i8));
             }
         }
     }
@@ -52,8 +52,8 @@ impl Dot for Portable {
         [0; OUTS]
     }
     #[inline(always)]
-    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Codes, x: &[Four; R]) {
-        Self::add(sums, codes, x)
+    fn add_small<const R: usize>(sums: &mut [Self::Small; R], codes: Codes, x: &[Row; R], step: usize) {
+        Self::add(sums, codes, x, step)
     }
     #[inline(always)]
     fn second(first: Self::Small) -> Self::Small {
