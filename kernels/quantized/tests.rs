@@ -268,6 +268,26 @@ fn the_largest_codes_add_up() -> Result<()> {
 
 /// Sums of products are integers and the rest is fused alike.
 #[test]
+fn a_group_of_zeros_adds_nothing() -> Result<()> {
+    let mut random = Random::new(5);
+    for format in FORMATS {
+        let (_, matrix, unpacked) = packed(format, [40, 2 * GROUP], &mut random);
+        let mut x = vec![0f32; 3 * 2 * GROUP];
+        x[2 * GROUP + GROUP] = 1.0;
+        let x = Tensor::from_vec(x, (3, 2 * GROUP), &Device::Cpu)?;
+        for instructions in available() {
+            let got = values(&on(instructions, || linear(&x, &matrix))?)?;
+            let want = |o: usize| unpacked[o * 2 * GROUP + GROUP];
+            for o in 0..40 {
+                assert_eq!((got[o], got[80 + o]), (0.0, 0.0), "{format:?} on {instructions:?}");
+                assert!((got[40 + o] - want(o)).abs() <= 1e-5, "{format:?} on {instructions:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
     let mut random = Random::new(5);
     for format in FORMATS {
