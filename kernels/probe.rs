@@ -11,7 +11,7 @@ use crate::quantized::{self, Quantization};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::amx::{self, ROWS, Tiles, WIDTH};
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Instructions, PAIR, Stored};
+use crate::simd::{Instructions, Stored};
 use crate::simd::{Kernel, LANES, Lanes, Vector, dispatch, instructions, prefetch};
 
 /// What a product multiplies with `x` in f32.
@@ -146,13 +146,12 @@ impl Kernel for MultiplyAdds {
     fn run<V: Lanes>(self) -> usize {
         match instructions() {
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => PAIR * multiply_adds::<V::Pair>(self.steps),
-            _ => LANES * multiply_adds::<V>(self.steps),
+            Instructions::Avx512 => multiply_adds::<V::Pair>(self.steps),
+            _ => multiply_adds::<V>(self.steps),
         }
     }
 }
 
-/// Operations on each lane.
 #[inline(always)]
 fn multiply_adds<V: Vector>(steps: usize) -> usize {
     /// Chains of latency four or five that keep two units busy.
@@ -165,5 +164,5 @@ fn multiply_adds<V: Vector>(steps: usize) -> usize {
         }
     }
     black_box(values);
-    steps * CHAINS * 2
+    steps * CHAINS * V::WIDTH * 2
 }

@@ -152,10 +152,8 @@ pub(crate) trait Lanes: Vector {
     fn pair(self, next: Self) -> Self::Pair;
     fn halves(pair: Self::Pair) -> [Self; 2];
 
-    fn load(source: &[f32; LANES]) -> Self;
     fn load_f16(source: &[f16; LANES]) -> Self;
     fn load_bf16(source: &[bf16; LANES]) -> Self;
-    fn store(self, target: &mut [f32; LANES]);
     /// Rounds to nearest, ties to even.
     fn store_f16(self, target: &mut [f16; LANES]);
     /// Rounds to nearest, ties to even.
@@ -170,6 +168,15 @@ pub(crate) trait Lanes: Vector {
     fn transpose(rows: [Self; LANES]) -> [Self; LANES];
     /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
     fn sums(four: [Self; 4]) -> [f32; 4];
+
+    #[inline(always)]
+    fn load(source: &[f32; LANES]) -> Self {
+        Self::read(source)
+    }
+    #[inline(always)]
+    fn store(self, target: &mut [f32; LANES]) {
+        self.write(target)
+    }
 
     /// The sum of the lanes.
     #[inline(always)]

@@ -10,7 +10,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far};
+use crate::simd::{Kernel, LANES, Lanes, Stored, Vector, load, prefetch_far};
 
 mod registers;
 
@@ -171,14 +171,19 @@ impl<const R: usize, const L: usize> Steps<R> for AsRows<'_, R, L> {
 }
 
 /// A register tile for many rows: `R` of them times `O` outputs.
-pub trait Tile<const R: usize, const O: usize> {
+pub(crate) trait Tile<const R: usize, const O: usize> {
     /// Groups after which the next tile has its turn, so that the weights of a lane stay in the first-level cache for all
     /// tiles.
     const STRETCH: usize;
+    /// Two of them hold a row.
+    type Register<V: Lanes>: Vector;
 
     /// Adds the products of all `weights` to the last of `sums`, which is zero if `fresh`, and then the `folded` before it,
     /// the last one first. The result takes the place of the first of them.
-    fn multiply<V: Lanes>(x: impl Steps<R>, weights: &[[f32; O]], fresh: bool, folded: usize, sums: &mut [Sums<R, O>]);
+    #[inline(always)]
+    fn multiply<V: Lanes>(x: impl Steps<R>, weights: &[[f32; O]], fresh: bool, folded: usize, sums: &mut [Sums<R, O>]) {
+        registers::multiply::<Self::Register<V>, R, O>(x, weights, fresh, folded, sums)
+    }
 
     /// Whole dot products times `scale`, to `target` from `first` on. `x` and `weights` are turned: `[LANES, groups]`.
     fn dots<V: Lanes, const L: usize>(
@@ -238,21 +243,11 @@ impl<T: Tile<R, O>, const R: usize, const O: usize> Kernel for Blocked<'_, T, R,
 }
 
 /// In [`Lanes`]: twelve accumulators, two loads of weights and a broadcast of `x` fill the sixteen registers of AVX2.
-pub struct Narrow;
+pub(crate) struct Narrow;
 
 impl Tile<6, 16> for Narrow {
     const STRETCH: usize = 192;
-
-    #[inline(always)]
-    fn multiply<V: Lanes>(
-        x: impl Steps<6>,
-        weights: &[[f32; 16]],
-        fresh: bool,
-        folded: usize,
-        sums: &mut [Sums<6, 16>],
-    ) {
-        registers::multiply::<V, 6, 16>(x, weights, fresh, folded, sums)
-    }
+    type Register<V: Lanes> = V;
 
     #[inline(always)]
     fn dots<V: Lanes, const L: usize>(
@@ -262,28 +257,18 @@ impl Tile<6, 16> for Narrow {
         target: &mut [[f32; L]; 6],
         first: usize,
     ) {
-        registers::dots::<V, 6, 3, 16, L>(x, weights, scale, target, first)
+        registers::dots::<Self::Register<V>, 6, 3, 16, L>(x, weights, scale, target, first)
     }
 }
 
 /// In pairs of them, for AVX-512: twenty-four accumulators of its thirty-two registers.
 #[cfg(target_arch = "x86_64")]
-pub struct Wide;
+pub(crate) struct Wide;
 
 #[cfg(target_arch = "x86_64")]
 impl Tile<12, 32> for Wide {
     const STRETCH: usize = 128;
-
-    #[inline(always)]
-    fn multiply<V: Lanes>(
-        x: impl Steps<12>,
-        weights: &[[f32; 32]],
-        fresh: bool,
-        folded: usize,
-        sums: &mut [Sums<12, 32>],
-    ) {
-        registers::multiply::<V::Pair, 12, 32>(x, weights, fresh, folded, sums)
-    }
+    type Register<V: Lanes> = V::Pair;
 
     #[inline(always)]
     fn dots<V: Lanes, const L: usize>(
@@ -293,7 +278,7 @@ impl Tile<12, 32> for Wide {
         target: &mut [[f32; L]; 12],
         first: usize,
     ) {
-        registers::dots::<V::Pair, 12, 6, 32, L>(x, weights, scale, target, first)
+        registers::dots::<Self::Register<V>, 12, 6, 32, L>(x, weights, scale, target, first)
     }
 }
 

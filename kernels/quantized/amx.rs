@@ -88,7 +88,8 @@ impl<B: Block, X: Stored, T: Tiles> dot::Kernel for Panel<'_, B, X, T> {
             }
             let halves = 2 * totals.len();
             let half = |index: usize| {
-                let (codes, factors) = x.register(first + index / 2, groups.clone());
+                let (codes, factors) = x.tile((first + index / 2) * ROWS);
+                let (codes, factors) = (&codes[groups.clone()], &factors[groups.clone()]);
                 Half { blocks, unpacked, codes, factors, half: index % 2 }
             };
             let mut behind = None;

@@ -147,14 +147,6 @@ impl Rounded {
         let codes = self.codes()[start * STEPS..][..count * STEPS].as_chunks().0.as_chunks().0;
         (codes, self.memory.factors[start..][..count].as_chunks().0)
     }
-
-    /// The codes and factors of some groups of the sixteen rows of a register, by rows.
-    #[cfg(any(test, target_arch = "x86_64"))]
-    #[inline(always)]
-    pub fn register(&self, register: usize, groups: Range<usize>) -> (&[[Row; ROWS]], &[[Factors; ROWS]]) {
-        let groups = register * self.groups + groups.start..register * self.groups + groups.end;
-        (&self.codes().as_chunks().0.as_chunks().0[groups.clone()], &self.memory.factors.as_chunks().0[groups])
-    }
 }
 
 impl Drop for Rounded {

@@ -266,7 +266,6 @@ fn the_largest_codes_add_up() -> Result<()> {
     Ok(())
 }
 
-/// Sums of products are integers and the rest is fused alike.
 #[test]
 fn a_group_of_zeros_adds_nothing() -> Result<()> {
     let mut random = Random::new(5);
@@ -287,6 +286,7 @@ fn a_group_of_zeros_adds_nothing() -> Result<()> {
     Ok(())
 }
 
+/// Sums of products are integers and the rest is fused alike.
 #[test]
 fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
     let mut random = Random::new(5);

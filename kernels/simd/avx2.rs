@@ -266,10 +266,6 @@ impl<P: Pairs> Lanes for Eight<P> {
         P::bytes(values)
     }
     #[inline(always)]
-    fn load(source: &[f32; LANES]) -> Self {
-        Self::new(unsafe { _mm256_loadu_ps(source.as_ptr()) })
-    }
-    #[inline(always)]
     fn load_f16(source: &[f16; LANES]) -> Self {
         Self::new(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.as_ptr().cast())) })
     }
@@ -280,10 +276,6 @@ impl<P: Pairs> Lanes for Eight<P> {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(source.as_ptr().cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         })
-    }
-    #[inline(always)]
-    fn store(self, target: &mut [f32; LANES]) {
-        unsafe { _mm256_storeu_ps(target.as_mut_ptr(), self.0) }
     }
     #[inline(always)]
     fn store_f16(self, target: &mut [f16; LANES]) {

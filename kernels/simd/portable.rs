@@ -86,20 +86,12 @@ impl Lanes for Portable {
         [a, b]
     }
     #[inline(always)]
-    fn load(source: &[f32; LANES]) -> Self {
-        Self(*source)
-    }
-    #[inline(always)]
     fn load_f16(source: &[f16; LANES]) -> Self {
         Self(source.map(f16::widen))
     }
     #[inline(always)]
     fn load_bf16(source: &[bf16; LANES]) -> Self {
         Self(source.map(bf16::widen))
-    }
-    #[inline(always)]
-    fn store(self, target: &mut [f32; LANES]) {
-        *target = self.0
     }
     #[inline(always)]
     fn store_f16(self, target: &mut [f16; LANES]) {
