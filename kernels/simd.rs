@@ -169,6 +169,11 @@ pub(crate) trait Lanes: Vector {
     /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
     fn sums(four: [Self; 4]) -> [f32; 4];
 
+    /// The sums of the lanes of the four first halves and of the four second ones, as [`Lanes::sums`].
+    fn sums_of_halves(four: [Self::Pair; 4]) -> Self;
+    /// Lane `i` in all of the first half of result `i`, lane `i + 4` in all of its second half.
+    fn spread(self) -> [Self::Pair; 4];
+
     #[inline(always)]
     fn load(source: &[f32; LANES]) -> Self {
         Self::read(source)
@@ -246,6 +251,27 @@ impl<V: Vector> Vector for Two<V> {
     fn scale(self, exponent: Self) -> Self {
         Self(self.0.scale(exponent.0), self.1.scale(exponent.1))
     }
+}
+
+/// [`Lanes::sums_of_halves`] where pairs are two registers.
+#[inline(always)]
+fn sums_of_two<V: Lanes>([a, b, c, d]: [Two<V>; 4]) -> V {
+    let mut sums = [0.0; LANES];
+    sums[..4].copy_from_slice(&V::sums([a.0, b.0, c.0, d.0]));
+    sums[4..].copy_from_slice(&V::sums([a.1, b.1, c.1, d.1]));
+    V::load(&sums)
+}
+
+/// [`Lanes::spread`] where pairs are two registers.
+#[inline(always)]
+fn spread_to_two<V: Lanes>(lanes: V) -> [Two<V>; 4] {
+    let mut values = [0.0; LANES];
+    lanes.store(&mut values);
+    let mut spread = [Two(lanes, lanes); 4];
+    for i in 0..4 {
+        spread[i] = Two(V::splat(values[i]), V::splat(values[i + 4]));
+    }
+    spread
 }
 
 /// An element type that lanes are loaded from and rounded to.

@@ -3,17 +3,21 @@
 //! A row of the state reads no other row, so heads may be cut into pieces for threads and into row blocks for the
 //! cache without a change in any result; along K the order of each sum is fixed.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::Batch;
 use crate::cpu::{RowStarts, Shared, share};
-use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store, sum_of_squares};
+use crate::linear::tile::{OnLines, pieces};
+use crate::simd::{
+    Instructions, Kernel, LANES, Lanes, Stored, Vector, dispatch, instructions, load, prefetch, store, sum_of_squares,
+};
 
 /// Operands and sizes: `q`, `k` `[N, hk, kd]`; `v` `[N, hv, vd]`; `g`, `beta` `[N, hv]`.
 pub struct Inputs<'a, T> {
-    pub q: (&'a [T], RowStarts<'a>),
-    pub k: (&'a [T], RowStarts<'a>),
-    pub v: (&'a [T], RowStarts<'a>),
+    pub q: (&'a [T], RowStarts),
+    pub k: (&'a [T], RowStarts),
+    pub v: (&'a [T], RowStarts),
     pub g: &'a [f32],
     pub beta: &'a [f32],
     pub hk: usize,
@@ -40,17 +44,24 @@ pub fn gated_delta_rule<T: Stored>(inputs: &Inputs<T>, state: &mut [f32], batch:
         if sequence.is_fresh() {
             state.fill(0.0);
         }
-        dispatch(Task { inputs, tokens: sequence.tokens.clone(), head, rows, state, out: &shared_out });
+        let task = Task { inputs, tokens: sequence.tokens.clone(), head, rows, state, out: &shared_out };
+        match instructions() {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => dispatch(Grouped::<_, Wide, 8, GROUP>(task, PhantomData)),
+            _ => dispatch(Grouped::<_, Narrow, 4, 4>(task, PhantomData)),
+        }
     });
     out
 }
 
-/// Rows that share the loads of a key and a query.
-const GROUP: usize = 8;
-/// Rows that stay in the first-level cache, 16 KiB at K = 128, while a block of tokens passes.
+/// Rows that go together in the widest group.
+const GROUP: usize = 16;
+/// Rows of the state that stay in the first-level cache, 16 KiB at K = 128, while a block of tokens passes.
 const ROWS: usize = 32;
-/// Tokens whose keys and queries stay in the second-level cache, 64 KiB at K = 128.
-const TOKENS: usize = 64;
+/// Tokens whose keys and queries stay in the second-level cache, 128 KiB at K = 128.
+const TOKENS: usize = 128;
+/// Tokens whose operands and outputs, rows of which lie far apart, are asked for before their turn.
+const AHEAD: usize = 2;
 
 /// The tokens of one sequence on some rows of one head's state.
 struct Task<'a, T> {
@@ -62,140 +73,278 @@ struct Task<'a, T> {
     out: &'a Shared<'a, T>,
 }
 
-impl<T: Stored> Kernel for Task<'_, T> {
+/// `N` rows of the state in `P` registers, eight values of each.
+trait Group<const P: usize, const N: usize> {
+    type Register<V: Lanes>: Vector;
+
+    /// Where a row's values lie among those of a column.
+    fn place(row: usize) -> usize;
+    /// For every row the same.
+    fn repeat<V: Lanes>(values: V) -> Self::Register<V>;
+    /// For every row its own.
+    fn spread<V: Lanes>(values: &[f32; N]) -> [Self::Register<V>; P];
+    /// The sum of the lanes of every row.
+    fn sums<V: Lanes>(rows: [Self::Register<V>; P]) -> [f32; N];
+}
+
+/// A row in a register: with four, eight sums, four factors and the decay leave three of AVX2's sixteen.
+struct Narrow;
+
+impl Group<4, 4> for Narrow {
+    type Register<V: Lanes> = V;
+
+    #[inline(always)]
+    fn place(row: usize) -> usize {
+        row
+    }
+    #[inline(always)]
+    fn repeat<V: Lanes>(values: V) -> V {
+        values
+    }
+    #[inline(always)]
+    fn spread<V: Lanes>(&[a, b, c, d]: &[f32; 4]) -> [V; 4] {
+        [V::splat(a), V::splat(b), V::splat(c), V::splat(d)]
+    }
+    #[inline(always)]
+    fn sums<V: Lanes>(rows: [V; 4]) -> [f32; 4] {
+        V::sums(rows)
+    }
+}
+
+/// Two rows in a register, `r` and `r + 4`.
+#[cfg(target_arch = "x86_64")]
+struct Wide;
+
+#[cfg(target_arch = "x86_64")]
+impl Group<8, GROUP> for Wide {
+    type Register<V: Lanes> = V::Pair;
+
+    #[inline(always)]
+    fn place(row: usize) -> usize {
+        row / 8 * 8 + row % 4 * 2 + row / 4 % 2
+    }
+    #[inline(always)]
+    fn repeat<V: Lanes>(values: V) -> V::Pair {
+        values.pair(values)
+    }
+    #[inline(always)]
+    fn spread<V: Lanes>(values: &[f32; GROUP]) -> [V::Pair; 8] {
+        let [a, b, c, d] = V::read(&values[..LANES]).spread();
+        let [e, f, g, h] = V::read(&values[LANES..]).spread();
+        [a, b, c, d, e, f, g, h]
+    }
+    #[inline(always)]
+    fn sums<V: Lanes>([a, b, c, d, e, f, g, h]: [V::Pair; 8]) -> [f32; GROUP] {
+        let mut sums = [0.0; GROUP];
+        V::sums_of_halves([a, b, c, d]).write(&mut sums[..LANES]);
+        V::sums_of_halves([e, f, g, h]).write(&mut sums[LANES..]);
+        sums
+    }
+}
+
+/// Eight values along K, of `N` rows.
+type Column<const N: usize> = OnLines<[[f32; LANES]; N]>;
+
+/// A task, `N` rows at a time.
+struct Grouped<'a, T, G, const P: usize, const N: usize>(Task<'a, T>, PhantomData<G>);
+
+impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Grouped<'_, T, G, P, N> {
     type Output = ();
 
     #[inline(always)]
-    fn run<V: Lanes>(mut self) {
-        let kd = self.inputs.kd;
-        let state = std::mem::take(&mut self.state);
-        match state.as_chunks_mut() {
-            // The size of every published checkpoint: known to the compiler, it saves a fifth of the time.
-            (state, []) if kd == 16 * LANES => self.recur::<V, 16>(state),
-            (state, []) if kd.is_multiple_of(LANES) => self.recur::<V, 0>(state),
-            _ => {
-                let mut padded = vec![[0.0; LANES]; self.rows.len() * kd.div_ceil(LANES)];
-                let rows = padded.chunks_exact_mut(kd.div_ceil(LANES)).map(|row| &mut row.as_flattened_mut()[..kd]);
-                rows.zip(state.chunks_exact(kd)).for_each(|(padded, row)| padded.copy_from_slice(row));
-                self.recur::<V, 0>(&mut padded);
-                let rows = padded.chunks_exact(kd.div_ceil(LANES)).map(|row| &row.as_flattened()[..kd]);
-                rows.zip(state.chunks_exact_mut(kd)).for_each(|(padded, row)| row.copy_from_slice(padded));
+    fn run<V: Lanes>(self) {
+        let Task { inputs, ref tokens, head, ref rows, .. } = self.0;
+        let &Inputs { ref v, hv, kd, vd, .. } = inputs;
+        let width = kd.div_ceil(LANES);
+        let mut block = Block::new(width, tokens.len().min(TOKENS));
+        let mut columns: Vec<Column<N>> = Vec::new();
+        columns.resize_with(ROWS / N * width, || OnLines([[0.0; LANES]; N]));
+
+        for tokens in pieces(tokens.clone(), TOKENS) {
+            block.fill::<V, T>(inputs, head, tokens.clone());
+            for (rows, state) in pieces(rows.clone(), ROWS).zip(self.0.state.chunks_mut(ROWS * kd)) {
+                let columns = &mut columns[..rows.len().div_ceil(N) * width];
+                for (state, columns) in state.chunks(N * kd).zip(columns.chunks_exact_mut(width)) {
+                    Self::gather::<V>(state, kd, columns);
+                }
+                let of_rows = |t: usize| {
+                    let (v_start, start) = (v.1.start(t * hv + head), (t * hv + head) * vd);
+                    (&v.0[v_start + rows.start..v_start + rows.end], start + rows.start..start + rows.end)
+                };
+                let mut deltas = [0.0; ROWS];
+                for (i, t) in tokens.clone().enumerate() {
+                    if t + AHEAD < tokens.end {
+                        let (v, out) = of_rows(t + AHEAD);
+                        prefetch(v);
+                        self.0.out.fetch(out);
+                    }
+                    let (v, out) = of_rows(t);
+                    let mut values = [0.0; ROWS];
+                    for (v, values) in v.chunks(LANES).zip(values.as_chunks_mut().0) {
+                        load::<V, T>(v).store(values);
+                    }
+                    let of_groups = values.as_chunks_mut().0.iter_mut().zip(deltas.as_chunks_mut().0);
+                    for (columns, (values, deltas)) in columns.chunks_exact_mut(width).zip(of_groups) {
+                        let products = match i.checked_sub(1) {
+                            Some(before) => Self::pass::<V>(columns, deltas, block.step(before), block.step(i)),
+                            None => Self::products::<V>(columns, block.step(i)),
+                        };
+                        block.gates[i].apply(products, values, deltas);
+                    }
+                    // SAFETY: no other task has these rows of this head at this token.
+                    let out = unsafe { self.0.out.part(out.start, out.len()) };
+                    for (value, out) in values.as_chunks().0.iter().zip(out.chunks_mut(LANES)) {
+                        store(V::load(value), out);
+                    }
+                }
+                let groups = columns.chunks_exact(width).zip(deltas.as_chunks().0);
+                for (state, (columns, deltas)) in state.chunks_mut(N * kd).zip(groups) {
+                    Self::scatter::<V>(columns, deltas, block.step(tokens.len() - 1), state, kd);
+                }
             }
         }
     }
 }
 
-impl<T: Stored> Task<'_, T> {
-    /// `state` in rows of `W` vectors, or of what K needs if `W` is 0.
+impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Grouped<'_, T, G, P, N> {
+    /// Rows of the state side by side; missing ones are zero.
     #[inline(always)]
-    fn recur<V: Lanes, const W: usize>(self, state: &mut [[f32; LANES]]) {
-        let Self { inputs: Inputs { q, k, v, g, beta, hk, hv, kd, .. }, tokens, head, rows, out, .. } = self;
-        let width = if W == 0 { kd.div_ceil(LANES) } else { W };
-        let block = tokens.len().min(TOKENS);
-        let (mut queries, mut keys) = (vec![[0.0; LANES]; block * width], vec![[0.0; LANES]; block * width]);
-        // Of `v` on the way in, of the output on the way out.
-        let mut values = vec![0.0; block * rows.len()];
-        let mut decays = [0.0; TOKENS];
-
-        for start in tokens.clone().step_by(TOKENS) {
-            let block = start..tokens.end.min(start + TOKENS);
-            for (i, t) in block.clone().enumerate() {
-                let row = t * hk + head * hk / hv;
-                let scale = (*kd as f32).sqrt().recip();
-                normalise::<V, T>(&q.0[q.1.start(row)..][..*kd], scale, &mut queries[i * width..][..width]);
-                normalise::<V, T>(&k.0[k.1.start(row)..][..*kd], 1.0, &mut keys[i * width..][..width]);
-                let v = &v.0[v.1.start(t * hv + head)..][rows.clone()];
-                let values = &mut values[i * rows.len()..][..rows.len()];
-                for (v, value) in v.chunks(LANES).zip(values.chunks_mut(LANES)) {
-                    store(load::<V, T>(v), value);
-                }
-                decays[i] = g[t * hv + head].exp();
-            }
-            for (state, first) in state.chunks_mut(ROWS * width).zip((0..).step_by(ROWS)) {
-                for (i, t) in block.clone().enumerate() {
-                    let token = Token {
-                        query: &queries[i * width..][..width],
-                        key: &keys[i * width..][..width],
-                        decay: decays[i],
-                        beta: beta[t * hv + head],
-                    };
-                    let values = &mut values[i * rows.len() + first..][..state.len() / width];
-                    let (groups, rest) = values.as_chunks_mut::<GROUP>();
-                    let (grouped, last) = state.split_at_mut(groups.len() * GROUP * width);
-                    for (state, values) in grouped.chunks_exact_mut(GROUP * width).zip(groups) {
-                        token.update::<V, W, GROUP>(state, values);
-                    }
-                    for (state, value) in last.chunks_exact_mut(width).zip(rest.as_chunks_mut().0) {
-                        token.update::<V, W, 1>(state, value);
-                    }
-                }
-            }
-            for (i, t) in block.enumerate() {
-                // SAFETY: no other task has these rows of this head at this token.
-                let out = unsafe { out.part((t * hv + head) * self.inputs.vd + rows.start, rows.len()) };
-                for (value, out) in values[i * rows.len()..].chunks(LANES).zip(out.chunks_mut(LANES)) {
-                    store(load::<V, f32>(value), out);
-                }
+    fn gather<V: Lanes>(state: &[f32], kd: usize, columns: &mut [Column<N>]) {
+        for (r, row) in (0..N).zip(state.chunks(kd).chain(std::iter::repeat(&[][..]))) {
+            for (j, OnLines(column)) in columns.iter_mut().enumerate() {
+                let values = &row[row.len().min(j * LANES)..row.len().min((j + 1) * LANES)];
+                load::<V, f32>(values).store(&mut column[G::place(r)]);
             }
         }
     }
+
+    /// The state back, after the last step.
+    #[inline(always)]
+    fn scatter<V: Lanes>(columns: &[Column<N>], deltas: &[f32; N], step: Step, state: &mut [f32], kd: usize) {
+        let decay = V::splat(step.gates.decay);
+        for (r, row) in state.chunks_mut(kd).enumerate() {
+            let delta = V::splat(deltas[r]);
+            for ((OnLines(column), key), target) in columns.iter().zip(step.key).zip(row.chunks_mut(LANES)) {
+                let updated = delta.mul_add(V::load(key), decay.mul(V::load(&column[G::place(r)])));
+                store(updated, target);
+            }
+        }
+    }
+
+    /// The products of the state with the step's key and query.
+    #[inline(always)]
+    fn products<V: Lanes>(columns: &[Column<N>], step: Step) -> [[f32; N]; 2] {
+        let [mut memory, mut read] = [[G::Register::<V>::splat(0.0); P]; 2];
+        for ((OnLines(column), key), query) in columns.iter().zip(step.key).zip(step.query) {
+            let (key, query) = (G::repeat(V::load(key)), G::repeat(V::load(query)));
+            for p in 0..P {
+                let state = G::Register::<V>::read(&column.as_flattened()[p * G::Register::<V>::WIDTH..]);
+                memory[p] = state.mul_add(key, memory[p]);
+                read[p] = state.mul_add(query, read[p]);
+            }
+        }
+        [G::sums::<V>(memory), G::sums::<V>(read)]
+    }
+
+    /// Applies the step before to the state, and returns its [`Self::products`] with the next: one pass for both.
+    #[inline(always)]
+    fn pass<V: Lanes>(columns: &mut [Column<N>], deltas: &[f32; N], before: Step, next: Step) -> [[f32; N]; 2] {
+        let width = columns.len();
+        // Lengths that let the compiler drop the checks of every index below.
+        let (before_key, key, query) = (&before.key[..width], &next.key[..width], &next.query[..width]);
+        let decay = G::Register::<V>::splat(before.gates.decay);
+        let deltas = G::spread::<V>(deltas);
+        let [mut memory, mut read] = [[G::Register::<V>::splat(0.0); P]; 2];
+        for j in 0..width {
+            let before = G::repeat(V::load(&before_key[j]));
+            let (key, query) = (G::repeat(V::load(&key[j])), G::repeat(V::load(&query[j])));
+            for p in 0..P {
+                let state = &mut columns[j].0.as_flattened_mut()[p * G::Register::<V>::WIDTH..];
+                let updated = deltas[p].mul_add(before, decay.mul(G::Register::<V>::read(state)));
+                updated.write(state);
+                memory[p] = updated.mul_add(key, memory[p]);
+                read[p] = updated.mul_add(query, read[p]);
+            }
+        }
+        [G::sums::<V>(memory), G::sums::<V>(read)]
+    }
 }
 
-/// What one token brings to one head: query and key normalised, `exp(g)`, `beta`.
-struct Token<'a> {
-    query: &'a [[f32; LANES]],
+/// What some tokens bring to one head.
+struct Block {
+    /// Vectors of a key.
+    width: usize,
+    /// Normalised, `[tokens, width]`, as queries are.
+    keys: Vec<[f32; LANES]>,
+    queries: Vec<[f32; LANES]>,
+    gates: [Gates; TOKENS],
+}
+
+/// What one of them brings.
+#[derive(Clone, Copy)]
+struct Step<'a> {
     key: &'a [[f32; LANES]],
+    query: &'a [[f32; LANES]],
+    gates: Gates,
+}
+
+/// `exp(g)`, `beta` and the product of key and query.
+#[derive(Clone, Copy, Default)]
+struct Gates {
     decay: f32,
     beta: f32,
+    product: f32,
 }
 
-impl Token<'_> {
-    /// Updates `R` rows of the state; `values` holds their part of `v`, then of the output.
+impl Block {
+    fn new(width: usize, tokens: usize) -> Self {
+        let empty = vec![[0.0; LANES]; tokens * width];
+        Self { width, keys: empty.clone(), queries: empty, gates: [Gates::default(); TOKENS] }
+    }
+
     #[inline(always)]
-    fn update<V: Lanes, const W: usize, const R: usize>(&self, state: &mut [[f32; LANES]], values: &mut [f32; R]) {
-        let width = if W == 0 { self.key.len() } else { W };
-        // Lengths that let the compiler drop the checks of every index below.
-        let (key, query, state) = (&self.key[..width], &self.query[..width], &mut state[..R * width]);
+    fn fill<V: Lanes, T: Stored>(&mut self, inputs: &Inputs<T>, head: usize, tokens: Range<usize>) {
+        let &Inputs { ref q, ref k, g, beta, hk, hv, kd, .. } = inputs;
+        let of_head = |t: usize| {
+            let row = t * hk + head * hk / hv;
+            (&q.0[q.1.start(row)..][..kd], &k.0[k.1.start(row)..][..kd])
+        };
+        let rows = self.queries.chunks_exact_mut(self.width).zip(self.keys.chunks_exact_mut(self.width));
+        for ((t, (query, key)), gates) in tokens.clone().zip(rows).zip(&mut self.gates) {
+            if t + AHEAD < tokens.end {
+                let (q, k) = of_head(t + AHEAD);
+                prefetch(q);
+                prefetch(k);
+            }
+            let (q, k) = of_head(t);
+            normalise::<V, T>(q, (kd as f32).sqrt().recip(), query);
+            normalise::<V, T>(k, 1.0, key);
+            let mut product = V::splat(0.0);
+            for (query, key) in query.iter().zip(key.iter()) {
+                product = V::load(query).mul_add(V::load(key), product);
+            }
+            let gate = t * hv + head;
+            *gates = Gates { decay: g[gate].exp(), beta: beta[gate], product: product.sum() };
+        }
+    }
 
-        // The product with the state before its decay: that saves a pass.
-        let mut memory = [V::splat(0.0); R];
-        for j in 0..width {
-            let key = V::load(&key[j]);
-            for r in 0..R {
-                memory[r] = V::load(&state[r * width + j]).mul_add(key, memory[r]);
-            }
-        }
-        let memory = sums(memory);
-        let mut delta = [V::splat(0.0); R];
-        for r in 0..R {
-            delta[r] = V::splat(self.beta * (values[r] - self.decay * memory[r]));
-        }
-        let decay = V::splat(self.decay);
-        let mut out = [V::splat(0.0); R];
-        for j in 0..width {
-            let (key, query) = (V::load(&key[j]), V::load(&query[j]));
-            for r in 0..R {
-                let updated = delta[r].mul_add(key, decay.mul(V::load(&state[r * width + j])));
-                updated.store(&mut state[r * width + j]);
-                out[r] = updated.mul_add(query, out[r]);
-            }
-        }
-        *values = sums(out);
+    #[inline(always)]
+    fn step(&self, i: usize) -> Step<'_> {
+        let row = i * self.width..(i + 1) * self.width;
+        Step { key: &self.keys[row.clone()], query: &self.queries[row], gates: self.gates[i] }
     }
 }
 
-/// The sum of the lanes of each.
-#[inline(always)]
-fn sums<V: Lanes, const R: usize>(lanes: [V; R]) -> [f32; R] {
-    let mut sums = [0.0; R];
-    let (fours, rest) = lanes.as_chunks();
-    for (four, sums) in fours.iter().zip(sums.as_chunks_mut().0) {
-        *sums = V::sums(*four);
+impl Gates {
+    /// From the products of rows of the state before the step: `values` become the output, `deltas` what the key is added
+    /// times.
+    #[inline(always)]
+    fn apply<const N: usize>(self, [memory, read]: [[f32; N]; 2], values: &mut [f32; N], deltas: &mut [f32; N]) {
+        for r in 0..N {
+            deltas[r] = self.beta * (values[r] - self.decay * memory[r]);
+            values[r] = self.decay * read[r] + self.product * deltas[r];
+        }
     }
-    for (lanes, sum) in rest.iter().zip(sums.as_chunks_mut::<4>().1) {
-        *sum = lanes.sum();
-    }
-    sums
 }
 
 /// `out = x * scale / sqrt(sum(x^2) + 1e-6)`, zero past the end of `x`.

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, PAIR, ROUND, Two, Vector};
+use super::{Kernel, LANES, Lanes, PAIR, ROUND, Two, Vector, spread_to_two, sums_of_two};
 
 /// # Safety
 ///
@@ -44,6 +44,10 @@ pub(super) trait Pairs {
     fn halves(pair: Self::Pair) -> [__m256; 2];
     /// As [`Lanes::bytes`].
     fn bytes(values: [Self::Pair; 4]) -> [i8; 4 * PAIR];
+    /// As [`Lanes::sums_of_halves`].
+    fn sums(four: [Self::Pair; 4]) -> __m256;
+    /// As [`Lanes::spread`].
+    fn spread(lanes: __m256) -> [Self::Pair; 4];
 }
 
 // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
@@ -82,6 +86,14 @@ impl Pairs for Apart {
         }
         bytes
     }
+    #[inline(always)]
+    fn sums(four: [Self::Pair; 4]) -> __m256 {
+        sums_of_two(four).0
+    }
+    #[inline(always)]
+    fn spread(lanes: __m256) -> [Self::Pair; 4] {
+        spread_to_two(Eight::new(lanes))
+    }
 }
 
 /// In one register of AVX-512.
@@ -112,6 +124,30 @@ impl Pairs for Together {
             }
         }
         bytes
+    }
+    #[inline(always)]
+    fn sums([a, b, c, d]: [Sixteen; 4]) -> __m256 {
+        unsafe {
+            // Of neighbours, in each quarter of the register.
+            let add = |a, b| _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
+            let quarters = add(add(a.0, b.0), add(c.0, d.0));
+            let [first, second] = Self::halves(Sixteen(quarters));
+            let even = _mm256_permute2f128_ps::<0x20>(first, second);
+            _mm256_add_ps(even, _mm256_permute2f128_ps::<0x31>(first, second))
+        }
+    }
+    #[inline(always)]
+    fn spread(lanes: __m256) -> [Sixteen; 4] {
+        unsafe {
+            let both = _mm512_castps256_ps512(lanes);
+            let both = _mm512_shuffle_f32x4::<0x50>(both, both);
+            [
+                Sixteen(_mm512_permute_ps::<0x00>(both)),
+                Sixteen(_mm512_permute_ps::<0x55>(both)),
+                Sixteen(_mm512_permute_ps::<0xaa>(both)),
+                Sixteen(_mm512_permute_ps::<0xff>(both)),
+            ]
+        }
     }
 }
 
@@ -329,5 +365,13 @@ impl<P: Pairs> Lanes for Eight<P> {
             _mm_storeu_ps(out.as_mut_ptr(), sums);
             out
         }
+    }
+    #[inline(always)]
+    fn sums_of_halves(four: [P::Pair; 4]) -> Self {
+        Self::new(P::sums(four))
+    }
+    #[inline(always)]
+    fn spread(self) -> [P::Pair; 4] {
+        P::spread(self.0)
     }
 }

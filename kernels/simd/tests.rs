@@ -133,6 +133,43 @@ fn pairs_have_the_bits_of_their_halves() {
     }
 }
 
+struct SumsOfHalves<'a>(&'a [f32; 4 * PAIR]);
+
+impl Kernel for SumsOfHalves<'_> {
+    type Output = ([f32; LANES], [[f32; PAIR]; 4]);
+
+    /// The sums, and these spread.
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> Self::Output {
+        let (mut sums, mut spread) = ([0.0; LANES], [[0.0; PAIR]; 4]);
+        let mut pairs = [V::Pair::splat(0.0); 4];
+        for (pair, values) in pairs.iter_mut().zip(self.0.as_chunks::<PAIR>().0) {
+            *pair = V::Pair::read(values);
+        }
+        let of_halves = V::sums_of_halves(pairs);
+        of_halves.store(&mut sums);
+        for (pair, spread) in of_halves.spread().into_iter().zip(&mut spread) {
+            pair.write(spread);
+        }
+        (sums, spread)
+    }
+}
+
+#[test]
+fn halves_are_added_and_spread() {
+    let mut random = Random::new(4);
+    for set in available() {
+        let x = std::array::from_fn(|_| random.normal(1.0));
+        let (sums, spread) = on(set, || dispatch(SumsOfHalves(&x)));
+        for (i, &sum) in sums.iter().enumerate() {
+            let (pair, half) = (i % 4, i / 4 * LANES);
+            let x = &x[pair * PAIR + half..][..LANES];
+            assert_eq!(sum, ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])), "{set:?} {i}");
+            assert_eq!(spread[pair][half..half + LANES], [sum; LANES], "{set:?} {i}");
+        }
+    }
+}
+
 #[test]
 fn exp_at_its_ends() {
     let x = [0.0, -0.0, f32::NEG_INFINITY, -1e9, -104.0, 89.0, f32::INFINITY, f32::NAN];
