@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::Batch;
 use crate::cpu::{RowStarts, Shared, share};
-use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
+use crate::simd::{Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, load, load_pair, prefetch, store_pair};
 
 /// `x` `[N, channels]`, `weight` `[channels, width]`, `state` `[S, channels, width - 1]`; returns `[N, channels]`.
 pub fn causal_conv1d<T: Stored>(
@@ -40,10 +40,12 @@ const TAPS: usize = 4;
 /// Channels and tokens whose inputs stay in the first-level cache, 16 KiB.
 const CHANNELS: usize = 256;
 const TOKENS: usize = 16;
+/// Tokens whose inputs and outputs, pieces of rows far apart, are asked for before their turn.
+const AHEAD: usize = 2;
 
 /// The tokens of one sequence on a block of channels.
 struct Task<'a, T> {
-    x: &'a (&'a [T], RowStarts<'a>),
+    x: &'a (&'a [T], RowStarts),
     weight: &'a [f32],
     window: &'a mut [f32],
     width: usize,
@@ -58,40 +60,55 @@ impl<T: Stored> Kernel for Task<'_, T> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let Self { x: (x, rows), weight, window, width, tokens, channels, block, out } = self;
+        let Self { x: (x, rows), weight, window, width, tokens, channels, block, out: shared } = self;
+        let past = width - 1;
         let mut weights = [[0.0; CHANNELS]; TAPS];
-        for (j, row) in weights[TAPS - width..].iter_mut().enumerate() {
-            row.iter_mut().zip(weight[j..].iter().step_by(width)).for_each(|(to, from)| *to = *from);
-        }
+        turn::<V>(weight, width, &mut weights[TAPS - width..]);
         // The window and, behind it, the inputs of some tokens.
         let mut inputs = vec![[0.0; CHANNELS]; TAPS - 1 + tokens.len().min(TOKENS)];
-        for (j, row) in inputs[TAPS - width..TAPS - 1].iter_mut().enumerate() {
-            row.iter_mut().zip(window[j..].iter().step_by(width - 1)).for_each(|(to, from)| *to = *from);
-        }
+        turn::<V>(window, past, &mut inputs[TAPS - width..TAPS - 1]);
         for start in tokens.clone().step_by(TOKENS) {
-            let tokens = start..tokens.end.min(start + TOKENS);
-            for (t, input) in tokens.clone().zip(&mut inputs[TAPS - 1..]) {
-                let x = &x[rows.start(t) + block.start..][..block.len()];
-                for (x, input) in x.chunks(LANES).zip(input.as_chunks_mut().0) {
-                    load::<V, T>(x).store(input);
+            let piece = start..tokens.end.min(start + TOKENS);
+            for (i, t) in piece.clone().enumerate() {
+                let ahead = tokens.end.min(t + 1 + AHEAD) - 1;
+                let (next_x, next_out) = (rows.start(ahead) + block.start, ahead * channels + block.start);
+                let row = &x[rows.start(t) + block.start..][..block.len()];
+                for (x, input) in row.chunks(PAIR).zip(inputs[i + TAPS - 1].as_chunks_mut::<PAIR>().0) {
+                    load_pair::<V, T>(x).write(input);
                 }
-            }
-            for (t, inputs) in tokens.clone().zip(inputs.windows(TAPS)) {
+                let inputs = inputs[i..].first_chunk::<TAPS>().expect("as many as there are tokens, and the window");
                 // SAFETY: no other task has these channels at this token.
-                let out = unsafe { out.part(t * channels + block.start, block.len()) };
-                for (c, out) in out.chunks_mut(LANES).enumerate() {
-                    let mut sum = V::splat(0.0);
+                let out = unsafe { shared.part(t * channels + block.start, block.len()) };
+                for (c, out) in out.chunks_mut(PAIR).enumerate() {
+                    prefetch(&x[next_x + c * PAIR..][..out.len()]);
+                    shared.fetch(next_out + c * PAIR..next_out + c * PAIR + out.len());
+                    let mut sum = V::Pair::splat(0.0);
                     for j in 0..TAPS {
-                        let weight = V::load(&weights[j].as_chunks().0[c]);
-                        sum = weight.mul_add(V::load(&inputs[j].as_chunks().0[c]), sum);
+                        let weight = V::Pair::read(&weights[j].as_chunks::<PAIR>().0[c]);
+                        sum = weight.mul_add(V::Pair::read(&inputs[j].as_chunks::<PAIR>().0[c]), sum);
                     }
-                    store(sum.mul(sum.sigmoid()), out);
+                    store_pair::<V, T>(sum.mul(sum.sigmoid()), out);
                 }
             }
-            inputs.copy_within(tokens.len()..tokens.len() + TAPS - 1, 0);
+            inputs.copy_within(piece.len()..piece.len() + TAPS - 1, 0);
         }
         for (j, row) in inputs[TAPS - width..TAPS - 1].iter().enumerate() {
-            window[j..].iter_mut().step_by(width - 1).zip(row).for_each(|(to, from)| *to = *from);
+            window[j..].iter_mut().step_by(past).zip(row).for_each(|(to, from)| *to = *from);
+        }
+    }
+}
+
+/// `columns[j][c] = rows[c][j]` of rows of `width`, at most eight.
+#[inline(always)]
+fn turn<V: Lanes>(rows: &[f32], width: usize, columns: &mut [[f32; CHANNELS]]) {
+    let count = rows.len() / width;
+    for first in (0..count).step_by(LANES) {
+        let mut eight = [V::splat(0.0); LANES];
+        for (lanes, row) in eight.iter_mut().zip(first..count) {
+            *lanes = load::<V, f32>(&rows[row * width..rows.len().min(row * width + LANES)]);
+        }
+        for (turned, column) in V::transpose(eight).into_iter().zip(columns.iter_mut()) {
+            turned.write(&mut column[first..]);
         }
     }
 }
