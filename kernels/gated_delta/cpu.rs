@@ -60,6 +60,8 @@ const GROUP: usize = 16;
 const ROWS: usize = 32;
 /// Tokens whose keys and queries stay in the second-level cache, 128 KiB at K = 128.
 const TOKENS: usize = 128;
+/// Fewer tokens meet rows of the state as they lie: bringing them side by side and back takes longer then.
+const MANY: usize = 4;
 /// Tokens whose operands and outputs, rows of which lie far apart, are asked for before their turn.
 const AHEAD: usize = 2;
 
@@ -163,14 +165,17 @@ impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Group
         for tokens in pieces(tokens.clone(), TOKENS) {
             block.fill::<V, T>(inputs, head, tokens.clone());
             for (rows, state) in pieces(rows.clone(), ROWS).zip(self.0.state.chunks_mut(ROWS * kd)) {
-                let columns = &mut columns[..rows.len().div_ceil(N) * width];
-                for (state, columns) in state.chunks(N * kd).zip(columns.chunks_exact_mut(width)) {
-                    Self::gather::<V>(state, kd, columns);
-                }
                 let of_rows = |t: usize| {
                     let (v_start, start) = (v.1.start(t * hv + head), (t * hv + head) * vd);
                     (&v.0[v_start + rows.start..v_start + rows.end], start + rows.start..start + rows.end)
                 };
+                let is_gathered = tokens.len() >= MANY || kd % LANES != 0 || rows.len() % 4 != 0;
+                let columns = &mut columns[..rows.len().div_ceil(N) * width];
+                if is_gathered {
+                    for (state, columns) in state.chunks(N * kd).zip(columns.chunks_exact_mut(width)) {
+                        Self::gather::<V>(state, kd, columns);
+                    }
+                }
                 let mut deltas = [0.0; ROWS];
                 for (i, t) in tokens.clone().enumerate() {
                     if t + AHEAD < tokens.end {
@@ -183,13 +188,20 @@ impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Group
                     for (v, values) in v.chunks(LANES).zip(values.as_chunks_mut().0) {
                         load::<V, T>(v).store(values);
                     }
-                    let of_groups = values.as_chunks_mut().0.iter_mut().zip(deltas.as_chunks_mut().0);
-                    for (columns, (values, deltas)) in columns.chunks_exact_mut(width).zip(of_groups) {
-                        let products = match i.checked_sub(1) {
-                            Some(before) => Self::pass::<V>(columns, deltas, block.step(before), block.step(i)),
-                            None => Self::products::<V>(columns, block.step(i)),
-                        };
-                        block.gates[i].apply(products, values, deltas);
+                    if is_gathered {
+                        let of_groups = values.as_chunks_mut().0.iter_mut().zip(deltas.as_chunks_mut().0);
+                        for (columns, (values, deltas)) in columns.chunks_exact_mut(width).zip(of_groups) {
+                            let products = match i.checked_sub(1) {
+                                Some(before) => Self::pass::<V>(columns, deltas, block.step(before), block.step(i)),
+                                None => Self::products::<V>(columns, block.step(i)),
+                            };
+                            block.gates[i].apply(products, values, deltas);
+                        }
+                    } else {
+                        let groups = state.as_chunks_mut().0.chunks_exact_mut(4 * width);
+                        for (state, values) in groups.zip(values.as_chunks_mut().0) {
+                            in_place::<V>(state, block.step(i), values);
+                        }
                     }
                     // SAFETY: no other task has these rows of this head at this token.
                     let out = unsafe { self.0.out.part(out.start, out.len()) };
@@ -197,11 +209,39 @@ impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Group
                         store(V::load(value), out);
                     }
                 }
-                let groups = columns.chunks_exact(width).zip(deltas.as_chunks().0);
-                for (state, (columns, deltas)) in state.chunks_mut(N * kd).zip(groups) {
-                    Self::scatter::<V>(columns, deltas, block.step(tokens.len() - 1), state, kd);
+                if is_gathered {
+                    let groups = columns.chunks_exact(width).zip(deltas.as_chunks().0);
+                    for (state, (columns, deltas)) in state.chunks_mut(N * kd).zip(groups) {
+                        Self::scatter::<V>(columns, deltas, block.step(tokens.len() - 1), state, kd);
+                    }
                 }
             }
+        }
+    }
+}
+
+/// A step of four rows of the state as they lie, in two passes. `values` become the output.
+#[inline(always)]
+fn in_place<V: Lanes>(state: &mut [[f32; LANES]], step: Step, values: &mut [f32; 4]) {
+    let width = state.len() / 4;
+    // Lengths that let the compiler drop the checks of every index below.
+    let (key, query, state) = (&step.key[..width], &step.query[..width], &mut state[..4 * width]);
+    let [mut memory, mut read] = [[V::splat(0.0); 4]; 2];
+    for j in 0..width {
+        let (key, query) = (V::load(&key[j]), V::load(&query[j]));
+        for r in 0..4 {
+            let state = V::load(&state[r * width + j]);
+            memory[r] = state.mul_add(key, memory[r]);
+            read[r] = state.mul_add(query, read[r]);
+        }
+    }
+    let mut deltas = [0.0; 4];
+    step.gates.apply([V::sums(memory), V::sums(read)], values, &mut deltas);
+    let decay = V::splat(step.gates.decay);
+    for (row, delta) in state.chunks_exact_mut(width).zip(deltas) {
+        let delta = V::splat(delta);
+        for (state, key) in row.iter_mut().zip(key) {
+            delta.mul_add(V::load(key), decay.mul(V::load(state))).store(state);
         }
     }
 }
