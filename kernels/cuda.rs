@@ -407,7 +407,7 @@ pub(crate) fn uninit(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result
 
 /// The GPU `ordinal`, as [`device::cuda`](crate::device::cuda) says.
 pub(crate) fn open(ordinal: usize) -> Result<Device> {
-    let device = Device::new_cuda_with_stream(ordinal)?;
+    let device = recording::while_none(|| Device::new_cuda_with_stream(ordinal))?;
     let cuda = device.as_cuda_device()?;
     // SAFETY: the device is new, its stream the only one that work on it is queued on.
     unsafe { cuda.disable_event_tracking() };

@@ -148,11 +148,15 @@ impl Recording {
             Ok((logits, chosen))
         };
         let ((logits, chosen), rehearsal) = Graph::rehearse(&device, &mut forward)?;
-        let graph = Graph::record(&device, &rehearsal, || {
-            let recorded = forward()?;
-            logits.slice_set(&recorded.0, 0, 0)?;
-            chosen.slice_set(&recorded.1, 0, 0)
-        });
+        let mut record = || {
+            Graph::record(&device, &rehearsal, || {
+                let recorded = forward()?;
+                logits.slice_set(&recorded.0, 0, 0)?;
+                chosen.slice_set(&recorded.1, 0, 0)
+            })
+        };
+        // Another thread that closes the GPU waits for all of its streams, and so ends what one of them records.
+        let graph = record().or_else(|_| record());
         Ok(Self { shape, batch, draws, logits, chosen, graph: graph.ok() })
     }
 }

@@ -6,7 +6,7 @@
 //! what they never owned.
 
 use std::cell::{Cell, RefCell};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, sys};
@@ -18,6 +18,15 @@ thread_local! {
     /// Bytes that outputs have taken on this thread, in all.
     static TAKEN: Cell<usize> = const { Cell::new(0) };
     static ARENA: RefCell<Option<Arena>> = const { RefCell::new(None) };
+}
+
+/// Shared by recordings. Who waits for all streams of a GPU at once, as opening it again does, would end them.
+static RECORDING: RwLock<()> = RwLock::new(());
+
+/// Runs `f` while nothing is recorded.
+pub(super) fn while_none<T>(f: impl FnOnce() -> T) -> T {
+    let _alone = RECORDING.write().unwrap_or_else(PoisonError::into_inner);
+    f()
 }
 
 /// Of every output in the buffer.
@@ -46,15 +55,18 @@ impl Recorded {
         let stream = device.cuda_stream();
         let memory = stream.alloc_zeros::<u8>(bytes.max(ALIGNMENT)).w()?;
         stream.synchronize().w()?;
+        let _shared = RECORDING.read().unwrap_or_else(PoisonError::into_inner);
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
         ARENA.set(Some(Arena { memory, used: 0, kept: vec![] }));
         let worked = work();
         let arena = ARENA.take().expect("set above");
-        // In any case, or the stream would go on recording.
+        // In any case, or the stream would go on recording; an error that waits for the next call would keep it from that.
+        let waiting = stream.context().check_err();
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags);
         let memory = arena.release()?;
         worked?;
+        waiting.w()?;
         match graph.w()? {
             Some(graph) => Ok(Self { graph, _memory: memory }),
             None => bail!("cuda: nothing was recorded"),
