@@ -10,7 +10,8 @@ use crate::Batch;
 use crate::cpu::{RowStarts, Shared, share};
 use crate::linear::tile::{OnLines, pieces};
 use crate::simd::{
-    Instructions, Kernel, LANES, Lanes, Stored, Vector, dispatch, instructions, load, prefetch, store, sum_of_squares,
+    Instructions, Kernel, LANES, Lanes, Stored, Vector, dispatch, instructions, load, prefetch, prefetch_at, store,
+    sum_of_squares,
 };
 
 /// Operands and sizes: `q`, `k` `[N, hk, kd]`; `v` `[N, hv, vd]`; `g`, `beta` `[N, hv]`.
@@ -220,7 +221,8 @@ impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Group
     }
 }
 
-/// A step of four rows of the state as they lie, in two passes. `values` become the output.
+/// A step of four rows of the state as they lie, in two passes, while those behind them are asked for. `values` become the
+/// output.
 #[inline(always)]
 fn in_place<V: Lanes>(state: &mut [[f32; LANES]], step: Step, values: &mut [f32; 4]) {
     let width = state.len() / 4;
@@ -228,6 +230,7 @@ fn in_place<V: Lanes>(state: &mut [[f32; LANES]], step: Step, values: &mut [f32;
     let (key, query, state) = (&step.key[..width], &step.query[..width], &mut state[..4 * width]);
     let [mut memory, mut read] = [[V::splat(0.0); 4]; 2];
     for j in 0..width {
+        prefetch_at(state.as_ptr().wrapping_add(4 * (width + j)), 4);
         let (key, query) = (V::load(&key[j]), V::load(&query[j]));
         for r in 0..4 {
             let state = V::load(&state[r * width + j]);
