@@ -62,7 +62,7 @@ const ROWS: usize = 32;
 /// Tokens whose keys and queries stay in the second-level cache, 128 KiB at K = 128.
 const TOKENS: usize = 128;
 /// Fewer tokens meet rows of the state as they lie: bringing them side by side and back takes longer then.
-const MANY: usize = 4;
+const MANY: usize = 8;
 /// Tokens whose operands and outputs, rows of which lie far apart, are asked for before their turn.
 const AHEAD: usize = 2;
 
