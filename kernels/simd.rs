@@ -170,9 +170,17 @@ pub(crate) trait Lanes: Vector {
     fn sums(four: [Self; 4]) -> [f32; 4];
 
     /// The sums of the lanes of the four first halves and of the four second ones, as [`Lanes::sums`].
-    fn sums_of_halves(four: [Self::Pair; 4]) -> Self;
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn sums_of_halves(four: [Self::Pair; 4]) -> Self {
+        sums_of_halves(four)
+    }
     /// Lane `i` in all of the first half of result `i`, lane `i + 4` in all of its second half.
-    fn spread(self) -> [Self::Pair; 4];
+    #[cfg(any(test, target_arch = "x86_64"))]
+    #[inline(always)]
+    fn spread(self) -> [Self::Pair; 4] {
+        spread(self)
+    }
 
     #[inline(always)]
     fn load(source: &[f32; LANES]) -> Self {
@@ -253,25 +261,30 @@ impl<V: Vector> Vector for Two<V> {
     }
 }
 
-/// [`Lanes::sums_of_halves`] where pairs are two registers.
+/// [`Lanes::sums_of_halves`] of halves in registers of their own.
+#[cfg(any(test, target_arch = "x86_64"))]
 #[inline(always)]
-fn sums_of_two<V: Lanes>([a, b, c, d]: [Two<V>; 4]) -> V {
+fn sums_of_halves<V: Lanes>([a, b, c, d]: [V::Pair; 4]) -> V {
+    let ([a, e], [b, f], [c, g], [d, h]) = (V::halves(a), V::halves(b), V::halves(c), V::halves(d));
     let mut sums = [0.0; LANES];
-    sums[..4].copy_from_slice(&V::sums([a.0, b.0, c.0, d.0]));
-    sums[4..].copy_from_slice(&V::sums([a.1, b.1, c.1, d.1]));
+    sums[..4].copy_from_slice(&V::sums([a, b, c, d]));
+    sums[4..].copy_from_slice(&V::sums([e, f, g, h]));
     V::load(&sums)
 }
 
-/// [`Lanes::spread`] where pairs are two registers.
+/// [`Lanes::spread`] to halves in registers of their own.
+#[cfg(any(test, target_arch = "x86_64"))]
 #[inline(always)]
-fn spread_to_two<V: Lanes>(lanes: V) -> [Two<V>; 4] {
+fn spread<V: Lanes>(lanes: V) -> [V::Pair; 4] {
     let mut values = [0.0; LANES];
     lanes.store(&mut values);
-    let mut spread = [Two(lanes, lanes); 4];
-    for i in 0..4 {
-        spread[i] = Two(V::splat(values[i]), V::splat(values[i + 4]));
-    }
-    spread
+    let [a, b, c, d, e, f, g, h] = values;
+    [
+        V::splat(a).pair(V::splat(e)),
+        V::splat(b).pair(V::splat(f)),
+        V::splat(c).pair(V::splat(g)),
+        V::splat(d).pair(V::splat(h)),
+    ]
 }
 
 /// An element type that lanes are loaded from and rounded to.

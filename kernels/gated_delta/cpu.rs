@@ -9,9 +9,10 @@ use std::ops::Range;
 use crate::Batch;
 use crate::cpu::{RowStarts, Shared, share};
 use crate::linear::tile::{OnLines, pieces};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::Instructions;
 use crate::simd::{
-    Instructions, Kernel, LANES, Lanes, Stored, Vector, dispatch, instructions, load, prefetch, prefetch_at, store,
-    sum_of_squares,
+    Kernel, LANES, Lanes, Stored, Vector, dispatch, instructions, load, prefetch, prefetch_at, store, sum_of_squares,
 };
 
 /// Operands and sizes: `q`, `k` `[N, hk, kd]`; `v` `[N, hv, vd]`; `g`, `beta` `[N, hv]`.
@@ -160,22 +161,23 @@ impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Group
         let &Inputs { ref v, hv, kd, vd, .. } = inputs;
         let width = kd.div_ceil(LANES);
         let mut block = Block::new(width, tokens.len().min(TOKENS));
+        let fits_in_place = kd.is_multiple_of(LANES) && rows.len().is_multiple_of(4);
         let mut columns: Vec<Column<N>> = Vec::new();
-        columns.resize_with(ROWS / N * width, || OnLines([[0.0; LANES]; N]));
-
         for tokens in pieces(tokens.clone(), TOKENS) {
             block.fill::<V, T>(inputs, head, tokens.clone());
+            let is_gathered = tokens.len() >= MANY || !fits_in_place;
+            if is_gathered {
+                columns.resize_with(ROWS / N * width, || OnLines([[0.0; LANES]; N]));
+            }
             for (rows, state) in pieces(rows.clone(), ROWS).zip(self.0.state.chunks_mut(ROWS * kd)) {
                 let of_rows = |t: usize| {
                     let (v_start, start) = (v.1.start(t * hv + head), (t * hv + head) * vd);
                     (&v.0[v_start + rows.start..v_start + rows.end], start + rows.start..start + rows.end)
                 };
-                let is_gathered = tokens.len() >= MANY || kd % LANES != 0 || rows.len() % 4 != 0;
-                let columns = &mut columns[..rows.len().div_ceil(N) * width];
-                if is_gathered {
-                    for (state, columns) in state.chunks(N * kd).zip(columns.chunks_exact_mut(width)) {
-                        Self::gather::<V>(state, kd, columns);
-                    }
+                let groups = if is_gathered { rows.len().div_ceil(N) } else { 0 };
+                let columns = &mut columns[..groups * width];
+                for (state, columns) in state.chunks(N * kd).zip(columns.chunks_exact_mut(width)) {
+                    Self::gather::<V>(state, kd, columns);
                 }
                 let mut deltas = [0.0; ROWS];
                 for (i, t) in tokens.clone().enumerate() {
@@ -210,11 +212,9 @@ impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Group
                         store(V::load(value), out);
                     }
                 }
-                if is_gathered {
-                    let groups = columns.chunks_exact(width).zip(deltas.as_chunks().0);
-                    for (state, (columns, deltas)) in state.chunks_mut(N * kd).zip(groups) {
-                        Self::scatter::<V>(columns, deltas, block.step(tokens.len() - 1), state, kd);
-                    }
+                let groups = columns.chunks_exact(width).zip(deltas.as_chunks().0);
+                for (state, (columns, deltas)) in state.chunks_mut(N * kd).zip(groups) {
+                    Self::scatter::<V>(columns, deltas, block.step(tokens.len() - 1), state, kd);
                 }
             }
         }

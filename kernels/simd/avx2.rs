@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, PAIR, ROUND, Two, Vector, spread_to_two, sums_of_two};
+use super::{Kernel, LANES, Lanes, PAIR, ROUND, Two, Vector, spread, sums_of_halves};
 
 /// # Safety
 ///
@@ -88,11 +88,11 @@ impl Pairs for Apart {
     }
     #[inline(always)]
     fn sums(four: [Self::Pair; 4]) -> __m256 {
-        sums_of_two(four).0
+        sums_of_halves::<Eight<Self>>(four).0
     }
     #[inline(always)]
     fn spread(lanes: __m256) -> [Self::Pair; 4] {
-        spread_to_two(Eight::new(lanes))
+        spread(Eight::<Self>::new(lanes))
     }
 }
 

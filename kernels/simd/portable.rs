@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{LANES, Lanes, PAIR, ROUND, Two, Vector, spread_to_two, sums_of_two};
+use super::{LANES, Lanes, PAIR, ROUND, Two, Vector};
 use crate::cpu::Element;
 
 /// Eight values in a form that compilers turn into vectors.
@@ -121,13 +121,5 @@ impl Lanes for Portable {
     #[inline(always)]
     fn sums(four: [Self; 4]) -> [f32; 4] {
         four.map(|Self(x)| ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])))
-    }
-    #[inline(always)]
-    fn sums_of_halves(four: [Two<Self>; 4]) -> Self {
-        sums_of_two(four)
-    }
-    #[inline(always)]
-    fn spread(self) -> [Two<Self>; 4] {
-        spread_to_two(self)
     }
 }
