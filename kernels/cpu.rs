@@ -182,7 +182,7 @@ impl RowStarts {
     #[inline(always)]
     pub fn start(&self, mut row: usize) -> usize {
         let mut start = self.offset;
-        // No row lies beyond the first dimension: that saves a division, which takes as long as half a short row.
+        // No row lies beyond the first dimension, which saves a division.
         let Some((&(_, first), inner)) = self.outer.split_first() else { return start };
         for &(dim, stride) in inner.iter().rev() {
             start += row % dim * stride;

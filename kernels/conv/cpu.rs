@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::Batch;
 use crate::cpu::{RowStarts, Shared, share};
+use crate::linear::tile::pieces;
 use crate::simd::{Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, load, load_pair, prefetch, store_pair};
 
 /// `x` `[N, channels]`, `weight` `[channels, width]`, `state` `[S, channels, width - 1]`; returns `[N, channels]`.
@@ -67,8 +68,7 @@ impl<T: Stored> Kernel for Task<'_, T> {
         // The window and, behind it, the inputs of some tokens.
         let mut inputs = vec![[0.0; CHANNELS]; TAPS - 1 + tokens.len().min(TOKENS)];
         turn::<V>(window, past, &mut inputs[TAPS - width..TAPS - 1]);
-        for start in tokens.clone().step_by(TOKENS) {
-            let piece = start..tokens.end.min(start + TOKENS);
+        for piece in pieces(tokens.clone(), TOKENS) {
             for (i, t) in piece.clone().enumerate() {
                 let ahead = tokens.end.min(t + 1 + AHEAD) - 1;
                 let (next_x, next_out) = (rows.start(ahead) + block.start, ahead * channels + block.start);
@@ -101,14 +101,13 @@ impl<T: Stored> Kernel for Task<'_, T> {
 /// `columns[j][c] = rows[c][j]` of rows of `width`, at most eight.
 #[inline(always)]
 fn turn<V: Lanes>(rows: &[f32], width: usize, columns: &mut [[f32; CHANNELS]]) {
-    let count = rows.len() / width;
-    for first in (0..count).step_by(LANES) {
+    for piece in pieces(0..rows.len() / width, LANES) {
         let mut eight = [V::splat(0.0); LANES];
-        for (lanes, row) in eight.iter_mut().zip(first..count) {
+        for (lanes, row) in eight.iter_mut().zip(piece.clone()) {
             *lanes = load::<V, f32>(&rows[row * width..rows.len().min(row * width + LANES)]);
         }
         for (turned, column) in V::transpose(eight).into_iter().zip(columns.iter_mut()) {
-            turned.write(&mut column[first..]);
+            turned.write(&mut column[piece.start..]);
         }
     }
 }

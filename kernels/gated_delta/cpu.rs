@@ -33,13 +33,13 @@ pub fn gated_delta_rule<T: Stored>(inputs: &Inputs<T>, state: &mut [f32], batch:
     let &Inputs { hv, kd, vd, .. } = inputs;
     let mut out = vec![T::round(0.0); batch.num_tokens() * hv * vd];
     let (shared_out, shared_state) = (Shared::new(&mut out), Shared::new(state));
-    let pieces = (2 * rayon::current_num_threads()).div_ceil(batch.num_sequences() * hv);
-    let rows = vd.div_ceil(pieces).next_multiple_of(GROUP);
-    let pieces = vd.div_ceil(rows);
-    share(batch.num_sequences() * hv * pieces, |task| {
-        let sequence = &batch.host[task / (hv * pieces)];
-        let head = task / pieces % hv;
-        let first = task % pieces * rows;
+    let parts = (2 * rayon::current_num_threads()).div_ceil(batch.num_sequences() * hv);
+    let rows = vd.div_ceil(parts).next_multiple_of(GROUP);
+    let parts = vd.div_ceil(rows);
+    share(batch.num_sequences() * hv * parts, |task| {
+        let sequence = &batch.host[task / (hv * parts)];
+        let head = task / parts % hv;
+        let first = task % parts * rows;
         let rows = first..vd.min(first + rows);
         // SAFETY: no two tasks have the same rows of the same head and sequence, nor two sequences one slot.
         let state = unsafe { shared_state.part(((sequence.slot * hv + head) * vd + first) * kd, rows.len() * kd) };
@@ -156,66 +156,20 @@ impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Kernel for Group
     type Output = ();
 
     #[inline(always)]
-    fn run<V: Lanes>(self) {
+    fn run<V: Lanes>(mut self) {
+        let (state, kd) = (std::mem::take(&mut self.0.state), self.0.inputs.kd);
         let Task { inputs, ref tokens, head, ref rows, .. } = self.0;
-        let &Inputs { ref v, hv, kd, vd, .. } = inputs;
         let width = kd.div_ceil(LANES);
-        let mut block = Block::new(width, tokens.len().min(TOKENS));
         let fits_in_place = kd.is_multiple_of(LANES) && rows.len().is_multiple_of(4);
+        let mut block = Block::new(width, tokens.len().min(TOKENS));
         let mut columns: Vec<Column<N>> = Vec::new();
         for tokens in pieces(tokens.clone(), TOKENS) {
             block.fill::<V, T>(inputs, head, tokens.clone());
-            let is_gathered = tokens.len() >= MANY || !fits_in_place;
-            if is_gathered {
-                columns.resize_with(ROWS / N * width, || OnLines([[0.0; LANES]; N]));
-            }
-            for (rows, state) in pieces(rows.clone(), ROWS).zip(self.0.state.chunks_mut(ROWS * kd)) {
-                let of_rows = |t: usize| {
-                    let (v_start, start) = (v.1.start(t * hv + head), (t * hv + head) * vd);
-                    (&v.0[v_start + rows.start..v_start + rows.end], start + rows.start..start + rows.end)
-                };
-                let groups = if is_gathered { rows.len().div_ceil(N) } else { 0 };
-                let columns = &mut columns[..groups * width];
-                for (state, columns) in state.chunks(N * kd).zip(columns.chunks_exact_mut(width)) {
-                    Self::gather::<V>(state, kd, columns);
-                }
-                let mut deltas = [0.0; ROWS];
-                for (i, t) in tokens.clone().enumerate() {
-                    if t + AHEAD < tokens.end {
-                        let (v, out) = of_rows(t + AHEAD);
-                        prefetch(v);
-                        self.0.out.fetch(out);
-                    }
-                    let (v, out) = of_rows(t);
-                    let mut values = [0.0; ROWS];
-                    for (v, values) in v.chunks(LANES).zip(values.as_chunks_mut().0) {
-                        load::<V, T>(v).store(values);
-                    }
-                    if is_gathered {
-                        let of_groups = values.as_chunks_mut().0.iter_mut().zip(deltas.as_chunks_mut().0);
-                        for (columns, (values, deltas)) in columns.chunks_exact_mut(width).zip(of_groups) {
-                            let products = match i.checked_sub(1) {
-                                Some(before) => Self::pass::<V>(columns, deltas, block.step(before), block.step(i)),
-                                None => Self::products::<V>(columns, block.step(i)),
-                            };
-                            block.gates[i].apply(products, values, deltas);
-                        }
-                    } else {
-                        let groups = state.as_chunks_mut().0.chunks_exact_mut(4 * width);
-                        for (state, values) in groups.zip(values.as_chunks_mut().0) {
-                            in_place::<V>(state, block.step(i), values);
-                        }
-                    }
-                    // SAFETY: no other task has these rows of this head at this token.
-                    let out = unsafe { self.0.out.part(out.start, out.len()) };
-                    for (value, out) in values.as_chunks().0.iter().zip(out.chunks_mut(LANES)) {
-                        store(V::load(value), out);
-                    }
-                }
-                let groups = columns.chunks_exact(width).zip(deltas.as_chunks().0);
-                for (state, (columns, deltas)) in state.chunks_mut(N * kd).zip(groups) {
-                    Self::scatter::<V>(columns, deltas, block.step(tokens.len() - 1), state, kd);
-                }
+            let is_in_place = fits_in_place && tokens.len() < MANY;
+            for (rows, state) in pieces(rows.clone(), ROWS).zip(state.chunks_mut(ROWS * kd)) {
+                let groups = if is_in_place { 0 } else { rows.len().div_ceil(N) };
+                columns.resize_with(groups * width, || OnLines([[0.0; LANES]; N]));
+                self.advance::<V>(&block, tokens.clone(), rows, state, &mut columns);
             }
         }
     }
@@ -250,6 +204,64 @@ fn in_place<V: Lanes>(state: &mut [[f32; LANES]], step: Step, values: &mut [f32;
 }
 
 impl<T: Stored, G: Group<P, N>, const P: usize, const N: usize> Grouped<'_, T, G, P, N> {
+    /// Takes some rows of the state past the tokens of a block: side by side in `columns`, of any content, or where they lie
+    /// if that is empty.
+    #[inline(always)]
+    fn advance<V: Lanes>(
+        &self,
+        block: &Block,
+        tokens: Range<usize>,
+        rows: Range<usize>,
+        state: &mut [f32],
+        columns: &mut [Column<N>],
+    ) {
+        let &Inputs { ref v, hv, kd, vd, .. } = self.0.inputs;
+        let (width, head) = (block.width, self.0.head);
+        let of_rows = |t: usize| {
+            let (v_start, start) = (v.1.start(t * hv + head), (t * hv + head) * vd);
+            (&v.0[v_start + rows.start..v_start + rows.end], start + rows.start..start + rows.end)
+        };
+        for (state, columns) in state.chunks(N * kd).zip(columns.chunks_exact_mut(width)) {
+            Self::gather::<V>(state, kd, columns);
+        }
+        let mut deltas = [0.0; ROWS];
+        for (i, t) in tokens.clone().enumerate() {
+            if t + AHEAD < tokens.end {
+                let (v, out) = of_rows(t + AHEAD);
+                prefetch(v);
+                self.0.out.fetch(out);
+            }
+            let (v, out) = of_rows(t);
+            let mut values = [0.0; ROWS];
+            for (v, values) in v.chunks(LANES).zip(values.as_chunks_mut().0) {
+                load::<V, T>(v).store(values);
+            }
+            if columns.is_empty() {
+                let groups = state.as_chunks_mut().0.chunks_exact_mut(4 * width);
+                for (state, values) in groups.zip(values.as_chunks_mut().0) {
+                    in_place::<V>(state, block.step(i), values);
+                }
+            }
+            let of_groups = values.as_chunks_mut().0.iter_mut().zip(deltas.as_chunks_mut().0);
+            for (columns, (values, deltas)) in columns.chunks_exact_mut(width).zip(of_groups) {
+                let products = match i.checked_sub(1) {
+                    Some(before) => Self::pass::<V>(columns, deltas, block.step(before), block.step(i)),
+                    None => Self::products::<V>(columns, block.step(i)),
+                };
+                block.gates[i].apply(products, values, deltas);
+            }
+            // SAFETY: no other task has these rows of this head at this token.
+            let out = unsafe { self.0.out.part(out.start, out.len()) };
+            for (value, out) in values.as_chunks().0.iter().zip(out.chunks_mut(LANES)) {
+                store(V::load(value), out);
+            }
+        }
+        let groups = columns.chunks_exact(width).zip(deltas.as_chunks().0);
+        for (state, (columns, deltas)) in state.chunks_mut(N * kd).zip(groups) {
+            Self::scatter::<V>(columns, deltas, block.step(tokens.len() - 1), state, kd);
+        }
+    }
+
     /// Rows of the state side by side; missing ones are zero.
     #[inline(always)]
     fn gather<V: Lanes>(state: &[f32], kd: usize, columns: &mut [Column<N>]) {
