@@ -7,6 +7,8 @@
 //! What is generic over [`Lanes`] must be `#[inline(always)]` and must not touch lanes inside a closure: only
 //! what is inlined into [`dispatch`] is compiled for its instructions.
 
+use std::sync::LazyLock;
+
 use half::{bf16, f16};
 
 pub(crate) use self::portable::Portable;
@@ -423,6 +425,23 @@ pub(crate) fn prefetch_far_at<T>(start: *const T, count: usize) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (start, count);
+}
+
+/// Whether the hardware is best left to read ahead by itself of one who goes through memory from end to end, shown the
+/// way now and then. AMD's cores have little room for requests, and what they read ahead by themselves has its own;
+/// Intel's take a request for every line, and read less without.
+#[inline(always)]
+pub(crate) fn reads_ahead() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static IS_AMD: LazyLock<bool> = LazyLock::new(|| {
+            let std::arch::x86_64::CpuidResult { ebx, ecx, edx, .. } = std::arch::x86_64::__cpuid(0);
+            [ebx, edx, ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+        });
+        *IS_AMD
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    true
 }
 
 /// The sum of squares of `x`, in f32.

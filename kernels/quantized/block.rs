@@ -1,6 +1,7 @@
 //! What the formats' blocks do with rounded rows. Lanes are outputs, so nothing is ever added across them.
 
 use std::ops::Range;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use half::bf16;
 
@@ -10,16 +11,30 @@ use super::dot::HALF;
 use super::dot::{Affine, Dot, Row};
 use super::rounded::Factors;
 use super::{Codes, OUTS, Q4Block, Q8Block, STEPS};
-use crate::simd::prefetch_far;
+use crate::simd::{prefetch_far, reads_ahead};
 
 /// Parts of a panel that registers hold, at most.
 const MOST_PARTS: usize = 2;
 
 /// A block of a packed weight.
-pub trait Block: Sync {
-    /// Adds its products with one row. What lies at `ahead` is asked for meanwhile, line by line: all at once, lines would
-    /// wait for each other.
-    fn add<D: Dot>(&self, x: &[Row; 1], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self);
+pub trait Block: Sync + Sized {
+    /// Products of a byte of codes with a row.
+    const PRODUCTS: usize;
+
+    /// Whether [`Ahead`] is of `ALL` lines for so many rows: few go through memory as fast as it answers.
+    #[inline(always)]
+    fn asks_for_all(rows: usize) -> bool {
+        const FEW: usize = 4;
+        rows * Self::PRODUCTS > FEW || !reads_ahead()
+    }
+    /// Adds its products with one row, and asks for what lies ahead.
+    fn add<D: Dot, const ALL: bool>(
+        &self,
+        x: &[Row; 1],
+        factors: Factors,
+        totals: &mut [f32; OUTS],
+        ahead: Ahead<Self, ALL>,
+    );
     /// Adds the sums of a row's products, scaled, for half a panel, the one that the factors of the block are of.
     #[cfg(any(test, target_arch = "x86_64"))]
     fn add_half<D: Dot>(
@@ -35,10 +50,12 @@ pub trait Block: Sync {
     #[cfg(any(test, target_arch = "x86_64"))]
     fn bytes<'a>(&'a self, unpacked: &'a Unpacked) -> &'a [u8];
     fn unpack<D: Dot>(&self, target: &mut Unpacked);
-    /// The codes of two steps as [`Dot`] adds them, and what lies at `ahead` asked for as by [`Block::add`].
-    fn pair<D: Dot>(&self, pair: usize, part: usize, ahead: &Self) -> [D::Bytes; 2];
-    /// The scales and the minima, undefined where the format has none.
+    /// The codes of two steps as [`Dot`] adds them, and those ahead asked for.
+    fn pair<D: Dot, const ALL: bool>(&self, pair: usize, part: usize, ahead: Ahead<Self, ALL>) -> [D::Bytes; 2];
+    /// The scales and the minima, undefined where the format has none. They lie behind the codes and are read behind them.
     fn factors(&self) -> [[f32; OUTS]; 2];
+    /// Asks for the lines of the scales and the minima.
+    fn fetch_factors(&self);
     /// Adds the products with `R` rows.
     fn add_rows<D: Dot, const R: usize>(
         source: &impl Source,
@@ -49,17 +66,24 @@ pub trait Block: Sync {
 }
 
 impl Block for Q8Block {
+    const PRODUCTS: usize = 1;
+
     #[inline(always)]
-    fn add<D: Dot>(&self, x: &[Row; 1], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
-        prefetch_far(&ahead.scales);
-        let scales = widen(&self.scales);
+    fn add<D: Dot, const ALL: bool>(
+        &self,
+        x: &[Row; 1],
+        factors: Factors,
+        totals: &mut [f32; OUTS],
+        ahead: Ahead<Self, ALL>,
+    ) {
         let mut sums = [[D::unbiased(factors.offset)]; MOST_PARTS];
         for step in 0..STEPS {
-            prefetch_far(&ahead.codes[step]);
+            ahead.fetch(&ahead.0.codes[step]);
             for (part, sums) in sums[..OUTS / D::WIDTH].iter_mut().enumerate() {
                 D::add(sums, D::signed(D::load(&self.codes[step], part)), x, step);
             }
         }
+        let [scales, _] = self.factors();
         for (part, sums) in sums[..OUTS / D::WIDTH].iter().enumerate() {
             D::add_scaled(sums[0], factors.scale, &scales, part, totals);
         }
@@ -74,17 +98,22 @@ impl Block for Q8Block {
         target.scales = widen(&self.scales);
     }
     #[inline(always)]
-    fn pair<D: Dot>(&self, pair: usize, part: usize, ahead: &Self) -> [D::Bytes; 2] {
+    fn pair<D: Dot, const ALL: bool>(&self, pair: usize, part: usize, ahead: Ahead<Self, ALL>) -> [D::Bytes; 2] {
         let steps = [2 * pair, 2 * pair + 1];
         if part == 0 {
-            prefetch_far(&ahead.codes[steps[0]]);
-            prefetch_far(&ahead.codes[steps[1]]);
+            ahead.fetch(&ahead.0.codes[steps[0]]);
+            ahead.fetch(&ahead.0.codes[steps[1]]);
         }
         [D::signed(D::load(&self.codes[steps[0]], part)), D::signed(D::load(&self.codes[steps[1]], part))]
     }
     #[inline(always)]
     fn factors(&self) -> [[f32; OUTS]; 2] {
+        in_order();
         [widen(&self.scales), [0.0; OUTS]]
+    }
+    #[inline(always)]
+    fn fetch_factors(&self) {
+        prefetch_far(&self.scales);
     }
     #[inline(always)]
     fn add_rows<D: Dot, const R: usize>(
@@ -93,7 +122,6 @@ impl Block for Q8Block {
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
-        let [scales, _] = source.factors();
         for part in 0..OUTS / D::WIDTH {
             let mut sums = [D::unbiased(0); R];
             for r in 0..R {
@@ -104,6 +132,7 @@ impl Block for Q8Block {
                 D::add(&mut sums, codes[0], x, 2 * pair);
                 D::add(&mut sums, codes[1], x, 2 * pair + 1);
             }
+            let [scales, _] = source.factors();
             for r in 0..R {
                 D::add_scaled(sums[r], factors[r].scale, &scales, part, &mut totals[r].0);
             }
@@ -127,17 +156,23 @@ impl Block for Q8Block {
 }
 
 impl Block for Q4Block {
+    const PRODUCTS: usize = 2;
+
     #[inline(always)]
-    fn add<D: Dot>(&self, x: &[Row; 1], factors: Factors, totals: &mut [f32; OUTS], ahead: &Self) {
-        prefetch_far(&ahead.scales);
-        prefetch_far(&ahead.minima);
-        let (scales, minima) = (&widen(&self.scales), &widen(&self.minima));
-        let affine = Affine { factor: factors.scale, sum: factors.sum, scales, minima };
+    fn add<D: Dot, const ALL: bool>(
+        &self,
+        x: &[Row; 1],
+        factors: Factors,
+        totals: &mut [f32; OUTS],
+        ahead: Ahead<Self, ALL>,
+    ) {
         const HALF: usize = STEPS / 4;
         let mut first = [[D::small()]; MOST_PARTS];
-        self.add_pairs::<D>(0..HALF, x, &mut first, ahead);
+        self.add_pairs::<D, ALL>(0..HALF, x, &mut first, ahead);
         let mut second = first.map(|[first]| [D::second(first)]);
-        self.add_pairs::<D>(HALF..2 * HALF, x, &mut second, ahead);
+        self.add_pairs::<D, ALL>(HALF..2 * HALF, x, &mut second, ahead);
+        let [scales, minima] = &self.factors();
+        let affine = Affine { factor: factors.scale, sum: factors.sum, scales, minima };
         for part in 0..OUTS / D::WIDTH {
             D::add_affine(D::total([first[part][0], second[part][0]]), affine, part, totals);
         }
@@ -154,15 +189,21 @@ impl Block for Q4Block {
         (target.scales, target.minima) = (widen(&self.scales), widen(&self.minima));
     }
     #[inline(always)]
-    fn pair<D: Dot>(&self, pair: usize, part: usize, ahead: &Self) -> [D::Bytes; 2] {
+    fn pair<D: Dot, const ALL: bool>(&self, pair: usize, part: usize, ahead: Ahead<Self, ALL>) -> [D::Bytes; 2] {
         if part == 0 {
-            prefetch_far(&ahead.codes[pair]);
+            ahead.fetch(&ahead.0.codes[pair]);
         }
         D::nibbles(D::load(&self.codes[pair], part))
     }
     #[inline(always)]
     fn factors(&self) -> [[f32; OUTS]; 2] {
+        in_order();
         [widen(&self.scales), widen(&self.minima)]
+    }
+    #[inline(always)]
+    fn fetch_factors(&self) {
+        prefetch_far(&self.scales);
+        prefetch_far(&self.minima);
     }
     #[inline(always)]
     fn add_rows<D: Dot, const R: usize>(
@@ -171,7 +212,6 @@ impl Block for Q4Block {
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
-        let [scales, minima] = source.factors();
         for part in 0..OUTS / D::WIDTH {
             let mut first = [D::small(); R];
             for pair in 0..STEPS / 4 {
@@ -188,6 +228,7 @@ impl Block for Q4Block {
                 D::add_small(&mut second, codes[0], x, 2 * pair);
                 D::add_small(&mut second, codes[1], x, 2 * pair + 1);
             }
+            let [scales, minima] = source.factors();
             for r in 0..R {
                 let sums = D::total([first[r], second[r]]);
                 let Factors { scale: factor, sum, .. } = factors[r];
@@ -221,15 +262,15 @@ impl Block for Q4Block {
 impl Q4Block {
     /// Adds the products of some pairs of steps with a row, for [`Block::add`].
     #[inline(always)]
-    fn add_pairs<D: Dot>(
+    fn add_pairs<D: Dot, const ALL: bool>(
         &self,
         pairs: Range<usize>,
         x: &[Row; 1],
         sums: &mut [[D::Small; 1]; MOST_PARTS],
-        ahead: &Self,
+        ahead: Ahead<Self, ALL>,
     ) {
         for pair in pairs {
-            prefetch_far(&ahead.codes[pair]);
+            ahead.fetch(&ahead.0.codes[pair]);
             for (part, sums) in sums[..OUTS / D::WIDTH].iter_mut().enumerate() {
                 let [lower, upper] = D::nibbles(D::load(&self.codes[pair], part));
                 D::add_small(sums, lower, x, 2 * pair);
@@ -237,6 +278,13 @@ impl Q4Block {
             }
         }
     }
+}
+
+/// Keeps what is read after it behind what is read before. The compiler likes to begin a block with the factors at its
+/// end, and of who goes back and forth the hardware does not read ahead.
+#[inline(always)]
+fn in_order() {
+    compiler_fence(Ordering::SeqCst);
 }
 
 #[inline(always)]
@@ -283,18 +331,41 @@ impl Source for Unpacked {
 }
 
 /// A block as it is packed, and what is asked for meanwhile.
-pub struct Streamed<'a, B> {
+pub struct Streamed<'a, B, const ALL: bool> {
     pub block: &'a B,
-    pub ahead: &'a B,
+    pub ahead: Ahead<'a, B, ALL>,
 }
 
-impl<B: Block> Source for Streamed<'_, B> {
+/// The block that is asked for while another is at work, line by line: all at once, lines would wait for each other. Of
+/// a step it is one line, or `ALL`.
+pub struct Ahead<'a, B, const ALL: bool>(pub &'a B);
+
+impl<B, const ALL: bool> Clone for Ahead<'_, B, ALL> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B, const ALL: bool> Copy for Ahead<'_, B, ALL> {}
+
+impl<B, const ALL: bool> Ahead<'_, B, ALL> {
+    /// Asks for a step of the block.
+    #[inline(always)]
+    fn fetch(self, codes: &Codes) {
+        prefetch_far(if ALL { codes } else { &codes[..1] });
+    }
+}
+
+impl<B: Block, const ALL: bool> Source for Streamed<'_, B, ALL> {
     #[inline(always)]
     fn pair<D: Dot>(&self, pair: usize, part: usize) -> [D::Bytes; 2] {
-        self.block.pair::<D>(pair, part, self.ahead)
+        self.block.pair::<D, ALL>(pair, part, self.ahead)
     }
     #[inline(always)]
     fn factors(&self) -> [[f32; OUTS]; 2] {
+        if ALL {
+            self.ahead.0.fetch_factors();
+        }
         self.block.factors()
     }
 }

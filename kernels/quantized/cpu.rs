@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::block::{Block, Streamed, Unpacked};
+use super::block::{Ahead, Block, Streamed, Unpacked};
 use super::dot::{self, Dot, Row};
 use super::rounded::{Factors, Order, Rounded, tiles};
 use super::{Blocks, OUTS, QuantizedMatrix};
@@ -173,7 +173,10 @@ impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
     #[inline(always)]
     fn run<D: Dot>(mut self) {
         if self.rows.len() == 1 {
-            return self.row::<D>(self.rows.start);
+            return match B::asks_for_all(1) {
+                true => self.row::<D, true>(self.rows.start),
+                false => self.row::<D, false>(self.rows.start),
+            };
         }
         let stretch = if self.is_few::<D>() { self.blocks.len() } else { STRETCH };
         for groups in pieces(0..self.blocks.len(), stretch) {
@@ -194,11 +197,11 @@ impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
 
 impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
     #[inline(always)]
-    fn row<D: Dot>(&self, row: usize) {
+    fn row<D: Dot, const ALL: bool>(&self, row: usize) {
         let (x, factors) = self.operands::<1>(row);
         let mut totals = [0.0; OUTS];
         for (group, block) in self.blocks.iter().enumerate() {
-            block.add::<D>(&x[group], factors[group][0], &mut totals, self.ahead(group));
+            block.add::<D, ALL>(&x[group], factors[group][0], &mut totals, self.ahead(group));
         }
         self.product.write(row, self.panel, &totals);
     }
@@ -211,17 +214,17 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
 
     /// What is asked for while `group` is at work.
     #[inline(always)]
-    fn ahead(&self, group: usize) -> &'a B {
-        self.ahead.get(group + AHEAD.div_ceil(size_of::<B>())).unwrap_or(&self.blocks[group])
+    fn ahead<const ALL: bool>(&self, group: usize) -> Ahead<'a, B, ALL> {
+        Ahead(self.ahead.get(group + AHEAD.div_ceil(size_of::<B>())).unwrap_or(&self.blocks[group]))
     }
 
     /// With the whole panel, as it is packed.
     #[inline(always)]
-    fn packed_tile<D: Dot, const R: usize>(&self, row: usize) {
+    fn packed_tile<D: Dot, const R: usize, const ALL: bool>(&self, row: usize) {
         let (x, factors) = self.operands::<R>(row);
         let mut totals = [Totals([0.0; OUTS]); R];
         for (group, block) in self.blocks.iter().enumerate() {
-            let source = Streamed { block, ahead: self.ahead(group) };
+            let source = Streamed { block, ahead: self.ahead::<ALL>(group) };
             // The compiler would keep totals in registers that the sums need.
             B::add_rows::<D, R>(&source, &x[group], &factors[group], black_box(&mut totals));
         }
@@ -233,7 +236,10 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
     #[inline(always)]
     fn tile<D: Dot, const R: usize>(&mut self, row: usize, groups: Range<usize>) {
         if self.is_few::<D>() {
-            return self.packed_tile::<D, R>(row);
+            return match B::asks_for_all(R) {
+                true => self.packed_tile::<D, R, true>(row),
+                false => self.packed_tile::<D, R, false>(row),
+            };
         }
         let (x, factors) = self.operands::<R>(row);
         let first = row - self.rows.start;
