@@ -9,7 +9,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
 use half::{bf16, f16};
 
-pub(crate) use self::team::{share, share_pieces};
+pub(crate) use self::team::{reads, share, share_pieces};
 
 mod team;
 

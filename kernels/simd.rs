@@ -7,8 +7,6 @@
 //! What is generic over [`Lanes`] must be `#[inline(always)]` and must not touch lanes inside a closure: only
 //! what is inlined into [`dispatch`] is compiled for its instructions.
 
-use std::sync::LazyLock;
-
 use half::{bf16, f16};
 
 pub(crate) use self::portable::Portable;
@@ -434,7 +432,7 @@ pub(crate) fn prefetch_far_at<T>(start: *const T, count: usize) {
 pub(crate) fn reads_ahead() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        static IS_AMD: LazyLock<bool> = LazyLock::new(|| {
+        static IS_AMD: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
             let std::arch::x86_64::CpuidResult { ebx, ecx, edx, .. } = std::arch::x86_64::__cpuid(0);
             [ebx, edx, ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
         });

@@ -17,8 +17,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use rayon::prelude::*;
 
+use self::ahead::{Ahead, SharedStretch, Stretch};
 use self::manners::{Manners, processor};
 
+mod ahead;
 mod manners;
 
 /// Runs `f` on one of the pool's threads, with the others at hand for [`share`].
@@ -61,6 +63,15 @@ pub fn share_pieces(range: Range<usize>, len: usize, f: impl Fn(Range<usize>) + 
         let start = range.start + i * len;
         f(start..range.end.min(start + len))
     })
+}
+
+/// Says that what is shared next goes through `weights` from end to end, each thread through its part of them. A step
+/// then finds the weights of the next such op on their way.
+pub fn reads<T>(weights: &[T]) {
+    if let Role::Leader(leader) = ROLE.get() {
+        // SAFETY: as in [`share`].
+        unsafe { &*leader }.team.next.0.set(ahead::read(Stretch::from(weights)));
+    }
 }
 
 /// What this thread is to a step.
@@ -130,6 +141,8 @@ struct Team {
     busy: Line<AtomicUsize>,
     /// Where the leader is.
     leader: Line<AtomicUsize>,
+    /// What will be read after the weights that are read now, as far as is known.
+    next: Line<SharedStretch>,
     /// Written by the leader while the epoch is even and nobody is busy, read by helpers that are busy in an odd one.
     job: UnsafeCell<Option<Job<'static>>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -148,6 +161,7 @@ impl Team {
             taken: (0..threads).map(|_| Line::default()).collect(),
             busy: Line::default(),
             leader: Line::default(),
+            next: Line::default(),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
         }
@@ -210,7 +224,7 @@ impl Team {
 
     fn help(&self, thread: usize) {
         let mut seen = 0;
-        let (mut manners, mut patience) = (Manners::new(), Patience::default());
+        let (mut manners, mut patience, mut ahead) = (Manners::new(), Patience::default(), Ahead::default());
         loop {
             match self.epoch.0.load(Acquire) {
                 OVER => break,
@@ -218,6 +232,7 @@ impl Team {
                     self.join(epoch, thread, &manners);
                     (seen, patience) = (epoch, Patience::default());
                 }
+                _ if ahead.ask(self.next.0.get(), thread, self.taken.len()) => {}
                 // Ops that are not ours share their work among the pool's threads in its own way.
                 _ if patience.wait() => _ = rayon::yield_now(),
                 _ => {}
@@ -311,6 +326,22 @@ mod tests {
                 }
             })
         });
+    }
+
+    #[test]
+    fn helpers_know_what_is_read_next() {
+        on(2, || {
+            let weights = [vec![0u8; 64], vec![0; 128]];
+            lead(|| {
+                for _ in 0..2 {
+                    weights.iter().for_each(|weights| reads(weights));
+                }
+                let Role::Leader(leader) = ROLE.get() else { panic!("two threads") };
+                // SAFETY: as in `share`.
+                let next = unsafe { &*leader }.team.next.0.get();
+                assert_eq!(next, Stretch::from(&weights[0][..]));
+            })
+        })
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::amx;
 #[cfg(target_arch = "x86_64")]
 use super::tile::Wide;
 use super::tile::{Blocked, Group, Interleave, Narrow, Pending, Streamed, Sums, Tile, Turn, pieces};
-use crate::cpu::{Shared, share, share_pieces};
+use crate::cpu::{Shared, reads, share, share_pieces};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::Instructions;
 use crate::simd::{LANES, Stored, dispatch, instructions};
@@ -54,7 +54,7 @@ pub fn linear<X: Stored, W: Stored>(
 }
 
 /// Up to this many rows, widening weights again for each tile costs less than turning them.
-const STREAMED_ROWS: usize = 16;
+pub(crate) const STREAMED_ROWS: usize = 16;
 
 /// Weights of a stretch that stay in the second-level cache.
 const PANEL: usize = 1 << 16;
@@ -84,6 +84,7 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
         let x = tiles_of(aligned(&mut scratch, tiles * inner.div_ceil(LANES) * R * LANES));
         dispatch(Interleave { source: self.x, inner, rows: 0..n, columns: 0..inner, target: x });
         let x = &*x;
+        reads(self.weight);
         let task = outer.div_ceil(4 * rayon::current_num_threads()).max(MIN_TASK / (n * inner));
         share_pieces(0..outer, task.next_multiple_of(Q), |outs| {
             let mut sums = [[[0.0; Q]; R]; STREAMED_ROWS];

@@ -14,8 +14,8 @@ use super::block::{Ahead, Block, Streamed, Unpacked};
 use super::dot::{self, Dot, Row};
 use super::rounded::{Factors, Order, Rounded, tiles};
 use super::{Blocks, OUTS, QuantizedMatrix};
-use crate::cpu::{Shared, share};
-use crate::linear::cpu::write_rounded;
+use crate::cpu::{Shared, reads, share};
+use crate::linear::cpu::{STREAMED_ROWS, write_rounded};
 use crate::linear::tile::pieces;
 use crate::simd::{Instructions, Stored, instructions, prefetch_far_at};
 
@@ -64,6 +64,9 @@ impl<X: Stored> Product<'_, X> {
         let rows = self.n.div_ceil(parts).next_multiple_of(tile);
         let task = panels.div_ceil(8 * threads).max(MIN_TASK / (rows.min(self.n).max(1) * self.inner * OUTS)).max(1);
         let tasks = panels.div_ceil(task);
+        if self.n <= STREAMED_ROWS {
+            reads(blocks);
+        }
         share(self.n.div_ceil(rows.max(1)) * tasks, |index| {
             let (part, first) = (index / tasks, index % tasks * task);
             let panels = first..panels.min(first + task);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{BLOCK, Product, RUN, RUNS, parts};
-use crate::cpu::share_pieces;
+use crate::cpu::{reads, share_pieces};
 use crate::linear::cpu::{MIN_TASK, aligned, write_rounded};
 use crate::linear::tile::pieces;
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, prefetch_far};
@@ -22,6 +22,7 @@ impl<X: Stored> Product<'_, X> {
         let x = aligned(&mut scratch, n * row);
         x.chunks_exact_mut(row).zip(self.x.chunks_exact(inner)).for_each(|(target, x)| dispatch(Widen { x, target }));
         let x = &*x;
+        reads(self.weight);
         let task = outer.div_ceil(4 * rayon::current_num_threads()).max(MIN_TASK / (n * inner));
         share_pieces(0..outer, task.next_multiple_of(LANES), |outs| {
             for outs in pieces(outs, LANES) {
