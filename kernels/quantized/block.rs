@@ -21,11 +21,12 @@ pub trait Block: Sync + Sized {
     /// Products of a byte of codes with a row.
     const PRODUCTS: usize;
 
-    /// Whether [`Ahead`] is of `ALL` lines for so many rows: few go through memory as fast as it answers.
+    /// Whether [`Ahead`] is of `ALL` lines for so many rows: few, in one pass, go through memory as fast as it answers.
     #[inline(always)]
-    fn asks_for_all(rows: usize) -> bool {
+    fn asks_for_all<D: Dot>(rows: usize) -> bool {
         const FEW: usize = 4;
-        rows * Self::PRODUCTS > FEW || !reads_ahead()
+        let are_few = rows == 1 || rows * Self::PRODUCTS <= FEW && is_one_pass::<D>();
+        !are_few || !reads_ahead()
     }
     /// Adds its products with one row, and asks for what lies ahead.
     fn add<D: Dot, const ALL: bool>(
@@ -122,6 +123,7 @@ impl Block for Q8Block {
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
+        let mut of_block = if is_one_pass::<D>() { UNREAD } else { source.factors() };
         for part in 0..OUTS / D::WIDTH {
             let mut sums = [D::unbiased(0); R];
             for r in 0..R {
@@ -132,9 +134,11 @@ impl Block for Q8Block {
                 D::add(&mut sums, codes[0], x, 2 * pair);
                 D::add(&mut sums, codes[1], x, 2 * pair + 1);
             }
-            let [scales, _] = source.factors();
+            if is_one_pass::<D>() {
+                of_block = source.factors();
+            }
             for r in 0..R {
-                D::add_scaled(sums[r], factors[r].scale, &scales, part, &mut totals[r].0);
+                D::add_scaled(sums[r], factors[r].scale, &of_block[0], part, &mut totals[r].0);
             }
         }
     }
@@ -212,6 +216,7 @@ impl Block for Q4Block {
         factors: &[Factors; R],
         totals: &mut [Totals; R],
     ) {
+        let mut of_block = if is_one_pass::<D>() { UNREAD } else { source.factors() };
         for part in 0..OUTS / D::WIDTH {
             let mut first = [D::small(); R];
             for pair in 0..STEPS / 4 {
@@ -228,11 +233,14 @@ impl Block for Q4Block {
                 D::add_small(&mut second, codes[0], x, 2 * pair);
                 D::add_small(&mut second, codes[1], x, 2 * pair + 1);
             }
-            let [scales, minima] = source.factors();
+            if is_one_pass::<D>() {
+                of_block = source.factors();
+            }
+            let [scales, minima] = &of_block;
             for r in 0..R {
                 let sums = D::total([first[r], second[r]]);
                 let Factors { scale: factor, sum, .. } = factors[r];
-                let affine = Affine { factor, sum, scales: &scales, minima: &minima };
+                let affine = Affine { factor, sum, scales, minima };
                 D::add_affine(sums, affine, part, &mut totals[r].0);
             }
         }
@@ -279,6 +287,15 @@ impl Q4Block {
         }
     }
 }
+
+/// Whether several rows go over a block once, from end to end, and not once for each part of the panel.
+#[inline(always)]
+fn is_one_pass<D: Dot>() -> bool {
+    D::WIDTH == OUTS
+}
+
+/// In the place of [`Block::factors`] until they are read.
+const UNREAD: [[f32; OUTS]; 2] = [[0.0; OUTS]; 2];
 
 /// Keeps what is read after it behind what is read before. The compiler likes to begin a block with the factors at its
 /// end, and of who goes back and forth the hardware does not read ahead.

@@ -176,7 +176,7 @@ impl<B: Block, X: Stored> dot::Kernel for Sweep<'_, B, X> {
     #[inline(always)]
     fn run<D: Dot>(mut self) {
         if self.rows.len() == 1 {
-            return match B::asks_for_all(1) {
+            return match B::asks_for_all::<D>(1) {
                 true => self.row::<D, true>(self.rows.start),
                 false => self.row::<D, false>(self.rows.start),
             };
@@ -239,7 +239,7 @@ impl<'a, B: Block, X: Stored> Sweep<'a, B, X> {
     #[inline(always)]
     fn tile<D: Dot, const R: usize>(&mut self, row: usize, groups: Range<usize>) {
         if self.is_few::<D>() {
-            return match B::asks_for_all(R) {
+            return match B::asks_for_all::<D>(R) {
                 true => self.packed_tile::<D, R, true>(row),
                 false => self.packed_tile::<D, R, false>(row),
             };
