@@ -85,8 +85,8 @@ impl Batch {
     ///
     /// # Errors
     ///
-    /// A segment is empty, its blocks do not hold its tokens, or two segments share a slot or a page that
-    /// both write.
+    /// A segment is empty, its blocks do not hold its tokens, two segments share a slot, or two tokens go to one place of
+    /// a page.
     pub fn new(segments: &[Segment], block_size: usize, device: &Device) -> Result<Self> {
         Self::with_width(segments, block_size, 1, device)
     }
@@ -142,7 +142,8 @@ impl Batch {
     ///
     /// # Errors
     ///
-    /// Other than one table for each sequence, or one whose blocks do not hold the sequence's tokens.
+    /// Other than one table for each sequence, one whose blocks do not hold the sequence's tokens, or two tokens that go to
+    /// one place of a page.
     pub fn with_windows(self, tables: &[&[u32]], block_size: usize) -> Result<Self> {
         self.with_wide_windows(tables, block_size, 1)
     }
@@ -195,13 +196,16 @@ impl Batch {
     ///
     /// # Errors
     ///
-    /// No sequences, or one beyond the batch.
+    /// No sequences, one beyond the batch, or one twice.
     pub fn last_tokens(&self, sequences: &[u32]) -> Result<Self> {
         let mut arrays = Arrays::default();
-        for &index in sequences {
+        for (i, &index) in sequences.iter().enumerate() {
             let Some(sequence) = self.host.get(index as usize) else {
                 bail!("batch: sequence {index} of {}", self.host.len())
             };
+            if sequences[..i].contains(&index) {
+                bail!("batch: sequence {index} twice")
+            }
             let last = sequence.tokens.end - 1;
             let token = &self.host_tokens[last..=last];
             arrays.push(token, sequence.context_len - 1, &sequence.blocks, sequence.slot as u32);
@@ -355,7 +359,7 @@ impl Arrays {
             }
             arrays.push_paged(index, segment, block_size)?;
         }
-        Ok(arrays)
+        arrays.apart(block_size)
     }
 
     /// The segments over other blocks.
@@ -367,7 +371,20 @@ impl Arrays {
         for (index, (segment, blocks)) in segments.iter().zip(tables).enumerate() {
             arrays.push_paged(index, &Segment { blocks, ..*segment }, block_size)?;
         }
-        Ok(arrays)
+        arrays.apart(block_size)
+    }
+
+    /// Themselves, if every token has a place of its own: threads write them side by side.
+    fn apart(self, block_size: usize) -> Result<Self> {
+        let mut places = self.slot_mapping.clone();
+        places.sort_unstable();
+        match places.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => {
+                let (block, offset) = (pair[0] as usize / block_size, pair[0] as usize % block_size);
+                bail!("batch: two tokens go to place {offset} of block {block}")
+            }
+            None => Ok(self),
+        }
     }
 
     /// Blocks of the sequence that has most, at least one.
@@ -422,5 +439,36 @@ impl Arrays {
             host_tokens: self.tokens,
             windowed: None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment<'a>(tokens: &'a [u32], past: usize, blocks: &'a [u32], slot: u32) -> Segment<'a> {
+        Segment { tokens, past, blocks, slot }
+    }
+
+    #[test]
+    fn nothing_is_written_twice() -> Result<()> {
+        let refused = |segments: &[Segment]| match Batch::new(segments, 2, &Device::Cpu) {
+            Ok(_) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        let first = segment(&[1, 2], 1, &[4, 7], 0);
+        assert_eq!(refused(&[first, segment(&[3], 2, &[4, 5], 1)]), "", "a page that both read");
+        assert!(refused(&[first, segment(&[3], 2, &[4, 7], 1)]).contains("place 0 of block 7"));
+        assert!(refused(&[segment(&[1, 2, 3], 0, &[4, 4], 0)]).contains("place 0 of block 4"));
+        assert!(refused(&[first, segment(&[3], 2, &[4, 5], 0)]).contains("shares state slot 0"));
+
+        let batch = Batch::new(&[first, segment(&[3], 2, &[4, 5], 1)], 2, &Device::Cpu)?;
+        assert_eq!(batch.last_tokens(&[1, 0])?.num_tokens(), 2);
+        let twice = batch.last_tokens(&[1, 0, 1]).expect_err("a slot for two").to_string();
+        assert!(twice.contains("sequence 1 twice"), "{twice}");
+        let tables: [&[u32]; 2] = [&[0, 3], &[NO_BLOCK, 3]];
+        let windowed = batch.with_windows(&tables, 2).expect_err("a place for two").to_string();
+        assert!(windowed.contains("place 0 of block 3"), "{windowed}");
+        Ok(())
     }
 }

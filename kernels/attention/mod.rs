@@ -207,7 +207,7 @@ pub(crate) fn check_pages(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attent
 }
 
 /// Whether there is a kernel for these rows and pages.
-fn takes_pages(rows: &Tensor, pages: &Tensor) -> bool {
+pub(crate) fn takes_pages(rows: &Tensor, pages: &Tensor) -> bool {
     let rounded = rows.device().is_cpu() && (rows.dtype(), pages.dtype()) == (DType::F32, DType::F16);
     rounded || rows.dtype() == pages.dtype()
 }

@@ -6,9 +6,9 @@ use std::cell::OnceCell;
 use candle_core::MetalStorage;
 #[cfg(feature = "metal")]
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, bail};
 
-use super::KeyValueHeads;
+use super::{KeyValueHeads, takes};
 use crate::Batch;
 use crate::cpu::{Operand, as_rows};
 use crate::metal::{Argument, Backend, Launch, Source, float, source};
@@ -31,24 +31,8 @@ pub fn norm_rope_write<B: Backend>(
     pages: &Tensor,
     batch: &Batch,
 ) -> Result<Option<Tensor>> {
-    let ((n, _, d), (_, half), dtype) = (q.dims3()?, cos.dims2()?, q.dtype());
     let norms = [Some(q_norm), kv.map(|kv| kv.k_norm), kv.and_then(|kv| kv.v_norm)];
-    let takes_norm = |norm: &Norm| norm.weight.dims() == [d] && norm.weight.dtype() == DType::F32;
-    let takes_angles = |x: &Tensor| x.dims() == [n, half] && x.dtype() == DType::F32;
-    let takes_kv = |kv: KeyValueHeads| match *pages.dims() {
-        [2, _, _, hk, size] => {
-            size == d
-                && [kv.k, kv.v].iter().all(|x| x.dims() == [n, hk, d] && x.dtype() == dtype)
-                && pages.dtype() == dtype
-        }
-        _ => false,
-    };
-    if n != batch.num_tokens()
-        || 2 * half > d
-        || !norms.iter().flatten().all(takes_norm)
-        || ![cos, sin].into_iter().all(takes_angles)
-        || !kv.is_none_or(takes_kv)
-    {
+    if !takes(q, norms, kv, (cos, sin), pages, batch) || kv.is_some() && pages.dtype() != q.dtype() {
         return Ok(None);
     }
     let rows = |x: &Tensor| as_rows(x);

@@ -1,6 +1,7 @@
 //! The step between a projection and attention: query and key heads are normalised and rotated, keys and values go to
 //! their pages.
 
+mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(any(test, feature = "metal", feature = "emulator"))]
@@ -8,7 +9,7 @@ mod metal;
 #[cfg(test)]
 mod tests;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use crate::Batch;
 use crate::attention::{AttentionParams, paged_attention, write_kv};
@@ -35,8 +36,8 @@ pub struct KeyValueHeads<'a> {
 /// ```
 ///
 /// `q` `[N, Hq, D]` in f32, f16 or bf16; `cos` and `sin` `[N, R/2]` in f32; `pages` as for [`write_kv`]. Without `kv`, as
-/// for layers that read another layer's pages, only the query is made. Returns `[N, Hq, D]`. On CUDA and
-/// Metal in one kernel, elsewhere op by op.
+/// for layers that read another layer's pages, only the query is made. Returns `[N, Hq, D]`. In one pass
+/// over the heads.
 ///
 /// # Errors
 ///
@@ -67,6 +68,23 @@ pub fn norm_rope_write(
     {
         return Ok(q);
     }
+    if q.device().is_cpu()
+        && let Some(q) = cpu::norm_rope_write(q, q_norm, kv, (cos, sin), pages, batch)?
+    {
+        return Ok(q);
+    }
+    by_parts(q, q_norm, kv, (cos, sin), pages, batch)
+}
+
+/// Op by op: what the kernels are held to, and what says what is wrong with operands that they do not take.
+fn by_parts(
+    q: &Tensor,
+    q_norm: Norm,
+    kv: Option<KeyValueHeads>,
+    (cos, sin): (&Tensor, &Tensor),
+    pages: &Tensor,
+    batch: &Batch,
+) -> Result<Tensor> {
     if let Some(kv) = kv {
         let k = rope(&kv.k_norm.apply(kv.k)?, cos, sin)?;
         match kv.v_norm {
@@ -75,6 +93,31 @@ pub fn norm_rope_write(
         }
     }
     rope(&q_norm.apply(q)?, cos, sin)
+}
+
+/// Whether the operands fit each other; pages may be of another dtype. `norms` are of queries, keys and values.
+fn takes(
+    q: &Tensor,
+    norms: [Option<Norm>; 3],
+    kv: Option<KeyValueHeads>,
+    (cos, sin): (&Tensor, &Tensor),
+    pages: &Tensor,
+    batch: &Batch,
+) -> bool {
+    let (&[n, _, d], &[_, half]) = (q.dims(), cos.dims()) else { return false };
+    let takes_norm = |norm: &Norm| norm.weight.dims() == [d] && norm.weight.dtype() == DType::F32;
+    let takes_angles = |x: &Tensor| x.dims() == [n, half] && x.dtype() == DType::F32;
+    let takes_kv = |kv: KeyValueHeads| match *pages.dims() {
+        [2, _, _, hk, size] => {
+            size == d && [kv.k, kv.v].iter().all(|x| x.dims() == [n, hk, d] && x.dtype() == q.dtype())
+        }
+        _ => false,
+    };
+    n == batch.num_tokens()
+        && 2 * half <= d
+        && norms.iter().flatten().all(takes_norm)
+        && [cos, sin].into_iter().all(takes_angles)
+        && kv.is_none_or(takes_kv)
 }
 
 /// [`norm_rope_write`], and [`paged_attention`] of the query that it makes: the whole way from a projection to what mixes

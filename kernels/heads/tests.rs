@@ -1,4 +1,4 @@
-//! The fused step against its parts, each of which is tested against its own reference, on every device.
+//! The step in one pass against its parts, each of which is tested against its own reference, on every device.
 
 use candle_core::{DType, Device};
 
@@ -10,6 +10,8 @@ use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 #[derive(Clone, Copy, Debug)]
 struct Case {
     dtype: DType,
+    /// Of the pages.
+    stored: DType,
     hq: usize,
     hk: usize,
     d: usize,
@@ -24,9 +26,12 @@ struct Case {
 
 const BLOCK_SIZE: usize = 4;
 
+/// [`norm_rope_write`], or [`by_parts`].
+type Way = fn(&Tensor, Norm, Option<KeyValueHeads>, (&Tensor, &Tensor), &Tensor, &Batch) -> Result<Tensor>;
+
 /// The query and the pages.
-fn run(case: Case, device: &Device) -> Result<(Vec<f32>, Vec<f32>)> {
-    let Case { dtype, hq, hk, d, half, gated, norm_values, writes, tokens } = case;
+fn run(case: Case, device: &Device, way: Way) -> Result<(Vec<f32>, Vec<f32>)> {
+    let Case { dtype, stored, hq, hk, d, half, gated, norm_values, writes, tokens } = case;
     let mut random = Random::new((hq * d + half) as u64);
     let num_blocks = 5 + tokens.div_ceil(BLOCK_SIZE);
     let (blocks, n) = (random.permutation(num_blocks), 1 + tokens);
@@ -47,9 +52,9 @@ fn run(case: Case, device: &Device) -> Result<(Vec<f32>, Vec<f32>)> {
     let norm = |i: usize| Norm { weight: &weights[i], eps: 1e-6 };
     let (cos, sin) =
         (random.tensor(&[n, half], 1.0, DType::F32, device)?, random.tensor(&[n, half], 1.0, DType::F32, device)?);
-    let pages = poisoned(&[2, num_blocks, BLOCK_SIZE, hk, d], dtype, device)?;
+    let pages = poisoned(&[2, num_blocks, BLOCK_SIZE, hk, d], stored, device)?;
     let kv = KeyValueHeads { k: &k, v: &v, k_norm: norm(1), v_norm: norm_values.then(|| norm(2)) };
-    let q = norm_rope_write(&q, norm(0), writes.then_some(kv), (&cos, &sin), &pages, &batch)?;
+    let q = way(&q, norm(0), writes.then_some(kv), (&cos, &sin), &pages, &batch)?;
     assert_eq!((q.dims(), q.dtype()), (&[n, hq, d][..], dtype));
     Ok((values(&q)?, values(&pages)?))
 }
@@ -68,15 +73,20 @@ fn cases() -> Vec<Case> {
                 (true, false, true, 70),
                 (false, true, true, 70),
             ] {
-                cases.push(Case { dtype, hq, hk, d, half, gated, norm_values, writes, tokens });
+                cases.push(Case { dtype, stored: dtype, hq, hk, d, half, gated, norm_values, writes, tokens });
             }
         }
     }
     cases
 }
 
+/// By parts, on the CPU.
+fn want(case: Case) -> Result<(Vec<f32>, Vec<f32>)> {
+    run(case, &Device::Cpu, by_parts)
+}
+
 fn check(case: Case, device: &Device, (want_q, want_pages): &(Vec<f32>, Vec<f32>)) -> Result<()> {
-    let (got_q, got_pages) = run(case, device)?;
+    let (got_q, got_pages) = run(case, device, norm_rope_write)?;
     assert_close(&format!("q {case:?} {device:?}"), &got_q, want_q, op_limit(case.dtype));
     // What no token owns stays as it was.
     let unwritten = |pages: &[f32]| pages.iter().map(|x| x.is_nan()).collect::<Vec<_>>();
@@ -91,15 +101,31 @@ fn check(case: Case, device: &Device, (want_q, want_pages): &(Vec<f32>, Vec<f32>
 fn is_its_parts_on_every_device() -> Result<()> {
     for device in devices().into_iter().filter(|device| !device.is_cpu()) {
         for case in cases() {
-            check(case, &device, &run(case, &Device::Cpu)?)?;
+            check(case, &device, &want(case)?)?;
         }
+    }
+    Ok(())
+}
+
+/// To the last bit.
+#[test]
+fn is_its_parts_on_the_cpu() -> Result<()> {
+    let to_f16 = cases().into_iter().filter(|case| case.dtype == DType::F32);
+    let to_f16 = to_f16.map(|case| Case { stored: DType::F16, ..case });
+    for case in cases().into_iter().chain(to_f16) {
+        let bits = |(q, pages): (Vec<f32>, Vec<f32>)| q.into_iter().chain(pages).map(f32::to_bits).collect::<Vec<_>>();
+        let got = run(case, &Device::Cpu, |q, norm, kv, angles, pages, batch| {
+            let q = cpu::norm_rope_write(q, norm, kv, angles, pages, batch)?;
+            Ok(q.expect("operands that fit"))
+        })?;
+        assert!(bits(got) == bits(want(case)?), "{case:?}");
     }
     Ok(())
 }
 
 #[test]
 fn metal_kernel_is_its_parts() -> Result<()> {
-    let wants = cases().into_iter().map(|case| run(case, &Device::Cpu)).collect::<Result<Vec<_>>>()?;
+    let wants = cases().into_iter().map(want).collect::<Result<Vec<_>>>()?;
     emulated(|| {
         cases().into_iter().zip(&wants).try_for_each(|(case, want)| check(case, &Device::Cpu, want))?;
         on_the_cpu_it_is_norm_rope_and_write()
@@ -110,6 +136,7 @@ fn metal_kernel_is_its_parts() -> Result<()> {
 fn smoke() -> impl Fn() -> Result<()> {
     let base = Case {
         dtype: DType::F32,
+        stored: DType::F32,
         hq: 3,
         hk: 2,
         d: 70,
@@ -120,7 +147,7 @@ fn smoke() -> impl Fn() -> Result<()> {
         tokens: 7,
     };
     let cases = [base, Case { norm_values: false, half: 35, ..base }, Case { writes: false, ..base }];
-    let wants = cases.map(|case| run(case, &Device::Cpu).expect("runs on the cpu"));
+    let wants = cases.map(|case| want(case).expect("runs on the cpu"));
     move || cases.iter().zip(&wants).try_for_each(|(case, want)| check(*case, &Device::Cpu, want))
 }
 

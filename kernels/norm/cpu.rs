@@ -92,12 +92,13 @@ impl<T: Stored> Kernel for LayerNormRow<'_, T> {
     }
 }
 
-struct Row<'a, T> {
-    x: &'a [T],
-    gate: Option<&'a [T]>,
-    weight: &'a [f32],
-    eps: f32,
-    out: &'a mut [T],
+/// A row of the RMS norm.
+pub struct Row<'a, T> {
+    pub x: &'a [T],
+    pub gate: Option<&'a [T]>,
+    pub weight: &'a [f32],
+    pub eps: f32,
+    pub out: &'a mut [T],
 }
 
 impl<T: Stored> Kernel for Row<'_, T> {

@@ -3,7 +3,7 @@
 //! Weights are f32 and hold the factor itself: a family whose checkpoint stores `w` for `1 + w` adds the one
 //! when it loads, so there is one RMS norm here.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(any(test, feature = "metal", feature = "emulator"))]

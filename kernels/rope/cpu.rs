@@ -19,14 +19,17 @@ pub fn rope<T: Stored>(x: &[T], layout: &Layout, cos: &[f32], sin: &[f32], half:
     Ok(out)
 }
 
-struct Head<'a, T> {
-    x: &'a [T],
-    cos: &'a [f32],
-    sin: &'a [f32],
-    out: &'a mut [T],
+/// A head of a token, whose result is rounded to `Y`.
+pub struct Head<'a, T, Y> {
+    pub x: &'a [T],
+    /// `[half]`
+    pub cos: &'a [f32],
+    /// `[half]`
+    pub sin: &'a [f32],
+    pub out: &'a mut [Y],
 }
 
-impl<T: Stored> Kernel for Head<'_, T> {
+impl<T: Stored, Y: Stored> Kernel for Head<'_, T, Y> {
     type Output = ();
 
     #[inline(always)]
@@ -36,7 +39,9 @@ impl<T: Stored> Kernel for Head<'_, T> {
         let (b, kept) = b.split_at(half);
         let (y, z) = self.out.split_at_mut(half);
         let (z, out) = z.split_at_mut(half);
-        out.copy_from_slice(kept);
+        for (kept, out) in kept.chunks(LANES).zip(out.chunks_mut(LANES)) {
+            store(load::<V, T>(kept), out);
+        }
         let pairs = a.chunks(LANES).zip(b.chunks(LANES));
         let angles = self.cos.chunks(LANES).zip(self.sin.chunks(LANES));
         let rotated = y.chunks_mut(LANES).zip(z.chunks_mut(LANES));

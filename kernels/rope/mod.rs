@@ -1,6 +1,6 @@
 //! Rotary position embedding over a leading part of the head.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(any(test, feature = "metal", feature = "emulator"))]
