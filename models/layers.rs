@@ -413,6 +413,13 @@ impl GatedMlp {
     ///
     /// As [`GatedMlp::forward`].
     pub fn forward_around(&self, x: &Tensor, around: Around) -> Result<Tensor> {
+        // There a product of packed weights rounds what it is given, and lets the gate do its work on the way.
+        if let Matrix::Packed(down) = &self.down_proj.weight
+            && x.device().is_cpu()
+        {
+            let gate_up = self.gate_up_proj.forward_around(x, Around { norm: around.norm, ..Around::default() })?;
+            return quantized::linear_gated(&gate_up, self.activation, down, None, around.onto);
+        }
         let gate = Some(self.activation);
         let gated = self.gate_up_proj.forward_around(x, Around { norm: around.norm, gate, onto: None })?;
         self.down_proj.forward_around(&gated, Around { onto: around.onto, ..Around::default() })

@@ -111,11 +111,12 @@ fn erfc_of_root<V: Vector>(x: V) -> V {
     t.mul(x.mul(V::splat(-0.5)).mul_add(x, exponent).exp())
 }
 
-struct Row<'a, T> {
-    gate: &'a [T],
-    up: &'a [T],
-    activation: Activation,
-    out: &'a mut [T],
+/// A row of a gate and of what it multiplies.
+pub struct Row<'a, T> {
+    pub gate: &'a [T],
+    pub up: &'a [T],
+    pub activation: Activation,
+    pub out: &'a mut [T],
 }
 
 impl<T: Stored> Kernel for Row<'_, T> {

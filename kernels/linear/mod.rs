@@ -81,7 +81,7 @@ impl Around<'_> {
     }
 
     /// Goes step by step behind a product.
-    fn behind(&self, y: Tensor) -> Result<Tensor> {
+    pub(crate) fn behind(&self, y: Tensor) -> Result<Tensor> {
         let y = match self.gate {
             Some(activation) => gated_activation(&y, activation)?,
             None => y,

@@ -8,6 +8,7 @@ use crate::activation::Activation;
 use crate::activation::cpu::gated_activation;
 use crate::cpu::fill_rows;
 use crate::linear;
+use crate::quantized::cpu::Before;
 use crate::quantized::{self, QuantizedMatrix};
 use crate::simd::{Kernel, LANES, Lanes, Stored, dispatch, load, store};
 
@@ -144,7 +145,7 @@ impl Stack<'_> {
             Self::F32(weights) => dense(x, weights, expert, shape),
             Self::F16(weights) => dense(x, weights, expert, shape),
             Self::BF16(weights) => dense(x, weights, expert, shape),
-            Self::Packed(matrices) => quantized::cpu::linear(x, &matrices[expert], None),
+            Self::Packed(matrices) => quantized::cpu::linear(x, Before::Nothing, &matrices[expert], None),
         }
     }
 }

@@ -36,6 +36,12 @@ impl Norm<'_> {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         rms_norm(x, self.weight, self.eps)
     }
+
+    /// The weight in one piece, if `op` can normalise `x` with it.
+    pub(crate) fn weight_for(&self, op: &str, x: &Tensor) -> Result<Tensor> {
+        check_weight(op, x, self.weight)?;
+        self.weight.contiguous()
+    }
 }
 
 /// RMS normalisation over the last dimension:

@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use super::block::{Ahead, Block, Streamed, Unpacked};
 use super::dot::{self, Dot, Row};
+pub use super::rounded::Before;
 use super::rounded::{Factors, Order, Rounded, tiles};
 use super::{Blocks, OUTS, QuantizedMatrix};
 use crate::cpu::{Shared, reads, share};
@@ -19,17 +20,17 @@ use crate::linear::cpu::{STREAMED_ROWS, write_rounded};
 use crate::linear::tile::pieces;
 use crate::simd::{Instructions, Stored, instructions, prefetch_far_at};
 
-/// `x` `[n, inner]`, `bias` `[outer]`; returns `[n, outer]`.
-pub fn linear<X: Stored>(x: &[X], weight: &QuantizedMatrix, bias: Option<&[f32]>) -> Vec<X> {
+/// `x` `[n, inner]`, or wider as `before` needs it, `bias` `[outer]`; returns `[n, outer]`.
+pub fn linear<X: Stored>(x: &[X], before: Before, weight: &QuantizedMatrix, bias: Option<&[f32]>) -> Vec<X> {
     let QuantizedMatrix { outer, inner, ref blocks } = *weight;
     if inner == 0 {
         return vec![X::round(0.0); x.len()];
     }
-    let n = x.len() / inner;
+    let n = x.len() / before.width(inner);
     let mut out = Vec::with_capacity(n * outer);
     let shared = Shared::new(&mut out.spare_capacity_mut()[..n * outer]);
     let instructions = instructions();
-    let x = Rounded::new(x, inner, Order::of(n, instructions));
+    let x = Rounded::new(x, before, inner, Order::of(n, instructions));
     let product = Product { x: &x, bias, n, inner, outer, instructions, out: shared };
     match blocks {
         Blocks::Q8(blocks) => product.run(blocks),

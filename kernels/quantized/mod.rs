@@ -20,11 +20,13 @@ mod tests;
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Error, Layout, Result, Shape, Tensor, bail};
 use half::bf16;
 use rayon::prelude::*;
 
+use self::cpu::Before;
 use self::storage::Storage;
+use crate::activation::{Activation, gated_activation};
 use crate::cpu::{Operand, view};
 use crate::linear::Around;
 use crate::memory::Mapped;
@@ -274,6 +276,49 @@ pub fn linear(x: &Tensor, weight: &QuantizedMatrix) -> Result<Tensor> {
 ///
 /// As [`linear`] and [`Around::apply`], or `bias` has another length or dtype.
 pub fn linear_around(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>, around: Around) -> Result<Tensor> {
+    check(x, weight, bias)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = x.device() {
+        return cuda::quantized_linear(device, x, weight, bias, around);
+    }
+    on_metal!(x, backend => around.apply(x, |x| match bias {
+        Some(bias) => metal::linear(backend, x, weight)?.broadcast_add(bias),
+        None => metal::linear(backend, x, weight),
+    }));
+    let norm = around.norm.map(|norm| Ok::<_, Error>((norm.weight_for("quantized linear", x)?, norm.eps as f32)));
+    let norm = norm.transpose()?;
+    around.behind(on_cpu(x, weight, bias, norm, None)?)
+}
+
+/// As [`linear_around`] of [`gated_activation`]`(x)`, plus `onto` `[N, O]` of its dtype if there is one. `x` `[N, 2 I]`. On
+/// the CPU, which rounds its operand anyway, in one pass over `x` before the product.
+///
+/// # Errors
+///
+/// As both.
+///
+/// Devices: CPU, CUDA, Metal.
+pub fn linear_gated(
+    x: &Tensor,
+    activation: Activation,
+    weight: &QuantizedMatrix,
+    bias: Option<&Tensor>,
+    onto: Option<&Tensor>,
+) -> Result<Tensor> {
+    let around = Around { onto, ..Around::default() };
+    on_metal!(x, _backend => linear_around(&gated_activation(x, activation)?, weight, bias, around));
+    if !x.device().is_cpu() {
+        return linear_around(&gated_activation(x, activation)?, weight, bias, around);
+    }
+    let (_, width) = x.dims2()?;
+    if width % 2 != 0 {
+        bail!("gated quantized linear: x is {:?}, expected [N, 2 I]", x.dims())
+    }
+    check(&x.narrow(1, 0, width / 2)?, weight, bias)?;
+    around.behind(on_cpu(x, weight, bias, None, Some(activation))?)
+}
+
+fn check(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>) -> Result<()> {
     let (_, inner) = x.dims2()?;
     if inner != weight.inner {
         bail!("quantized linear: weight is {:?}, expected [O, {inner}] for x {:?}", weight.dims(), x.dims())
@@ -284,24 +329,30 @@ pub fn linear_around(x: &Tensor, weight: &QuantizedMatrix, bias: Option<&Tensor>
         let (dtype, outer) = (x.dtype(), weight.outer);
         bail!("quantized linear: bias is {:?} {:?}, expected {dtype:?} [{outer}]", bias.dims(), bias.dtype())
     }
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = x.device() {
-        return cuda::quantized_linear(device, x, weight, bias, around);
-    }
-    on_metal!(x, backend => around.apply(x, |x| match bias {
-        Some(bias) => metal::linear(backend, x, weight)?.broadcast_add(bias),
-        None => metal::linear(backend, x, weight),
-    }));
+    Ok(())
+}
+
+/// The product, with the weight and epsilon of a norm before it, or with a gate.
+fn on_cpu(
+    x: &Tensor,
+    weight: &QuantizedMatrix,
+    bias: Option<&Tensor>,
+    norm: Option<(Tensor, f32)>,
+    gate: Option<Activation>,
+) -> Result<Tensor> {
     if matches!(weight.blocks, Blocks::OnDevice(..)) {
         bail!("quantized linear: the weight is on an accelerator, x on {:?}", x.device().location())
     }
     let bias = bias.map(Tensor::contiguous).transpose()?;
-    around.apply(x, |x| x.contiguous()?.apply_op1_no_bwd(&Linear { weight, bias: bias.as_ref() }))
+    x.contiguous()?.apply_op1_no_bwd(&Linear { weight, bias, norm, gate })
 }
 
 struct Linear<'a> {
     weight: &'a QuantizedMatrix,
-    bias: Option<&'a Tensor>,
+    bias: Option<Tensor>,
+    /// Weight and epsilon.
+    norm: Option<(Tensor, f32)>,
+    gate: Option<Activation>,
 }
 
 impl CustomOp1 for Linear<'_> {
@@ -323,8 +374,14 @@ impl CustomOp1 for Linear<'_> {
 
 impl Linear<'_> {
     fn product<X: Stored>(&self, x: &[X], layout: &Layout) -> Result<Vec<X>> {
-        let bias = self.bias.map(Operand::new);
+        let bias = self.bias.as_ref().map(Operand::new);
         let bias = bias.as_ref().map(Operand::f32).transpose()?;
-        Ok(cpu::linear(view(x, layout)?, self.weight, bias.as_deref()))
+        let norm = self.norm.as_ref().map(|(weight, eps)| (Operand::new(weight), *eps));
+        let before = match (&norm, self.gate) {
+            (Some((weight, eps)), _) => Before::Norm(weight.elements()?, *eps),
+            (None, Some(activation)) => Before::Gate(activation),
+            (None, None) => Before::Nothing,
+        };
+        Ok(cpu::linear(view(x, layout)?, before, self.weight, bias.as_deref()))
     }
 }

@@ -6,9 +6,11 @@ use std::ops::Range;
 use super::cpu::MIN_TASK;
 use super::dot::{self, Dot, Four, Row};
 use super::{GROUP, STEPS};
+use crate::activation::{self, Activation};
 use crate::cpu::{Shared, share};
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::linear::tile::pieces;
+use crate::norm;
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::simd::amx::ROWS;
 use crate::simd::{Instructions, Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, load_pair};
@@ -64,6 +66,26 @@ pub fn tiles(rows: Range<usize>, most: usize) -> impl Iterator<Item = Range<usiz
     })
 }
 
+/// What is done with a row before it is rounded.
+#[derive(Clone, Copy)]
+pub enum Before<'a> {
+    Nothing,
+    /// An RMS norm, of this weight and epsilon.
+    Norm(&'a [f32], f32),
+    /// The row is a gate and what it multiplies, side by side.
+    Gate(Activation),
+}
+
+impl Before<'_> {
+    /// Of a row that becomes one of `inner` values.
+    pub fn width(self, inner: usize) -> usize {
+        match self {
+            Self::Nothing | Self::Norm(..) => inner,
+            Self::Gate(_) => 2 * inner,
+        }
+    }
+}
+
 /// Rows of `x` rounded to bytes.
 pub struct Rounded {
     memory: Memory,
@@ -98,9 +120,11 @@ pub struct Factors {
 }
 
 impl Rounded {
-    pub fn new<X: Stored>(x: &[X], inner: usize, order: Order) -> Self {
+    /// `x` in rows of [`Before::width`].
+    pub fn new<X: Stored>(x: &[X], before: Before, inner: usize, order: Order) -> Self {
         let groups = inner.div_ceil(GROUP);
-        let n = x.len() / inner;
+        let width = before.width(inner);
+        let n = x.len() / width;
         let places = match order {
             Order::Tiles(_) => n,
             #[cfg(any(test, target_arch = "x86_64"))]
@@ -118,8 +142,8 @@ impl Rounded {
             // SAFETY: no two tiles have a row in common.
             let (codes, factors) =
                 unsafe { (shared_codes.part(start * STEPS, count * STEPS), shared_factors.part(start, count)) };
-            let x = &x[rows.start * inner..rows.end * inner];
-            dispatch(Round { x, inner, places, codes, factors });
+            let x = &x[rows.start * width..rows.end * width];
+            dispatch(Round { x, before, inner, places, codes, factors });
         };
         share(n.div_ceil(task), |index| {
             let rows = index * task..n.min((index + 1) * task);
@@ -158,6 +182,7 @@ impl Drop for Rounded {
 /// A tile.
 struct Round<'a, X> {
     x: &'a [X],
+    before: Before<'a>,
     inner: usize,
     /// Rows that there is place for.
     places: usize,
@@ -171,7 +196,24 @@ impl<X: Stored> Kernel for Round<'_, X> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let mut padded = [X::round(0.0); GROUP];
-        for (row, x) in self.x.chunks_exact(self.inner).enumerate() {
+        let mut entering = match self.before {
+            Before::Nothing => vec![],
+            Before::Norm(..) | Before::Gate(_) => vec![X::round(0.0); self.inner],
+        };
+        for (row, x) in self.x.chunks_exact(self.before.width(self.inner)).enumerate() {
+            let out = &mut entering[..];
+            let x = match self.before {
+                Before::Nothing => x,
+                Before::Norm(weight, eps) => {
+                    norm::cpu::Row { x, gate: None, weight, eps, out }.run::<V>();
+                    &entering
+                }
+                Before::Gate(activation) => {
+                    let (gate, up) = x.split_at(self.inner);
+                    activation::cpu::Row { gate, up, activation, out }.run::<V>();
+                    &entering
+                }
+            };
             for (eight, x) in x.chunks(LANES * GROUP).enumerate() {
                 // Eight groups share what is done across lanes, and the divisions.
                 let mut largest = [V::splat(0.0); LANES];

@@ -2,6 +2,7 @@ use candle_core::{DType, Device};
 
 use super::*;
 use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated, suspended};
+use crate::norm::Norm;
 use crate::simd::Instructions;
 use crate::simd::amx::tests::with_tiles;
 use crate::simd::tests::{available, on};
@@ -138,6 +139,42 @@ fn a_bias_is_added_to_the_product() -> Result<()> {
             assert_eq!(bits(&with_bias(&bias)?), want, "{format:?}, {n} rows");
             assert!(with_bias(&bias.narrow(0, 0, 69)?).is_err());
             assert!(with_bias(&bias.to_dtype(DType::BF16)?).is_err());
+        }
+    }
+    Ok(())
+}
+
+/// To the last bit, whatever reads the rows.
+#[test]
+fn what_comes_before_a_product_is_the_op_by_itself() -> Result<()> {
+    let mut random = Random::new(7);
+    for (format, inner) in FORMATS.into_iter().flat_map(|format| [(format, 192), (format, 100), (format, 7)]) {
+        let (_, matrix, _) = packed(format, [70, inner], &mut random);
+        let weight = random.tensor(&[inner], 1.0, DType::F32, &Device::Cpu)?;
+        let norm = Norm { weight: &weight, eps: 1e-6 };
+        let bias = random.tensor(&[70], 1.0, DType::F32, &Device::Cpu)?;
+        for (n, dtype) in [1, 5, 50].into_iter().flat_map(|n| [DType::F32, DType::F16, DType::BF16].map(|d| (n, d))) {
+            let x = random.tensor(&[n, 2 * inner], 2.0, dtype, &Device::Cpu)?;
+            let (onto, bias) = (random.tensor(&[n, 70], 1.0, dtype, &Device::Cpu)?, bias.to_dtype(dtype)?);
+            let (bias, onto) = (Some(&bias), Some(&onto));
+            let check = || {
+                for activation in [Activation::Silu, Activation::GeluTanh] {
+                    let got = linear_gated(&x, activation, &matrix, bias, onto)?;
+                    let gated = gated_activation(&x, activation)?;
+                    let want = linear_around(&gated, &matrix, bias, Around { onto, ..Around::default() })?;
+                    assert!(bits(&got) == bits(&want), "{format:?} [{n}, 2 x {inner}] {dtype:?} {activation:?}");
+                }
+                let x = x.narrow(1, 0, inner)?;
+                let normed = Around { norm: Some(norm), onto, ..Around::default() };
+                let got = linear_around(&x, &matrix, bias, normed)?;
+                let want = linear_around(&norm.apply(&x)?, &matrix, bias, Around { onto, ..Around::default() })?;
+                assert!(bits(&got) == bits(&want), "{format:?} [{n}, {inner}] {dtype:?} normed");
+                Result::Ok(())
+            };
+            // Another thread would choose its own instructions.
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+            pool.install(|| available().into_iter().try_for_each(|instructions| on(instructions, check)))?;
+            pool.install(|| with_tiles(check))?;
         }
     }
     Ok(())
@@ -347,6 +384,21 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     let x = Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?;
     let error = linear(&x, &matrix).expect_err("3 is not 5").to_string();
     assert!(error.contains("quantized linear: weight is [4, 5], expected [O, 3]"), "{error}");
+    let gated = |width: usize| {
+        let x = Tensor::zeros((2, width), DType::F32, &Device::Cpu)?;
+        linear_gated(&x, Activation::Silu, &matrix, None, None)
+    };
+    assert!(gated(10).is_ok());
+    let error = gated(11).expect_err("no half of 11").to_string();
+    assert!(error.contains("x is [2, 11], expected [N, 2 I]"), "{error}");
+    let error = gated(12).expect_err("6 is not 5").to_string();
+    assert!(error.contains("weight is [4, 5], expected [O, 6]"), "{error}");
+    let weight = Tensor::ones(4, DType::F32, &Device::Cpu)?;
+    let norm = Some(Norm { weight: &weight, eps: 0.0 });
+    let x = Tensor::zeros((2, 5), DType::F32, &Device::Cpu)?;
+    let error = linear_around(&x, &matrix, None, Around { norm, ..Around::default() });
+    let error = error.expect_err("a weight for 4").to_string();
+    assert!(error.contains("quantized linear: weight is [4]"), "{error}");
     let error = matrix.rows(&Tensor::new(&[4u32], &Device::Cpu)?).expect_err("4 rows").to_string();
     assert!(error.contains("row 4, there are 4"), "{error}");
     let nan = |_: usize, values: &mut [f32]| values.fill(f32::NAN);
