@@ -233,6 +233,11 @@ pub(crate) fn fill_rows<T: Element>(len: usize, d: usize, fill: impl Fn(usize, &
     out
 }
 
+/// `len` zeros, written by all threads: one alone takes as long over a large result as all over the op.
+pub(crate) fn zeros<T: Element>(len: usize) -> Vec<T> {
+    fill_rows(len, 1, |_, _| {})
+}
+
 /// A tensor around the storage that an in-place op produced beside its target.
 pub(crate) fn tensor(storage: Storage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)

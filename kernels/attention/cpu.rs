@@ -15,7 +15,7 @@ use self::many::Many;
 use super::AttentionParams;
 use crate::Batch;
 use crate::batch::Sequence;
-use crate::cpu::{Shared, share};
+use crate::cpu::{Shared, share, zeros};
 #[cfg(target_arch = "x86_64")]
 use crate::linear::tile::Wide;
 use crate::linear::tile::{Narrow, Tile, pieces};
@@ -84,7 +84,7 @@ struct Block<'a> {
 impl<T: Stored, P: Stored> Attention<'_, T, P> {
     /// `[N, hq, d]`
     pub fn run(&self) -> Vec<T> {
-        let mut out = vec![T::round(0.0); self.batch.num_tokens() * self.hq * self.d];
+        let mut out = zeros(self.batch.num_tokens() * self.hq * self.d);
         let target = Shared::new(&mut out);
         let work: usize = self.batch.host.iter().map(|sequence| sequence.tokens.len() * sequence.context_len).sum();
         let is_serial = work * self.hq * self.d < SERIAL;
@@ -141,15 +141,17 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
         let mut blocks = Vec::new();
         for sequence in &self.batch.host {
             let heads_each = if self.are_few(sequence.tokens.len()) { self.hk.div_ceil(shares) } else { 1 };
-            for tokens in pieces(sequence.tokens.clone(), rows.div_ceil(group)) {
-                let visible = |token| self.params.visible(sequence.position(token), sequence.context_len);
-                let seen: Vec<Range<usize>> = tokens.clone().map(visible).collect();
-                blocks.extend(pieces(0..self.hk, heads_each).map(|heads| Block {
+            let visible = |token| self.params.visible(sequence.position(token), sequence.context_len);
+            for heads in pieces(0..self.hk, heads_each) {
+                // The last tokens, which see most, come first: then threads end together.
+                let first = blocks.len();
+                blocks.extend(pieces(sequence.tokens.clone(), rows.div_ceil(group)).map(|tokens| Block {
                     sequence,
-                    heads,
-                    tokens: tokens.clone(),
-                    seen: seen.clone(),
+                    heads: heads.clone(),
+                    seen: tokens.clone().map(visible).collect(),
+                    tokens,
                 }));
+                blocks[first..].reverse();
             }
         }
         blocks

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::Batch;
-use crate::cpu::{RowStarts, Shared, share};
+use crate::cpu::{RowStarts, Shared, share, zeros};
 use crate::linear::tile::pieces;
 use crate::simd::{Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, load, load_pair, prefetch, store_pair};
 
@@ -17,7 +17,7 @@ pub fn causal_conv1d<T: Stored>(
     width: usize,
 ) -> Vec<T> {
     let past = width - 1;
-    let mut out = vec![T::round(0.0); batch.num_tokens() * channels];
+    let mut out = zeros(batch.num_tokens() * channels);
     let (shared_out, shared_state) = (Shared::new(&mut out), Shared::new(state));
     let blocks = channels.div_ceil(CHANNELS);
     share(batch.num_sequences() * blocks, |task| {

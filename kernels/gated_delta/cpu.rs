@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::Batch;
-use crate::cpu::{RowStarts, Shared, share};
+use crate::cpu::{RowStarts, Shared, share, zeros};
 use crate::linear::tile::{OnLines, pieces};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::Instructions;
@@ -31,7 +31,7 @@ pub struct Inputs<'a, T> {
 /// `state` `[S, hv, vd, kd]`; returns `[N, hv, vd]`.
 pub fn gated_delta_rule<T: Stored>(inputs: &Inputs<T>, state: &mut [f32], batch: &Batch) -> Vec<T> {
     let &Inputs { hv, kd, vd, .. } = inputs;
-    let mut out = vec![T::round(0.0); batch.num_tokens() * hv * vd];
+    let mut out = zeros(batch.num_tokens() * hv * vd);
     let (shared_out, shared_state) = (Shared::new(&mut out), Shared::new(state));
     let parts = (2 * rayon::current_num_threads()).div_ceil(batch.num_sequences() * hv);
     let rows = vd.div_ceil(parts).next_multiple_of(GROUP);
