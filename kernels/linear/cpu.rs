@@ -60,8 +60,9 @@ pub(crate) const STREAMED_ROWS: usize = 16;
 const PANEL: usize = 1 << 16;
 /// Rows that meet a stretch of a panel before the next stretch.
 const BLOCK_ROWS: usize = 48;
-/// Rows that are turned at once and share one turn of each panel.
-const MAX_ROWS: usize = 11 * BLOCK_ROWS;
+/// Rows that are turned at once and share one turn of each panel, or more if they have no more elements than this.
+pub(super) const MAX_ROWS: usize = 11 * BLOCK_ROWS;
+pub(super) const MAX_ELEMENTS: usize = 1 << 21;
 
 /// Products of which a thread should have at least so many, or waking it costs more than it does.
 pub(super) const MIN_TASK: usize = 1 << 16;
@@ -108,7 +109,7 @@ impl<X: Stored, W: Stored> Product<'_, X, W> {
         let columns = inner.div_ceil(LANES) * LANES;
         let panel_outs = O * (PANEL / (O * columns.min(T::STRETCH * LANES))).clamp(1, 8);
         let mut scratch = SCRATCH.take();
-        for rows in pieces(0..n, MAX_ROWS) {
+        for rows in pieces(0..n, MAX_ROWS.max(MAX_ELEMENTS / columns / BLOCK_ROWS * BLOCK_ROWS)) {
             let x = aligned(&mut scratch, rows.len().next_multiple_of(R) * columns).as_chunks_mut().0;
             let turned = Shared::new(x);
             share_pieces(rows.clone(), R, |piece| {

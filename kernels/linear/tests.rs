@@ -69,6 +69,21 @@ fn a_row_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
         .try_for_each(|w_dtype| rows_are_alone(w_dtype, 300, &[1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 100], linear))
 }
 
+/// More rows, as long as that takes, than share one turn of the weights.
+#[test]
+fn rows_beyond_those_turned_at_once_are_products_too() -> Result<()> {
+    let (rows, inner) = (cpu::MAX_ROWS + 2, cpu::MAX_ELEMENTS / cpu::MAX_ROWS);
+    let mut random = Random::new(9);
+    let x = random.tensor(&[rows, inner], 1.0, DType::F32, &Device::Cpu)?;
+    let weight = random.tensor(&[33, inner], 1.0, DType::F32, &Device::Cpu)?;
+    let all = linear(&x, &weight)?;
+    for row in [0, cpu::MAX_ROWS - 1, cpu::MAX_ROWS, rows - 1] {
+        let alone = linear(&x.narrow(0, row, 1)?, &weight)?;
+        assert!(bits(&all.narrow(0, row, 1)?) == bits(&alone), "row {row}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_row_on_amx_does_not_depend_on_the_others_or_on_threads() -> Result<()> {
     let on_amx = |x: &Tensor, weight: &Tensor| with_tiles(|| linear(x, weight));

@@ -10,7 +10,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::simd::{Kernel, LANES, Lanes, Stored, Vector, load, prefetch_far};
+use crate::simd::{Kernel, LANES, Lanes, Stored, Vector, load, prefetch_far, prefetch_far_at};
 
 mod registers;
 
@@ -106,6 +106,9 @@ impl<T: Stored, const R: usize> Kernel for Turn<'_, T, R> {
 
     #[inline(always)]
     fn run<V: Lanes>(self) {
+        const LINE: usize = 64;
+        /// Bytes of each row that are asked for ahead of use.
+        const AHEAD: usize = 1 << 10;
         let groups = self.inner.div_ceil(LANES);
         for part in 0..R.div_ceil(LANES) {
             let lanes = part * LANES..R.min((part + 1) * LANES);
@@ -114,6 +117,14 @@ impl<T: Stored, const R: usize> Kernel for Turn<'_, T, R> {
                 *source = &self.source[row * self.inner..][..self.inner];
             }
             for group in 0..groups {
+                if (group * LANES * size_of::<T>()).is_multiple_of(LINE) {
+                    // Behind these rows lie those that follow.
+                    let ahead = group * LANES + AHEAD / size_of::<T>();
+                    let ahead = if ahead < self.inner { ahead } else { ahead + (LANES - 1) * self.inner };
+                    for source in &sources {
+                        prefetch_far_at(source.as_ptr().wrapping_add(ahead), 1);
+                    }
+                }
                 let mut rows = [V::splat(0.0); LANES];
                 for i in 0..LANES {
                     let source = sources[i];
