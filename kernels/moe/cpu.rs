@@ -127,6 +127,9 @@ impl Experts<'_> {
     fn mlp<X: Stored>(&self, expert: usize, x: &[X]) -> Vec<X> {
         let &Self { hidden, intermediate, .. } = self;
         let gate_up = self.gate_up.product(expert, x, (hidden, 2 * intermediate));
+        if let Stack::Packed(down) = &self.down {
+            return quantized::cpu::linear(&gate_up, Before::Gate(Activation::Silu), &down[expert], None);
+        }
         let layout = Layout::contiguous((x.len() / hidden, 2 * intermediate));
         let activated = gated_activation(&gate_up, &layout, Activation::Silu).expect("rows of even width");
         self.down.product(expert, &activated, (intermediate, hidden))
