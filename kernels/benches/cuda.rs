@@ -202,7 +202,12 @@ impl Bench {
         let segments: Vec<Segment> = sequences
             .iter()
             .zip(&slots)
-            .map(|(&(new, past), &slot)| Segment { tokens: &tokens[..new], past, blocks: &[0], slot })
+            .map(|(&(new, past), slot)| Segment {
+                tokens: &tokens[..new],
+                past,
+                blocks: std::slice::from_ref(slot),
+                slot: *slot,
+            })
             .collect();
         let batch = Batch::new(&segments, 1 << 16, &self.device)?;
         let n = batch.num_tokens();
@@ -227,7 +232,12 @@ impl Bench {
         let segments: Vec<Segment> = sequences
             .iter()
             .zip(&slots)
-            .map(|(&(new, past), &slot)| Segment { tokens: &tokens[..new], past, blocks: &[0], slot })
+            .map(|(&(new, past), slot)| Segment {
+                tokens: &tokens[..new],
+                past,
+                blocks: std::slice::from_ref(slot),
+                slot: *slot,
+            })
             .collect();
         let batch = Batch::new(&segments, 1 << 16, &self.device)?;
         let n = batch.num_tokens();
