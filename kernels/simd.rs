@@ -86,6 +86,33 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     }
 }
 
+/// As [`dispatch`], with the machine's own [`Vector::dot`] if it has one.
+pub(crate) fn dispatch_dots<K: Kernel>(kernel: K) -> K::Output {
+    match instructions() {
+        // SAFETY: the features were just found.
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512 if has_dots() => unsafe { avx2::run_dots(kernel) },
+        _ => dispatch(kernel),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_dots() -> bool {
+    is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vl")
+}
+
+/// Whether [`Vector::dot`] takes less time than two multiply-adds: on AMD's cores half of it, on Intel's twice as much.
+pub(crate) fn dots_are_fast() -> bool {
+    #[cfg(test)]
+    if let Some(are_fast) = tests::DOTS_ARE_FAST.get() {
+        return are_fast;
+    }
+    #[cfg(target_arch = "x86_64")]
+    return instructions() == Instructions::Avx512 && has_dots() && is_amd();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// f32 values that are all treated alike: nothing is added across them.
 pub(crate) trait Vector: Copy {
     /// How many.
@@ -108,6 +135,21 @@ pub(crate) trait Vector: Copy {
     fn min(self, other: Self) -> Self;
     /// `self * 2^exponent` for integral exponents within -252..=254.
     fn scale(self, exponent: Self) -> Self;
+    /// The bf16 values that are the upper halves of these, widened.
+    fn upper(self) -> Self;
+    /// The bf16 values that are the lower halves of these, widened.
+    fn lower(self) -> Self;
+
+    /// Rounds to bf16, to nearest, ties to even.
+    fn round_to_bf16(self) -> Self;
+
+    /// `sum` plus, in each place, the dot product of the two bf16 values that stand there in `self` and in `other`: the
+    /// product of the upper ones first, with one rounding for each where the instructions have it. Subnormal values
+    /// count as zero or as what they are.
+    #[inline(always)]
+    fn dot(self, other: Self, sum: Self) -> Self {
+        dot(self, other, sum)
+    }
 
     /// The nearest integers, ties to even, of values within -2^22..=2^22.
     #[inline(always)]
@@ -117,10 +159,21 @@ pub(crate) trait Vector: Copy {
 
     /// `e^self` within 2 ulp: 0 from -104 down, infinity from 89 up, subnormal between -104 and -87, NaN stays.
     ///
-    /// `e^x = 2^n e^r` with `|r| <= ln 2 / 2`, and the Taylor series of `e^r` up to `r^7 / 7!`, whose remainder
-    /// is below 6e-9.
+    /// The remainder of the series is below 6e-9.
     #[inline(always)]
     fn exp(self) -> Self {
+        self.exp_by([1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0])
+    }
+
+    /// As [`Vector::exp`], with a remainder below 3e-6, a thousandth of what rounding to bf16 adds.
+    #[inline(always)]
+    fn exp_for_bf16(self) -> Self {
+        self.exp_by([1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0])
+    }
+
+    /// `e^x = 2^n e^r` with `|r| <= ln 2 / 2`, and a Taylor series of `e^r`, its highest coefficient first.
+    #[inline(always)]
+    fn exp_by<const N: usize>(self, coefficients: [f32; N]) -> Self {
         // ln 2 in two parts, the first short enough for `n * LN_2_HIGH` to be exact.
         const LN_2_HIGH: f32 = 355.0 / 512.0;
         const LN_2_LOW: f32 = -2.121_944_4e-4;
@@ -129,8 +182,8 @@ pub(crate) trait Vector: Copy {
         let n = x.mul_add(Self::splat(std::f32::consts::LOG2_E), round).sub(round);
         let r = n.mul_add(Self::splat(-LN_2_HIGH), x);
         let r = n.mul_add(Self::splat(-LN_2_LOW), r);
-        let mut series = Self::splat(1.0 / 5040.0);
-        for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        let mut series = Self::splat(coefficients[0]);
+        for &coefficient in &coefficients[1..] {
             series = series.mul_add(r, Self::splat(coefficient));
         }
         series.scale(n)
@@ -156,14 +209,18 @@ pub(crate) trait Lanes: Vector {
     fn load_bf16(source: &[bf16; LANES]) -> Self;
     /// Rounds to nearest, ties to even.
     fn store_f16(self, target: &mut [f16; LANES]);
-    /// Rounds to nearest, ties to even.
-    fn store_bf16(self, target: &mut [bf16; LANES]);
     /// Cuts the lower half off.
-    #[cfg(any(test, target_arch = "x86_64"))]
     fn store_upper(self, target: &mut [bf16; LANES]);
 
     /// The nearest integers of values within -128..=127, ties to even, those of the first lanes first.
     fn bytes(values: [Self::Pair; 4]) -> [i8; 4 * PAIR];
+    /// Two bf16 values in each place: the upper halves of `upper` and those of `lower` below.
+    fn join(upper: Self, lower: Self) -> Self;
+    /// Rounds to bf16, to nearest, ties to even: values `2 i` and `2 i + 1` to the lower and upper half of place `i`.
+    #[inline(always)]
+    fn narrow(pair: Self::Pair) -> Self {
+        narrow(pair)
+    }
     /// Lane `i` of result `j` is lane `j` of `rows[i]`.
     fn transpose(rows: [Self; LANES]) -> [Self; LANES];
     /// The sum of the lanes of each, as `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))`.
@@ -205,6 +262,20 @@ pub(crate) trait Lanes: Vector {
         let pair = |i: usize| lanes[i].max(lanes[i + 4]);
         pair(0).max(pair(1)).max(pair(2).max(pair(3)))
     }
+}
+
+/// [`Vector::dot`] in multiply-adds.
+#[inline(always)]
+fn dot<V: Vector>(a: V, b: V, sum: V) -> V {
+    a.lower().mul_add(b.lower(), a.upper().mul_add(b.upper(), sum))
+}
+
+/// [`Lanes::narrow`] by way of memory.
+#[inline(always)]
+fn narrow<V: Lanes>(pair: V::Pair) -> V {
+    let mut rounded = [bf16::ZERO; PAIR];
+    store_pair::<V, bf16>(pair, &mut rounded);
+    join(&rounded)
 }
 
 /// Two vectors as one, where no register holds both.
@@ -259,6 +330,22 @@ impl<V: Vector> Vector for Two<V> {
     fn scale(self, exponent: Self) -> Self {
         Self(self.0.scale(exponent.0), self.1.scale(exponent.1))
     }
+    #[inline(always)]
+    fn upper(self) -> Self {
+        Self(self.0.upper(), self.1.upper())
+    }
+    #[inline(always)]
+    fn lower(self) -> Self {
+        Self(self.0.lower(), self.1.lower())
+    }
+    #[inline(always)]
+    fn round_to_bf16(self) -> Self {
+        Self(self.0.round_to_bf16(), self.1.round_to_bf16())
+    }
+    #[inline(always)]
+    fn dot(self, other: Self, sum: Self) -> Self {
+        Self(self.0.dot(other.0, sum.0), self.1.dot(other.1, sum.1))
+    }
 }
 
 /// [`Lanes::sums_of_halves`] of halves in registers of their own.
@@ -290,11 +377,10 @@ fn spread<V: Lanes>(lanes: V) -> [V::Pair; 4] {
 /// An element type that lanes are loaded from and rounded to.
 pub(crate) trait Stored: Element {
     /// How many bf16 values add up to one of these, at most.
-    #[cfg_attr(not(any(test, target_arch = "x86_64")), expect(dead_code, reason = "for AMX"))]
     const PARTS: usize;
+    const IS_BF16: bool = Self::PARTS == 1;
 
     /// The values, if they are bf16.
-    #[cfg_attr(not(any(test, target_arch = "x86_64")), expect(dead_code, reason = "for AMX"))]
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }
@@ -341,7 +427,7 @@ impl Stored for bf16 {
     }
     #[inline(always)]
     fn store<V: Lanes>(lanes: V, target: &mut [Self; LANES]) {
-        lanes.store_bf16(target)
+        lanes.round_to_bf16().store_upper(target)
     }
 }
 
@@ -369,6 +455,22 @@ pub(crate) fn store<V: Lanes, T: Stored>(lanes: V, target: &mut [T]) {
             target.copy_from_slice(&padded[..target.len()]);
         }
     }
+}
+
+/// Up to sixteen values, rounded to bf16 if they are not, two in each place as [`Lanes::narrow`] puts them.
+#[inline(always)]
+pub(crate) fn load_dots<V: Lanes, T: Stored>(source: &[T]) -> V {
+    match T::as_bf16(source).and_then(|source| source.first_chunk()) {
+        Some(source) => join(source),
+        None => V::narrow(load_pair::<V, T>(&source[..source.len().min(PAIR)])),
+    }
+}
+
+/// Two values in each place.
+#[inline(always)]
+fn join<V: Lanes>(values: &[bf16; PAIR]) -> V {
+    // SAFETY: that many bytes; any bits are an f32.
+    V::load(&unsafe { values.as_ptr().cast::<[f32; LANES]>().read_unaligned() })
 }
 
 /// As [`load`], up to sixteen.
@@ -431,15 +533,18 @@ pub(crate) fn prefetch_far_at<T>(start: *const T, count: usize) {
 #[inline(always)]
 pub(crate) fn reads_ahead() -> bool {
     #[cfg(target_arch = "x86_64")]
-    {
-        static IS_AMD: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
-            let std::arch::x86_64::CpuidResult { ebx, ecx, edx, .. } = std::arch::x86_64::__cpuid(0);
-            [ebx, edx, ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
-        });
-        *IS_AMD
-    }
+    return is_amd();
     #[cfg(not(target_arch = "x86_64"))]
     true
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_amd() -> bool {
+    static IS_AMD: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        let std::arch::x86_64::CpuidResult { ebx, ecx, edx, .. } = std::arch::x86_64::__cpuid(0);
+        [ebx, edx, ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+    });
+    *IS_AMD
 }
 
 /// The sum of squares of `x`, in f32.

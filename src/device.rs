@@ -37,10 +37,11 @@ pub fn default_dtype(device: &Device) -> DType {
     if device.is_cpu() { DType::F32 } else { DType::BF16 }
 }
 
-/// The dtype of keys and values that suits activations of `dtype`. Beside packed weights on the CPU it is f16: half the
-/// bytes to read for every token, rounded far finer than the weights are.
+/// The dtype of keys and values that suits activations of `dtype`. Beside packed weights on the CPU it has 16 bits: half
+/// the bytes to read for every token, rounded finer than the weights are.
 pub fn kv_dtype(device: &Device, dtype: DType, quantization: Option<Quantization>) -> DType {
-    if device.is_cpu() && dtype == DType::F32 && quantization.is_some() { DType::F16 } else { dtype }
+    let is_short = device.is_cpu() && dtype == DType::F32 && quantization.is_some();
+    if is_short { kernels::attention::short_page_dtype() } else { dtype }
 }
 
 /// Tokens of a step that keep a device busy without making whoever waits for a reply wait long for another's prompt.

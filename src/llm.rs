@@ -25,7 +25,7 @@ use crate::{Error, Result};
 pub struct Options {
     pub device: DeviceChoice,
     /// Dtype of activations, keys and values. Default: f32 on the CPU, bf16 elsewhere. Weights stay as they are stored
-    /// on the CPU, whatever this says, and beside packed weights keys and values are f16 there instead of f32.
+    /// on the CPU, whatever this says, and beside packed weights keys and values have 16 bits there instead of 32.
     pub dtype: Option<DType>,
     /// Packs the matrices of linear layers and embeddings while they are read. Default: they stay as they are stored.
     pub quantization: Option<Quantization>,

@@ -3,14 +3,15 @@
 //! Keys come in chunks of [`CHUNK`] positions, on a grid from position 0. Each chunk is attended to on its own, which
 //! gives a maximum, a sum and a mix of values for every query, and these are merged in the order of the chunks, as in
 //! Flash-Decoding (Dao et al., 2023). A score is a dot product in eight lanes, as those of `linear::tile`; a mix adds
-//! the values of a chunk one after the other. [`few`] and [`many`] do the same operations in different places, so what
-//! a query gets depends on its own position alone: not on the queries beside it, and not on whether one thread ran
-//! the chunks of its block or several.
+//! the values of a chunk one after the other, or two by two, see [`form`]. [`few`] and [`many`] do the same operations in
+//! different places, so what a query gets depends on its own position alone: not on the queries beside it, and not on
+//! whether one thread ran the chunks of its block or several.
 
 use std::cell::Cell;
 use std::ops::Range;
 
 use self::few::Few;
+use self::form::{Dots, Form, Plain};
 use self::many::Many;
 use super::AttentionParams;
 use crate::Batch;
@@ -22,10 +23,12 @@ use crate::linear::tile::{Narrow, Tile, pieces};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::Instructions;
 use crate::simd::{
-    Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, instructions, load, load_pair, store, store_pair,
+    Kernel, LANES, Lanes, PAIR, Stored, Vector, dispatch, dots_are_fast, instructions, load, load_pair, store,
+    store_pair,
 };
 
 mod few;
+mod form;
 mod many;
 
 /// Key positions of one chunk.
@@ -164,7 +167,8 @@ impl<T: Stored, P: Stored> Attention<'_, T, P> {
 
     /// Whether so many tokens of a sequence stream their keys; lanes are then whole in every row.
     fn are_few(&self, tokens: usize) -> bool {
-        tokens * (self.hq / self.hk) <= FEW_ROWS && self.d.is_multiple_of(LANES)
+        let group = if is_in_dots::<P>() { Dots::GROUP } else { Plain::GROUP };
+        tokens * (self.hq / self.hk) <= FEW_ROWS && self.d.is_multiple_of(group)
     }
 }
 
@@ -173,6 +177,11 @@ impl Block<'_> {
     fn chunks(&self) -> Range<usize> {
         self.seen[0].start / CHUNK..self.seen[self.seen.len() - 1].end.div_ceil(CHUNK)
     }
+}
+
+/// Whether keys and values take the form of [`Dots`].
+fn is_in_dots<P: Stored>() -> bool {
+    P::IS_BF16 && dots_are_fast()
 }
 
 /// A block over some chunks of keys.
@@ -184,19 +193,23 @@ struct Part<'a, T, P> {
 
 impl<T: Stored, P: Stored> Part<'_, T, P> {
     fn attend(&self) -> Mix {
+        if is_in_dots::<P>() { self.attend_in::<Dots>() } else { self.attend_in::<Plain>() }
+    }
+
+    fn attend_in<F: Form>(&self) -> Mix {
         if self.attention.are_few(self.block.sequence.tokens.len()) {
-            return dispatch(Few(self));
+            return F::dispatch(Few::<_, _, F>::new(self));
         }
         match instructions() {
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => self.attend_many::<Wide, 12, 32>(),
-            _ => self.attend_many::<Narrow, 6, 16>(),
+            Instructions::Avx512 => self.attend_many::<F, Wide, 12, 32>(),
+            _ => self.attend_many::<F, Narrow, 6, 16>(),
         }
     }
 
-    fn attend_many<M: Tile<R, O>, const R: usize, const O: usize>(&self) -> Mix {
+    fn attend_many<F: Form, M: Tile<R, O>, const R: usize, const O: usize>(&self) -> Mix {
         let mut scratch = SCRATCH.take();
-        let mix = dispatch(Many::<T, P, M, R, O>::new(self, &mut scratch));
+        let mix = F::dispatch(Many::<T, P, F, M, R, O>::new(self, &mut scratch));
         SCRATCH.set(scratch);
         mix
     }
@@ -298,9 +311,10 @@ impl Mix {
 
 /// Adds the maximum and the sum of later keys; returns the factors of the values so far and of the later ones.
 fn merge_sums(max: &mut f32, sum: &mut f32, later_max: f32, later_sum: f32) -> [f32; 2] {
-    let both = max.max(later_max);
-    let factors @ [a, b] = [(*max - both).exp(), (later_max - both).exp()];
-    *max = both;
+    // Whichever has the greater maximum stays as it is.
+    let factors @ [a, b] =
+        if *max >= later_max { [1.0, (later_max - *max).exp()] } else { [(*max - later_max).exp(), 1.0] };
+    *max = max.max(later_max);
     *sum = *sum * a + later_sum * b;
     factors
 }
@@ -326,12 +340,14 @@ fn greatest_score<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, so
     a.max(b).greatest()
 }
 
-/// Replaces scores by `exp(score - max)`, once [`greatest_score`] has found it; returns their sum.
+/// Replaces scores by `exp(score - max)`, once [`greatest_score`] has found it, rounded if the form says so; returns
+/// their sum.
 #[inline(always)]
-fn to_weights<V: Lanes>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, max: f32) -> f32 {
+fn to_weights<V: Lanes, F: Form>(scores: &mut [f32; CHUNK], bounds: &Range<usize>, max: f32) -> f32 {
     let mut sum = V::splat(0.0);
     for scores in scores[pairs(bounds)].as_chunks_mut::<PAIR>().0 {
-        let weights = load_pair::<V, f32>(scores).sub(V::Pair::splat(max)).exp();
+        let scores_below = load_pair::<V, f32>(scores).sub(V::Pair::splat(max));
+        let weights = if F::IS_PAIRED { scores_below.exp_for_bf16().round_to_bf16() } else { scores_below.exp() };
         store_pair::<V, f32>(weights, scores);
         let [a, b] = V::halves(weights);
         sum = sum.add(a).add(b);

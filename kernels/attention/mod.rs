@@ -23,7 +23,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp3, Layout, R
 use crate::Batch;
 use crate::batch::Sequence;
 use crate::cpu::{as_rows, dtype_of};
-use crate::simd::{Stored, dispatch};
+use crate::simd::{Stored, dispatch, dots_are_fast};
 
 /// Which keys a query sees, and how scores are formed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -124,7 +124,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, params: Atte
 /// ```
 ///
 /// `kv` `[2, blocks, block_size, Hk, D]`; `k` and `v` `[N, Hk, D]`; one dtype, f32, f16 or bf16. On the CPU f32 keys and
-/// values may also go to f16 pages, rounded to nearest.
+/// values may also go to f16 or bf16 pages, rounded to nearest.
 ///
 /// # Errors
 ///
@@ -160,7 +160,8 @@ pub fn write_kv(kv: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<()
 /// with `s` over the sequence's cached positions that `params` lets the query at `t` see.
 ///
 /// `q` `[N, Hq, D]`; `kv` `[2, blocks, block_size, Hk, D]` of the same dtype, f32, f16 or bf16, or on the CPU f32 queries
-/// over f16 pages. Returns `[N, Hq, D]` in `q`'s dtype; softmax in f32.
+/// over f16 or bf16 pages. Returns `[N, Hq, D]` in `q`'s dtype; softmax in f32. Over bf16 a CPU that
+/// multiplies two bf16 values at a time rounds queries, and weights before they meet values, to bf16.
 ///
 /// # Errors
 ///
@@ -206,10 +207,16 @@ pub(crate) fn check_pages(q: &Tensor, kv: &Tensor, batch: &Batch, params: Attent
     batch.check_blocks("paged_attention", blocks, block_size, first_seen)
 }
 
+/// The dtype of 16 bits that suits pages of keys and values in f32 on this CPU: bf16 if its products of two bf16 values
+/// at a time are fast, else f16, which is rounded more finely.
+pub fn short_page_dtype() -> DType {
+    if dots_are_fast() { DType::BF16 } else { DType::F16 }
+}
+
 /// Whether there is a kernel for these rows and pages.
 pub(crate) fn takes_pages(rows: &Tensor, pages: &Tensor) -> bool {
-    let rounded = rows.device().is_cpu() && (rows.dtype(), pages.dtype()) == (DType::F32, DType::F16);
-    rounded || rows.dtype() == pages.dtype()
+    let are_rounded = matches!((rows.dtype(), pages.dtype()), (DType::F32, DType::F16 | DType::BF16));
+    rows.dtype() == pages.dtype() || are_rounded && rows.device().is_cpu()
 }
 
 struct Attention<'a> {
@@ -304,6 +311,7 @@ impl InplaceOp3 for WriteKv<'_> {
             (CpuStorage::F16(kv), CpuStorage::F16(k), CpuStorage::F16(v)) => self.run(kv, layout, k, kl, v, vl),
             (CpuStorage::BF16(kv), CpuStorage::BF16(k), CpuStorage::BF16(v)) => self.run(kv, layout, k, kl, v, vl),
             (CpuStorage::F16(kv), CpuStorage::F32(k), CpuStorage::F32(v)) => self.run(kv, layout, k, kl, v, vl),
+            (CpuStorage::BF16(kv), CpuStorage::F32(k), CpuStorage::F32(v)) => self.run(kv, layout, k, kl, v, vl),
             (kv, k, _) => bail!("write_kv: {:?} into pages of {:?}", dtype_of(k), dtype_of(kv)),
         }
     }
@@ -377,6 +385,7 @@ impl CustomOp2 for PagedAttention<'_> {
             (CpuStorage::F16(q), CpuStorage::F16(kv)) => CpuStorage::F16(self.run(q, ql, kv, kvl)?),
             (CpuStorage::BF16(q), CpuStorage::BF16(kv)) => CpuStorage::BF16(self.run(q, ql, kv, kvl)?),
             (CpuStorage::F32(q), CpuStorage::F16(kv)) => CpuStorage::F32(self.run(q, ql, kv, kvl)?),
+            (CpuStorage::F32(q), CpuStorage::BF16(kv)) => CpuStorage::F32(self.run(q, ql, kv, kvl)?),
             (q, kv) => bail!("paged_attention: {:?} over pages of {:?}", dtype_of(q), dtype_of(kv)),
         };
         Ok((out, ql.shape().clone()))

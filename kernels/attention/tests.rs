@@ -7,7 +7,8 @@ mod write_kv;
 use candle_core::{DType, Device};
 
 use super::*;
-use crate::simd::tests::portable;
+use crate::simd::Instructions;
+use crate::simd::tests::{available, on, on_dots, portable};
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 use crate::{NO_BLOCK, Segment};
 
@@ -63,7 +64,7 @@ impl Pages {
 fn page_dtypes(dtype: DType, device: &Device) -> &'static [DType] {
     let rounds = device.is_cpu() && crate::metal::emulator::emulator().is_none();
     match dtype {
-        DType::F32 if rounds => &[DType::F32, DType::F16],
+        DType::F32 if rounds => &[DType::F32, DType::F16, DType::BF16],
         DType::F32 => &[DType::F32],
         DType::F16 => &[DType::F16],
         _ => &[DType::BF16],
@@ -107,7 +108,8 @@ fn attend_to(page_dtype: DType, case: Case, device: &Device) -> Result<()> {
         &format!("paged_attention {case:?} {page_dtype:?} {device:?}"),
         &values(&got)?,
         &want,
-        op_limit(dtype),
+        // Over pages in bf16, queries and weights are rounded as well.
+        op_limit(dtype).max(if page_dtype == DType::BF16 { op_limit(page_dtype) } else { 0.0 }),
     );
     Ok(())
 }
@@ -321,9 +323,15 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn new(seed: u64, tokens: usize, hq: usize, hk: usize, params: AttentionParams) -> Result<Self> {
+    fn new(
+        seed: u64,
+        tokens: usize,
+        (hq, hk, d): (usize, usize, usize),
+        dtype: DType,
+        params: AttentionParams,
+    ) -> Result<Self> {
         let mut random = Random::new(seed);
-        let mut rows = |heads| random.tensor(&[tokens, heads, 24], 1.0, DType::BF16, &Device::Cpu);
+        let mut rows = |heads| random.tensor(&[tokens, heads, d], 1.0, dtype, &Device::Cpu);
         Ok(Self { q: rows(hq)?, k: rows(hk)?, v: rows(hk)?, params })
     }
 
@@ -332,12 +340,13 @@ impl Sequence {
     }
 }
 
-/// Runs `sequences` side by side in steps of at most `step` tokens of each; returns the results of each.
+/// Runs `sequences` side by side in steps of at most `step` tokens of each, with pages of the keys' dtype; returns the
+/// results of each.
 fn run_in_steps(sequences: &[&Sequence], step: usize, block_size: usize, seed: u64) -> Result<Vec<Vec<f32>>> {
     let (_, hk, d) = sequences[0].k.dims3()?;
     let blocks_each = sequences.iter().map(|s| s.len().div_ceil(block_size)).max().unwrap_or(0);
     let pool = Random::new(seed).permutation(blocks_each * sequences.len());
-    let kv = poisoned(&[2, pool.len(), block_size, hk, d], DType::BF16, &Device::Cpu)?;
+    let kv = poisoned(&[2, pool.len(), block_size, hk, d], sequences[0].k.dtype(), &Device::Cpu)?;
     let mut results = vec![Vec::new(); sequences.len()];
     let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
     for past in (0..longest).step_by(step) {
@@ -372,22 +381,77 @@ fn run_in_steps(sequences: &[&Sequence], step: usize, block_size: usize, seed: u
 #[test]
 fn results_depend_on_the_sequence_alone() -> Result<()> {
     let causal = AttentionParams::causal(0.2);
-    for (hq, hk) in [(4, 4), (4, 2), (8, 1)] {
-        for window in [None, Some(1), Some(50), Some(200)] {
-            let params = AttentionParams { window, ..causal };
-            let sequence = Sequence::new(1, 290, hq, hk, params)?;
-            let strangers = [Sequence::new(2, 170, hq, hk, params)?, Sequence::new(3, 300, hq, hk, params)?];
-            let whole = &run_in_steps(&[&sequence], 290, 16, 1)?[0];
-            assert!(whole.iter().all(|x| x.is_finite()));
-            for (step, block_size) in [(1, 16), (7, 16), (64, 16), (129, 16), (290, 1), (290, 5), (50, 256)] {
-                let got = &run_in_steps(&[&sequence], step, block_size, step as u64)?[0];
-                assert!(got == whole, "{hq} over {hk}, {params:?}: steps of {step}, blocks of {block_size}");
-            }
-            for step in [1, 33, 300] {
-                let together = run_in_steps(&[&strangers[0], &sequence, &strangers[1]], step, 16, 9)?;
-                assert!(&together[1] == whole, "{hq} over {hk}, {params:?}: with strangers, steps of {step}");
+    // Heads of 24 fill the lanes of rows in f16 and f32, and no pairs of lanes.
+    for (dtype, d) in [(DType::F16, 24), (DType::BF16, 24), (DType::BF16, 32)] {
+        for (hq, hk) in [(4, 4), (4, 2), (8, 1)] {
+            for window in [None, Some(1), Some(50), Some(200)] {
+                let params = AttentionParams { window, ..causal };
+                let new = |seed, tokens| Sequence::new(seed, tokens, (hq, hk, d), dtype, params);
+                let (sequence, strangers) = (new(1, 290)?, [new(2, 170)?, new(3, 300)?]);
+                let name = format!("{hq} over {hk} of {d} in {dtype:?}, {params:?}");
+                let whole = &run_in_steps(&[&sequence], 290, 16, 1)?[0];
+                assert!(whole.iter().all(|x| x.is_finite()));
+                for (step, block_size) in [(1, 16), (7, 16), (64, 16), (129, 16), (290, 1), (290, 5), (50, 256)] {
+                    let got = &run_in_steps(&[&sequence], step, block_size, step as u64)?[0];
+                    assert!(got == whole, "{name}: steps of {step}, blocks of {block_size}");
+                }
+                for step in [1, 33, 300] {
+                    let together = run_in_steps(&[&strangers[0], &sequence, &strangers[1]], step, 16, 9)?;
+                    assert!(&together[1] == whole, "{name}: with strangers, steps of {step}");
+                }
             }
         }
+    }
+    Ok(())
+}
+
+/// In prompts, token by token and in between, with dot products of bf16 and without.
+#[test]
+fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
+    // Lanes are chosen for a thread: with one, no task runs on another.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
+    for (dtype, d, are_fast) in
+        [(DType::F16, 40, false), (DType::BF16, 40, false), (DType::BF16, 64, true), (DType::BF16, 40, true)]
+    {
+        for window in [None, Some(51)] {
+            let params = AttentionParams { window, ..AttentionParams::causal(0.2) };
+            let sequence = Sequence::new(4, 200, (6, 2, d), dtype, params)?;
+            let mut results = Vec::new();
+            for set in available().filter(|&set| set > Instructions::Portable) {
+                for step in [200, 1, 9] {
+                    let run = || on(set, || on_dots(are_fast, || run_in_steps(&[&sequence], step, 16, 1)));
+                    results.push(pool.install(run)?);
+                }
+            }
+            assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{dtype:?}, heads of {d}, {params:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn portable_dots_are_the_reference() -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
+    let cases = || cases().into_iter().filter(|case| case.dtype != DType::F16);
+    let run = || cases().try_for_each(|case| attend_to(DType::BF16, case, &Device::Cpu));
+    pool.install(|| portable(|| on_dots(true, run)))
+}
+
+/// Not even times zero.
+#[test]
+fn what_is_not_seen_leaves_no_trace() -> Result<()> {
+    for dtype in DTYPES {
+        let params = AttentionParams::causal(0.2);
+        let mut sequence = Sequence::new(1, 40, (4, 2, 32), dtype, params)?;
+        let run = |sequence: &Sequence| run_in_steps(&[sequence], 40, 16, 1);
+        let whole = run(&sequence)?.concat();
+        let last = 39 * 4 * 32;
+        for rows in [&mut sequence.v, &mut sequence.k] {
+            let nan = Tensor::full(f32::NAN, (1, 2, 32), &Device::Cpu)?.to_dtype(dtype)?;
+            *rows = Tensor::cat(&[&rows.narrow(0, 0, 39)?, &nan], 0)?;
+        }
+        let got = run(&sequence)?.concat();
+        assert!(got[..last] == whole[..last] && got[last..].iter().all(|x| x.is_nan()), "{dtype:?}");
     }
     Ok(())
 }
@@ -396,7 +460,7 @@ fn results_depend_on_the_sequence_alone() -> Result<()> {
 fn results_do_not_depend_on_threads() -> Result<()> {
     let run = |threads, step| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool of threads");
-        let sequence = Sequence::new(1, 1300, 8, 2, AttentionParams::causal(0.2))?;
+        let sequence = Sequence::new(1, 1300, (8, 2, 32), DType::BF16, AttentionParams::causal(0.2))?;
         pool.install(|| run_in_steps(&[&sequence], step, 16, 1))
     };
     let whole = run(1, 1300)?;
@@ -409,7 +473,9 @@ fn results_do_not_depend_on_threads() -> Result<()> {
 #[test]
 fn uncached_is_paged() -> Result<()> {
     let params = AttentionParams { window: Some(60), ..AttentionParams::causal(0.2) };
-    let sequences = [Sequence::new(1, 200, 4, 2, params)?, Sequence::new(2, 33, 4, 2, params)?];
+    let sequences = [(1, 200), (2, 33)].map(|(seed, n)| Sequence::new(seed, n, (4, 2, 24), DType::BF16, params));
+    let [first, second] = sequences;
+    let sequences = [first?, second?];
     let rows = |of: fn(&Sequence) -> &Tensor| Tensor::cat(&[of(&sequences[0]), of(&sequences[1])], 0);
     let batch = Batch::uncached(&[&[0; 200], &[0; 33]], &Device::Cpu)?;
     let got = attention(&rows(|s| &s.q)?, &rows(|s| &s.k)?, &rows(|s| &s.v)?, &batch, params)?;
@@ -462,7 +528,8 @@ fn refuses_operands_that_disagree() -> Result<()> {
     write_kv(&kv, &k, &k, &batch)?;
     assert!(write_kv(&pages(2, f32)?, &k, &k, &batch).is_err());
     write_kv(&pages(3, f16)?, &k, &k, &batch)?;
-    assert!(write_kv(&pages(3, DType::BF16)?, &k, &k, &batch).is_err());
+    write_kv(&pages(3, DType::BF16)?, &k, &k, &batch)?;
+    assert!(write_kv(&pages(3, DType::BF16)?, &rows(2, 2, f16)?, &rows(2, 2, f16)?, &batch).is_err());
     assert!(write_kv(&kv, &rows(2, 2, f16)?, &rows(2, 2, f16)?, &batch).is_err());
     assert!(write_kv(&kv, &rows(1, 2, f32)?, &k, &batch).is_err());
     assert!(write_kv(&kv, &k, &rows(2, 1, f32)?, &batch).is_err());
@@ -472,7 +539,8 @@ fn refuses_operands_that_disagree() -> Result<()> {
     paged_attention(&q, &kv, &batch, params)?;
     assert!(paged_attention(&q, &pages(2, f32)?, &batch, params).is_err());
     paged_attention(&q, &pages(3, f16)?, &batch, params)?;
-    assert!(paged_attention(&q, &pages(3, DType::BF16)?, &batch, params).is_err());
+    paged_attention(&q, &pages(3, DType::BF16)?, &batch, params)?;
+    assert!(paged_attention(&rows(2, 4, f16)?, &pages(3, DType::BF16)?, &batch, params).is_err());
     assert!(paged_attention(&rows(2, 4, f16)?, &kv, &batch, params).is_err());
     assert!(paged_attention(&rows(2, 3, f32)?, &kv, &batch, params).is_err());
     assert!(paged_attention(&rows(1, 4, f32)?, &kv, &batch, params).is_err());

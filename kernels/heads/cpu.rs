@@ -73,6 +73,7 @@ impl InplaceOp1 for NormRopeWrite<'_> {
         let out = match (pages, self.q.dtype()) {
             (CpuStorage::F32(pages), DType::F32) => self.run::<f32, _>(Some(&mut pages[start..end])),
             (CpuStorage::F16(pages), DType::F32) => self.run::<f32, _>(Some(&mut pages[start..end])),
+            (CpuStorage::BF16(pages), DType::F32) => self.run::<f32, _>(Some(&mut pages[start..end])),
             (CpuStorage::F16(pages), DType::F16) => self.run::<f16, _>(Some(&mut pages[start..end])),
             (CpuStorage::BF16(pages), DType::BF16) => self.run::<bf16, _>(Some(&mut pages[start..end])),
             (pages, dtype) => bail!("norm_rope_write: {dtype:?} into pages of {:?}", dtype_of(pages)),

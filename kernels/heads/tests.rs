@@ -110,9 +110,9 @@ fn is_its_parts_on_every_device() -> Result<()> {
 /// To the last bit.
 #[test]
 fn is_its_parts_on_the_cpu() -> Result<()> {
-    let to_f16 = cases().into_iter().filter(|case| case.dtype == DType::F32);
-    let to_f16 = to_f16.map(|case| Case { stored: DType::F16, ..case });
-    for case in cases().into_iter().chain(to_f16) {
+    let rounded = cases().into_iter().filter(|case| case.dtype == DType::F32);
+    let rounded = rounded.flat_map(|case| [DType::F16, DType::BF16].map(|stored| Case { stored, ..case }));
+    for case in cases().into_iter().chain(rounded) {
         let bits = |(q, pages): (Vec<f32>, Vec<f32>)| q.into_iter().chain(pages).map(f32::to_bits).collect::<Vec<_>>();
         let got = run(case, &Device::Cpu, |q, norm, kv, angles, pages, batch| {
             let q = cpu::norm_rope_write(q, norm, kv, angles, pages, batch)?;

@@ -181,6 +181,31 @@ impl<const R: usize, const L: usize> Steps<R> for AsRows<'_, R, L> {
     }
 }
 
+/// What a tile adds for each of its steps.
+pub(crate) trait Products {
+    fn add<V: Vector>(x: V, weights: V, sum: V) -> V;
+}
+
+/// The product of two values.
+pub(crate) struct MulAdd;
+
+impl Products for MulAdd {
+    #[inline(always)]
+    fn add<V: Vector>(x: V, weights: V, sum: V) -> V {
+        x.mul_add(weights, sum)
+    }
+}
+
+/// The products of two bf16 values each: a place holds two of them.
+pub(crate) struct Dot;
+
+impl Products for Dot {
+    #[inline(always)]
+    fn add<V: Vector>(x: V, weights: V, sum: V) -> V {
+        x.dot(weights, sum)
+    }
+}
+
 /// A register tile for many rows: `R` of them times `O` outputs.
 pub(crate) trait Tile<const R: usize, const O: usize> {
     /// Groups after which the next tile has its turn, so that the weights of a lane stay in the first-level cache for all
@@ -192,12 +217,18 @@ pub(crate) trait Tile<const R: usize, const O: usize> {
     /// Adds the products of all `weights` to the last of `sums`, which is zero if `fresh`, and then the `folded` before it,
     /// the last one first. The result takes the place of the first of them.
     #[inline(always)]
-    fn multiply<V: Lanes>(x: impl Steps<R>, weights: &[[f32; O]], fresh: bool, folded: usize, sums: &mut [Sums<R, O>]) {
-        registers::multiply::<Self::Register<V>, R, O>(x, weights, fresh, folded, sums)
+    fn multiply<V: Lanes, P: Products>(
+        x: impl Steps<R>,
+        weights: &[[f32; O]],
+        fresh: bool,
+        folded: usize,
+        sums: &mut [Sums<R, O>],
+    ) {
+        registers::multiply::<Self::Register<V>, P, R, O>(x, weights, fresh, folded, sums)
     }
 
-    /// Whole dot products times `scale`, to `target` from `first` on. `x` and `weights` are turned: `[LANES, groups]`.
-    fn dots<V: Lanes, const L: usize>(
+    /// Whole sums of products times `scale`, to `target` from `first` on. `x` and `weights` are turned: `[LANES, groups]`.
+    fn dots<V: Lanes, P: Products, const L: usize>(
         x: &[[f32; R]],
         weights: &[[f32; O]],
         scale: f32,
@@ -245,7 +276,7 @@ impl<T: Tile<R, O>, const R: usize, const O: usize> Kernel for Blocked<'_, T, R,
                 for (t, weights) in self.weights.chunks_exact(whole).enumerate() {
                     for (x, pending) in self.x.chunks_exact(whole).zip(self.pending.chunks_exact_mut(panel)) {
                         let (x, sums) = (&x[part.clone()], &mut pending[t][..=waiting]);
-                        T::multiply::<V>(x, &weights[part.clone()], fresh, folded, sums);
+                        T::multiply::<V, MulAdd>(x, &weights[part.clone()], fresh, folded, sums);
                     }
                 }
             }
@@ -261,14 +292,14 @@ impl Tile<6, 16> for Narrow {
     type Register<V: Lanes> = V;
 
     #[inline(always)]
-    fn dots<V: Lanes, const L: usize>(
+    fn dots<V: Lanes, P: Products, const L: usize>(
         x: &[[f32; 6]],
         weights: &[[f32; 16]],
         scale: f32,
         target: &mut [[f32; L]; 6],
         first: usize,
     ) {
-        registers::dots::<Self::Register<V>, 6, 3, 16, L>(x, weights, scale, target, first)
+        registers::dots::<Self::Register<V>, P, 6, 3, 16, L>(x, weights, scale, target, first)
     }
 }
 
@@ -282,14 +313,14 @@ impl Tile<12, 32> for Wide {
     type Register<V: Lanes> = V::Pair;
 
     #[inline(always)]
-    fn dots<V: Lanes, const L: usize>(
+    fn dots<V: Lanes, P: Products, const L: usize>(
         x: &[[f32; 12]],
         weights: &[[f32; 32]],
         scale: f32,
         target: &mut [[f32; L]; 12],
         first: usize,
     ) {
-        registers::dots::<Self::Register<V>, 12, 6, 32, L>(x, weights, scale, target, first)
+        registers::dots::<Self::Register<V>, P, 12, 6, 32, L>(x, weights, scale, target, first)
     }
 }
 

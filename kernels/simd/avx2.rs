@@ -2,10 +2,17 @@
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
+use std::mem::transmute;
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, PAIR, ROUND, Two, Vector, spread, sums_of_halves};
+use super::{Kernel, LANES, Lanes, PAIR, ROUND, Two, Vector, dot, narrow, spread, sums_of_halves};
+
+/// The bits of a bf16 value within an f32.
+const UPPER: i32 = 0xffff_0000_u32 as i32;
+
+/// The bit that makes a NaN quiet.
+const QUIET: i32 = 0x0040_0000;
 
 /// # Safety
 ///
@@ -20,11 +27,19 @@ pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
 /// The machine has AVX2, FMA and F16C, and AVX-512 F.
 #[target_feature(enable = "avx2,fma,f16c,avx512f")]
 pub unsafe fn run_wide<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Eight<Together>>()
+    kernel.run::<Eight<Together<false>>>()
 }
 
-/// Lanes in one register, whose pairs are as `P` says. Only [`run`] and [`run_wide`] name this type, so wherever a method
-/// is called the features are there.
+/// # Safety
+///
+/// The machine has AVX2, FMA and F16C, and AVX-512 F, VL and BF16.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512bf16")]
+pub unsafe fn run_dots<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Eight<Together<true>>>()
+}
+
+/// Lanes in one register, whose pairs are as `P` says. Only [`run`] and its like name this type, so wherever a method is
+/// called the features are there.
 pub(super) struct Eight<P>(__m256, PhantomData<P>);
 
 impl<P> Clone for Eight<P> {
@@ -48,6 +63,10 @@ pub(super) trait Pairs {
     fn sums(four: [Self::Pair; 4]) -> __m256;
     /// As [`Lanes::spread`].
     fn spread(lanes: __m256) -> [Self::Pair; 4];
+    /// As [`Lanes::narrow`].
+    fn narrow(pair: Self::Pair) -> __m256;
+    /// As [`Vector::dot`].
+    fn dot(a: __m256, b: __m256, sum: __m256) -> __m256;
 }
 
 // SAFETY of every block below: the features are there, and loads and stores cover exactly the borrowed array.
@@ -94,28 +113,36 @@ impl Pairs for Apart {
     fn spread(lanes: __m256) -> [Self::Pair; 4] {
         spread(Eight::<Self>::new(lanes))
     }
+    #[inline(always)]
+    fn narrow(pair: Self::Pair) -> __m256 {
+        narrow::<Eight<Self>>(pair).0
+    }
+    #[inline(always)]
+    fn dot(a: __m256, b: __m256, sum: __m256) -> __m256 {
+        dot(Eight::<Self>::new(a), Eight::new(b), Eight::new(sum)).0
+    }
 }
 
-/// In one register of AVX-512.
-pub(super) struct Together;
+/// In one register of AVX-512, with AVX-512 BF16 if `BF16`.
+pub(super) struct Together<const BF16: bool>;
 
-impl Pairs for Together {
-    type Pair = Sixteen;
+impl<const BF16: bool> Pairs for Together<BF16> {
+    type Pair = Sixteen<BF16>;
 
     #[inline(always)]
-    fn pair(first: __m256, second: __m256) -> Sixteen {
+    fn pair(first: __m256, second: __m256) -> Self::Pair {
         let (first, second) = unsafe { (_mm256_castps_pd(first), _mm256_castps_pd(second)) };
         Sixteen(unsafe { _mm512_castpd_ps(_mm512_insertf64x4::<1>(_mm512_castpd256_pd512(first), second)) })
     }
     #[inline(always)]
-    fn halves(Sixteen(pair): Sixteen) -> [__m256; 2] {
+    fn halves(Sixteen(pair): Self::Pair) -> [__m256; 2] {
         unsafe {
             let second = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(pair));
             [_mm512_castps512_ps256(pair), _mm256_castpd_ps(second)]
         }
     }
     #[inline(always)]
-    fn bytes(values: [Sixteen; 4]) -> [i8; 4 * PAIR] {
+    fn bytes(values: [Self::Pair; 4]) -> [i8; 4 * PAIR] {
         let mut bytes = [0; 4 * PAIR];
         for (Sixteen(values), bytes) in values.iter().zip(bytes.as_chunks_mut::<PAIR>().0) {
             unsafe {
@@ -126,7 +153,7 @@ impl Pairs for Together {
         bytes
     }
     #[inline(always)]
-    fn sums([a, b, c, d]: [Sixteen; 4]) -> __m256 {
+    fn sums([a, b, c, d]: [Self::Pair; 4]) -> __m256 {
         unsafe {
             // Of neighbours, in each quarter of the register.
             let add = |a, b| _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
@@ -137,7 +164,7 @@ impl Pairs for Together {
         }
     }
     #[inline(always)]
-    fn spread(lanes: __m256) -> [Sixteen; 4] {
+    fn spread(lanes: __m256) -> [Self::Pair; 4] {
         unsafe {
             let both = _mm512_castps256_ps512(lanes);
             let both = _mm512_shuffle_f32x4::<0x50>(both, both);
@@ -149,13 +176,27 @@ impl Pairs for Together {
             ]
         }
     }
+    #[inline(always)]
+    fn narrow(pair: Self::Pair) -> __m256 {
+        if !BF16 {
+            return narrow::<Eight<Self>>(pair).0;
+        }
+        unsafe { transmute::<__m256bh, __m256>(_mm512_cvtneps_pbh(pair.0)) }
+    }
+    #[inline(always)]
+    fn dot(a: __m256, b: __m256, sum: __m256) -> __m256 {
+        if !BF16 {
+            return dot(Eight::<Self>::new(a), Eight::new(b), Eight::new(sum)).0;
+        }
+        unsafe { _mm256_dpbf16_ps(sum, transmute::<__m256, __m256bh>(a), transmute::<__m256, __m256bh>(b)) }
+    }
 }
 
 /// Sixteen values in one register.
 #[derive(Clone, Copy)]
-pub(super) struct Sixteen(__m512);
+pub(super) struct Sixteen<const BF16: bool>(__m512);
 
-impl Vector for Sixteen {
+impl<const BF16: bool> Vector for Sixteen<BF16> {
     const WIDTH: usize = PAIR;
 
     #[inline(always)]
@@ -203,6 +244,41 @@ impl Vector for Sixteen {
     fn scale(self, exponent: Self) -> Self {
         Self(unsafe { _mm512_scalef_ps(self.0, exponent.0) })
     }
+    #[inline(always)]
+    fn upper(self) -> Self {
+        let upper = unsafe { _mm512_and_si512(_mm512_castps_si512(self.0), _mm512_set1_epi32(UPPER)) };
+        Self(unsafe { _mm512_castsi512_ps(upper) })
+    }
+    #[inline(always)]
+    fn lower(self) -> Self {
+        Self(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(self.0))) })
+    }
+    #[inline(always)]
+    fn round_to_bf16(self) -> Self {
+        unsafe {
+            let bits = if BF16 {
+                let rounded = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+                _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(rounded))
+            } else {
+                // As for `Eight`.
+                let bits = _mm512_castps_si512(self.0);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+                let rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(QUIET));
+                _mm512_and_si512(rounded, _mm512_set1_epi32(UPPER))
+            };
+            Self(_mm512_castsi512_ps(bits))
+        }
+    }
+    #[inline(always)]
+    fn dot(self, other: Self, sum: Self) -> Self {
+        if !BF16 {
+            return dot(self, other, sum);
+        }
+        let (a, b) = unsafe { (transmute::<__m512, __m512bh>(self.0), transmute::<__m512, __m512bh>(other.0)) };
+        Self(unsafe { _mm512_dpbf16_ps(sum.0, a, b) })
+    }
 }
 
 impl<P> Eight<P> {
@@ -228,7 +304,7 @@ impl<P> Eight<P> {
     }
 }
 
-impl<P> Vector for Eight<P> {
+impl<P: Pairs> Vector for Eight<P> {
     const WIDTH: usize = LANES;
 
     #[inline(always)]
@@ -283,6 +359,31 @@ impl<P> Vector for Eight<P> {
             Self::new(_mm256_mul_ps(_mm256_mul_ps(self.0, low), high))
         }
     }
+    #[inline(always)]
+    fn upper(self) -> Self {
+        let upper = unsafe { _mm256_and_si256(_mm256_castps_si256(self.0), _mm256_set1_epi32(UPPER)) };
+        Self::new(unsafe { _mm256_castsi256_ps(upper) })
+    }
+    #[inline(always)]
+    fn lower(self) -> Self {
+        Self::new(unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(self.0))) })
+    }
+    #[inline(always)]
+    fn round_to_bf16(self) -> Self {
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            // Rounding could carry a NaN into infinity: NaN is cut instead, and made quiet.
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(QUIET));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+            Self::new(_mm256_castsi256_ps(_mm256_blendv_epi8(rounded, quiet, is_nan))).upper()
+        }
+    }
+    #[inline(always)]
+    fn dot(self, other: Self, sum: Self) -> Self {
+        Self::new(P::dot(self.0, other.0, sum.0))
+    }
 }
 
 impl<P: Pairs> Lanes for Eight<P> {
@@ -321,26 +422,23 @@ impl<P: Pairs> Lanes for Eight<P> {
         }
     }
     #[inline(always)]
-    fn store_bf16(self, target: &mut [bf16; LANES]) {
-        unsafe {
-            let bits = _mm256_castps_si256(self.0);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-            // Rounding could carry a NaN into infinity: NaN is cut instead, and made quiet.
-            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
-            let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
-            let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
-            _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
-        }
-    }
-    #[inline(always)]
     fn store_upper(self, target: &mut [bf16; LANES]) {
         unsafe {
             let upper = _mm256_srli_epi32::<16>(_mm256_castps_si256(self.0));
             let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
             _mm_storeu_si128(target.as_mut_ptr().cast(), packed)
         }
+    }
+    #[inline(always)]
+    fn join(upper: Self, lower: Self) -> Self {
+        unsafe {
+            let lower = _mm256_srli_epi32::<16>(_mm256_castps_si256(lower.0));
+            Self::new(_mm256_or_ps(upper.upper().0, _mm256_castsi256_ps(lower)))
+        }
+    }
+    #[inline(always)]
+    fn narrow(pair: P::Pair) -> Self {
+        Self::new(P::narrow(pair))
     }
     #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {

@@ -5,6 +5,9 @@ use half::{bf16, f16};
 use super::{LANES, Lanes, PAIR, ROUND, Two, Vector};
 use crate::cpu::Element;
 
+/// The bits of a bf16 value within an f32.
+const UPPER: u32 = 0xffff_0000;
+
 /// Eight values in a form that compilers turn into vectors.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable([f32; LANES]);
@@ -72,6 +75,18 @@ impl Vector for Portable {
             x * power(e >> 1) * power(e - (e >> 1))
         })
     }
+    #[inline(always)]
+    fn upper(self) -> Self {
+        Self(self.0.map(|x| f32::from_bits(x.to_bits() & UPPER)))
+    }
+    #[inline(always)]
+    fn lower(self) -> Self {
+        Self(self.0.map(|x| f32::from_bits(x.to_bits() << 16)))
+    }
+    #[inline(always)]
+    fn round_to_bf16(self) -> Self {
+        Self(self.0.map(|x| bf16::round(x).widen()))
+    }
 }
 
 impl Lanes for Portable {
@@ -98,11 +113,6 @@ impl Lanes for Portable {
         *target = self.0.map(f16::round)
     }
     #[inline(always)]
-    fn store_bf16(self, target: &mut [bf16; LANES]) {
-        *target = self.0.map(bf16::round)
-    }
-    #[cfg(any(test, target_arch = "x86_64"))]
-    #[inline(always)]
     fn store_upper(self, target: &mut [bf16; LANES]) {
         *target = self.0.map(|x| bf16::from_bits((x.to_bits() >> 16) as u16))
     }
@@ -113,6 +123,10 @@ impl Lanes for Portable {
             *byte = (value + ROUND).to_bits() as i8;
         }
         bytes
+    }
+    #[inline(always)]
+    fn join(upper: Self, lower: Self) -> Self {
+        upper.zip(lower, |a, b| f32::from_bits(a.to_bits() & UPPER | b.to_bits() >> 16))
     }
     #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {

@@ -5,6 +5,7 @@ use crate::testing::Random;
 
 thread_local! {
     pub(crate) static INSTRUCTIONS: Cell<Option<Instructions>> = const { Cell::new(None) };
+    pub(crate) static DOTS_ARE_FAST: Cell<Option<bool>> = const { Cell::new(None) };
 }
 
 /// Runs `f` on these instructions, in what it runs on this thread.
@@ -12,6 +13,14 @@ pub(crate) fn on<R>(instructions: Instructions, f: impl FnOnce() -> R) -> R {
     INSTRUCTIONS.set(Some(instructions));
     let result = f();
     INSTRUCTIONS.set(None);
+    result
+}
+
+/// Runs `f` as if [`Vector::dot`] were fast or not, in what it runs on this thread.
+pub(crate) fn on_dots<R>(are_fast: bool, f: impl FnOnce() -> R) -> R {
+    DOTS_ARE_FAST.set(Some(are_fast));
+    let result = f();
+    DOTS_ARE_FAST.set(None);
     result
 }
 
@@ -166,6 +175,60 @@ fn halves_are_added_and_spread() {
             let x = &x[pair * PAIR + half..][..LANES];
             assert_eq!(sum, ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])), "{set:?} {i}");
             assert_eq!(spread[pair][half..half + LANES], [sum; LANES], "{set:?} {i}");
+        }
+    }
+}
+
+/// Dot products of pairs of bf16 values with the next sixteen, onto the sixteen after these; and all as they were
+/// rounded.
+struct DotProducts<'a>(&'a [f32; 3 * PAIR]);
+
+impl Kernel for DotProducts<'_> {
+    type Output = ([f32; LANES], [f32; PAIR], [f32; 2 * PAIR]);
+
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> Self::Output {
+        let (mut lanes, mut pair, mut rounded) = ([0.0; LANES], [0.0; PAIR], [0.0; 2 * PAIR]);
+        let [x, y, sum] = self.0.as_chunks::<PAIR>().0 else { unreachable!("three of them") };
+        let both = [load_dots::<V, f32>(x), load_dots::<V, f32>(y)];
+        both[0].dot(both[1], load::<V, f32>(sum)).store(&mut lanes);
+        let [x_twice, y_twice] = [twice(both[0]), twice(both[1])];
+        x_twice.dot(y_twice, V::Pair::read(sum)).write(&mut pair);
+        V::Pair::read(x).round_to_bf16().write(&mut rounded);
+        V::Pair::read(y).round_to_bf16().write(&mut rounded[PAIR..]);
+        (lanes, pair, rounded)
+    }
+}
+
+#[inline(always)]
+fn twice<V: Lanes>(half: V) -> V::Pair {
+    // What `join` takes of the lower halves is their upper ones.
+    half.pair(V::join(half.upper(), half.lower()))
+}
+
+#[test]
+fn dot_products_add_the_odd_one_first() {
+    let mut random = Random::new(6);
+    for _ in 0..1000 {
+        let x: [f32; 3 * PAIR] = std::array::from_fn(|_| random.normal(1.0) * random.normal(3.0).exp());
+        let rounded = x.map(|x| bf16::round(x).widen());
+        let (x_rounded, y_rounded) = (&rounded[..PAIR], &rounded[PAIR..2 * PAIR]);
+        for set in available() {
+            let fused = |a: f32, b: f32, sum| match set {
+                Instructions::Portable if cfg!(not(any(target_arch = "aarch64", target_feature = "fma"))) => {
+                    a * b + sum
+                }
+                _ => a.mul_add(b, sum),
+            };
+            let want = |i: usize, sum| {
+                let j = i % LANES * 2;
+                fused(x_rounded[j], y_rounded[j], fused(x_rounded[j + 1], y_rounded[j + 1], sum))
+            };
+            for got in [on(set, || dispatch(DotProducts(&x))), on(set, || dispatch_dots(DotProducts(&x)))] {
+                assert_eq!(got.0, std::array::from_fn(|i| want(i, x[2 * PAIR + i])), "{set:?}");
+                assert_eq!(got.1, std::array::from_fn(|i| want(i, x[2 * PAIR + i])), "{set:?}");
+                assert_eq!(got.2, rounded[..2 * PAIR], "{set:?}");
+            }
         }
     }
 }

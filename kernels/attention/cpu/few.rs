@@ -2,9 +2,12 @@
 //! position after one another. Lanes lie along the head.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::form::Form;
 use super::{Attention, CHUNK, Mix, Operand, Part, greatest_score, to_weights};
+use crate::linear::tile::Products;
 use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far_at};
 
 /// Keys that one head is at before the next.
@@ -18,26 +21,35 @@ const ROWS: usize = 4;
 const AHEAD: usize = 8 << 10;
 
 /// The mix of `[heads, rows]`.
-pub(super) struct Few<'a, T, P>(pub(super) &'a Part<'a, T, P>);
+pub(super) struct Few<'a, T, P, F> {
+    part: &'a Part<'a, T, P>,
+    form: PhantomData<F>,
+}
 
-impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
+impl<'a, T, P, F> Few<'a, T, P, F> {
+    pub fn new(part: &'a Part<'a, T, P>) -> Self {
+        Self { part, form: PhantomData }
+    }
+}
+
+impl<T: Stored, P: Stored, F: Form> Kernel for Few<'_, T, P, F> {
     type Output = Mix;
 
     #[inline(always)]
     fn run<V: Lanes>(self) -> Mix {
-        let part = self.0;
+        let part = self.part;
         let Attention { ref keys, ref values, d, params, .. } = *part.attention;
-        let (rows, lanes) = (part.rows(), d / LANES);
+        let (rows, lanes, groups) = (part.rows(), d / LANES, d.div_ceil(F::GROUP));
         let all = part.block.heads.len() * rows;
         let mut scratch = SCRATCH.take();
         let Scratch { queries, scores, mix, bounds, seen } = &mut scratch;
-        queries.resize(all * lanes, [0.0; LANES]);
+        queries.resize(all * groups, [0.0; LANES]);
         scores.resize(all, [0.0; CHUNK]);
         mix.resize(all, lanes);
-        for (row, query) in queries.chunks_exact_mut(lanes).enumerate() {
+        for (row, query) in queries.chunks_exact_mut(groups).enumerate() {
             let source = part.query(part.block.heads.start + row / rows, row % rows);
-            for (query, source) in query.iter_mut().zip(source.chunks_exact(LANES)) {
-                load::<V, T>(source).store(query);
+            for (group, query) in query.iter_mut().enumerate() {
+                F::load::<V, T>(source, group).store(query);
             }
         }
         let mut total = Mix::new(all, lanes);
@@ -53,9 +65,9 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
                 let tile = stream.tile(keys, at, &mut key_copies);
                 let mut ahead = stream.ahead(index);
                 for (head, scores) in scores.chunks_exact_mut(rows).enumerate() {
-                    let queries = &queries[head * rows * lanes..][..rows * lanes];
+                    let queries = &queries[head * rows * groups..][..rows * groups];
                     let tile = tile.head(head * keys.strides[1], d);
-                    score_rows::<V, P>(queries, &tile, seen, scores, at, params.scale, &mut ahead);
+                    score_rows::<V, F, P>(queries, &tile, seen, scores, at, params.scale, &mut ahead);
                 }
             }
             mix.values.fill([0.0; LANES]);
@@ -64,7 +76,7 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
                 (mix.max[row], mix.sum[row]) = (f32::NEG_INFINITY, 0.0);
                 if !bounds.is_empty() {
                     mix.max[row] = greatest_score::<V>(scores, bounds, params.softcap);
-                    mix.sum[row] = to_weights::<V>(scores, bounds, mix.max[row]);
+                    mix.sum[row] = to_weights::<V, F>(scores, bounds, mix.max[row]);
                 }
             }
             for (index, at) in stream.tiles().enumerate() {
@@ -75,7 +87,7 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
                 let mixes = mix.values.chunks_exact_mut(rows * lanes);
                 for (head, (weights, mix)) in scores.chunks_exact(rows).zip(mixes).enumerate() {
                     let tile = tile.head(head * values.strides[1], d);
-                    weigh_rows::<V, P>(weights, &tile, seen, mix, at, &mut ahead);
+                    weigh_rows::<V, F, P>(weights, &tile, seen, mix, at, &mut ahead);
                 }
             }
             total.merge(mix, 0);
@@ -88,7 +100,7 @@ impl<T: Stored, P: Stored> Kernel for Few<'_, T, P> {
 /// What a thread needs for its part.
 #[derive(Default)]
 struct Scratch {
-    /// `[heads, rows, lanes]`
+    /// `[heads, rows, groups]`
     queries: Vec<[f32; LANES]>,
     /// `[heads, rows]`
     scores: Vec<[f32; CHUNK]>,
@@ -142,12 +154,12 @@ impl<'a, P> Tile<'a, P> {
 
     /// # Safety
     ///
-    /// There are more than `key` keys, and more than `lanes` groups of lanes in each.
+    /// There are more than `key` keys, and `count` elements in each from `first` on.
     #[inline(always)]
-    unsafe fn lanes(&self, key: usize, lanes: usize) -> &'a [P; LANES] {
-        debug_assert!(key < TILE && (lanes + 1) * LANES <= self.len);
+    unsafe fn elements(&self, key: usize, first: usize, count: usize) -> &'a [P] {
+        debug_assert!(key < TILE && first + count <= self.len);
         // SAFETY: `new` has seen that the data reach so far.
-        unsafe { &*self.data.as_ptr().add(key * self.stride + lanes * LANES).cast() }
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr().add(key * self.stride + first), count) }
     }
 }
 
@@ -269,7 +281,7 @@ fn within(bounds: &Range<usize>, at: usize) -> Range<usize> {
 
 /// Scores the tile at `at`, of which rows see `seen`.
 #[inline(always)]
-fn score_rows<V: Lanes, P: Stored>(
+fn score_rows<V: Lanes, F: Form, P: Stored>(
     queries: &[[f32; LANES]],
     tile: &Tile<P>,
     seen: &[Range<usize>],
@@ -278,16 +290,16 @@ fn score_rows<V: Lanes, P: Stored>(
     scale: f32,
     ahead: &mut Lines<P>,
 ) {
-    let lanes = tile.len / LANES;
+    let groups = tile.len.div_ceil(F::GROUP);
     for row in (0..seen.len()).step_by(ROWS) {
         let block = ROWS.min(seen.len() - row);
         if seen[row..row + block].iter().any(|seen| !seen.is_empty()) {
-            let (queries, scores) = (&queries[row * lanes..], &mut scores[row..]);
+            let (queries, scores) = (&queries[row * groups..], &mut scores[row..]);
             match block {
-                1 => score::<V, P, 1, 4>(queries, tile, scores, at, scale, ahead),
-                2 => score::<V, P, 2, 4>(queries, tile, scores, at, scale, ahead),
-                3 => score::<V, P, 3, 4>(queries, tile, scores, at, scale, ahead),
-                _ => score::<V, P, ROWS, 2>(queries, tile, scores, at, scale, ahead),
+                1 => score::<V, F, P, 1, 4>(queries, tile, scores, at, scale, ahead),
+                2 => score::<V, F, P, 2, 4>(queries, tile, scores, at, scale, ahead),
+                3 => score::<V, F, P, 3, 4>(queries, tile, scores, at, scale, ahead),
+                _ => score::<V, F, P, ROWS, 2>(queries, tile, scores, at, scale, ahead),
             }
         }
     }
@@ -296,7 +308,7 @@ fn score_rows<V: Lanes, P: Stored>(
 /// Mixes in the values of the tile at `at`, of which rows see `seen`. A value that a row does not see has no weight in
 /// it, not even zero: it may be NaN.
 #[inline(always)]
-fn weigh_rows<V: Lanes, P: Stored>(
+fn weigh_rows<V: Lanes, F: Form, P: Stored>(
     weights: &[[f32; CHUNK]],
     tile: &Tile<P>,
     seen: &[Range<usize>],
@@ -312,10 +324,10 @@ fn weigh_rows<V: Lanes, P: Stored>(
         let (weights, mix) = (&weights[row..], &mut mix[row * lanes..]);
         match alike {
             _ if keys.is_empty() => {}
-            1 => weigh::<V, P, 1, 4>(weights, tile, mix, at, keys, ahead),
-            2 => weigh::<V, P, 2, 4>(weights, tile, mix, at, keys, ahead),
-            3 => weigh::<V, P, 3, 4>(weights, tile, mix, at, keys, ahead),
-            _ => weigh::<V, P, ROWS, 2>(weights, tile, mix, at, keys, ahead),
+            1 => weigh::<V, F, P, 1, 4>(weights, tile, mix, at, keys, ahead),
+            2 => weigh::<V, F, P, 2, 4>(weights, tile, mix, at, keys, ahead),
+            3 => weigh::<V, F, P, 3, 4>(weights, tile, mix, at, keys, ahead),
+            _ => weigh::<V, F, P, ROWS, 2>(weights, tile, mix, at, keys, ahead),
         }
         row += alike;
     }
@@ -325,7 +337,7 @@ fn weigh_rows<V: Lanes, P: Stored>(
 /// registers of AVX2.
 #[expect(clippy::needless_range_loop, reason = "it indexes registers")]
 #[inline(always)]
-fn score<V: Lanes, P: Stored, const R: usize, const K: usize>(
+fn score<V: Lanes, F: Form, P: Stored, const R: usize, const K: usize>(
     queries: &[[f32; LANES]],
     tile: &Tile<P>,
     scores: &mut [[f32; CHUNK]],
@@ -333,28 +345,30 @@ fn score<V: Lanes, P: Stored, const R: usize, const K: usize>(
     scale: f32,
     ahead: &mut Lines<P>,
 ) {
-    let lanes = tile.len / LANES;
-    let mut rows = [&queries[..lanes]; R];
+    let (lanes, groups) = (tile.len / LANES, tile.len.div_ceil(F::GROUP));
+    let mut rows = [&queries[..groups]; R];
     for row in 1..R {
-        rows[row] = &queries[row * lanes..][..lanes];
+        rows[row] = &queries[row * groups..][..groups];
     }
     let mut all = [[0.0; TILE]; R];
     for first in (0..TILE).step_by(K) {
         let mut sums = [[V::splat(0.0); 4]; R];
         let line = ahead.next(lanes * K / 4);
-        for i in 0..lanes {
-            if i % (4 / K) == 0 {
-                Lines::fetch(line, i * K / 4);
+        for group in 0..groups {
+            for lanes in group * (F::GROUP / LANES)..(group + 1) * (F::GROUP / LANES) {
+                if lanes.is_multiple_of(4 / K) {
+                    Lines::fetch(line, lanes * K / 4);
+                }
             }
             let mut query = [V::splat(0.0); R];
             for row in 0..R {
-                query[row] = V::load(&rows[row][i]);
+                query[row] = V::load(&rows[row][group]);
             }
             for k in 0..K {
                 // SAFETY: there are that many of both.
-                let key: V = P::load(unsafe { tile.lanes(first + k, i) });
+                let key: V = F::load(unsafe { tile.elements(first + k, group * F::GROUP, F::GROUP) }, 0);
                 for row in 0..R {
-                    sums[row][k] = query[row].mul_add(key, sums[row][k]);
+                    sums[row][k] = F::Products::add(query[row], key, sums[row][k]);
                 }
             }
         }
@@ -369,7 +383,7 @@ fn score<V: Lanes, P: Stored, const R: usize, const K: usize>(
 
 /// Adds the weighted values of `keys` to `R` rows, `C` columns at a time.
 #[inline(always)]
-fn weigh<V: Lanes, P: Stored, const R: usize, const C: usize>(
+fn weigh<V: Lanes, F: Form, P: Stored, const R: usize, const C: usize>(
     weights: &[[f32; CHUNK]],
     tile: &Tile<P>,
     mix: &mut [[f32; LANES]],
@@ -384,18 +398,17 @@ fn weigh<V: Lanes, P: Stored, const R: usize, const C: usize>(
     }
     let mut column = 0;
     while column + C <= lanes {
-        weigh_columns::<V, P, R, C>(&rows, tile, mix, keys, column, ahead);
+        weigh_columns::<V, F, P, R, C>(&rows, tile, mix, keys, column, ahead);
         column += C;
     }
     while column < lanes {
-        weigh_columns::<V, P, R, 1>(&rows, tile, mix, keys, column, ahead);
+        weigh_columns::<V, F, P, R, 1>(&rows, tile, mix, keys, column, ahead);
         column += 1;
     }
 }
 
-#[expect(clippy::needless_range_loop, reason = "it indexes registers")]
 #[inline(always)]
-fn weigh_columns<V: Lanes, P: Stored, const R: usize, const C: usize>(
+fn weigh_columns<V: Lanes, F: Form, P: Stored, const R: usize, const C: usize>(
     weights: &[&[f32; TILE]; R],
     tile: &Tile<P>,
     mix: &mut [[f32; LANES]],
@@ -413,22 +426,49 @@ fn weigh_columns<V: Lanes, P: Stored, const R: usize, const C: usize>(
     }
     assert!(column + C <= lanes && keys.end <= TILE);
     let line = ahead.next(TILE * C / 4);
-    for key in keys.clone() {
-        if key % (4 / C) == 0 {
-            Lines::fetch(line, key * C / 4);
+    if F::IS_PAIRED {
+        if keys.start % 2 == 1 {
+            add_value(weights, tile, keys.start, column, line, &mut sums);
         }
-        for c in 0..C {
-            // SAFETY: there are that many of both.
-            let value: V = P::load(unsafe { tile.lanes(key, column + c) });
-            for row in 0..R {
-                sums[row][c] = V::splat(weights[row][key]).mul_add(value, sums[row][c]);
-            }
+        for pair in keys.start.div_ceil(2)..keys.end / 2 {
+            add_value(weights, tile, 2 * pair + 1, column, line, &mut sums);
+            add_value(weights, tile, 2 * pair, column, line, &mut sums);
+        }
+        if keys.end % 2 == 1 {
+            add_value(weights, tile, keys.end - 1, column, line, &mut sums);
+        }
+    } else {
+        for key in keys.clone() {
+            add_value(weights, tile, key, column, line, &mut sums);
         }
     }
     for row in 0..R {
         let mix = &mut mix[row * lanes + column..][..C];
         for c in 0..C {
             sums[row][c].store(&mut mix[c]);
+        }
+    }
+}
+
+/// Adds the weighted columns of `key`.
+#[expect(clippy::needless_range_loop, reason = "it indexes registers")]
+#[inline(always)]
+fn add_value<V: Lanes, P: Stored, const R: usize, const C: usize>(
+    weights: &[&[f32; TILE]; R],
+    tile: &Tile<P>,
+    key: usize,
+    column: usize,
+    line: *const P,
+    sums: &mut [[V; C]; R],
+) {
+    if key.is_multiple_of(4 / C) {
+        Lines::fetch(line, key * C / 4);
+    }
+    for c in 0..C {
+        // SAFETY: whoever calls has seen that there are that many of both.
+        let value: V = load(unsafe { tile.elements(key, (column + c) * LANES, LANES) });
+        for row in 0..R {
+            sums[row][c] = V::splat(weights[row][key]).mul_add(value, sums[row][c]);
         }
     }
 }

@@ -6,16 +6,17 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::form::Form;
 use super::{Attention, CHUNK, Mix, Part, greatest_score, merge_sums, to_weights};
 use crate::linear::cpu::aligned;
 use crate::linear::tile::{AsRows, OnLines, Sums, Tile};
-use crate::simd::{Kernel, LANES, Lanes, Stored, load, prefetch_far};
+use crate::simd::{Kernel, LANES, Lanes, PAIR, Stored, Vector, prefetch_far};
 
 /// The scores of a tile by row and then by key, and then the weights.
 type Scores<const R: usize> = [[f32; CHUNK]; R];
 
 /// The mix of a block with one key head, in register tiles `M` of `R` rows times `O` keys or columns of values.
-pub(super) struct Many<'a, T, P, M, const R: usize, const O: usize> {
+pub(super) struct Many<'a, T, P, F, M, const R: usize, const O: usize> {
     part: &'a Part<'a, T, P>,
     /// `[tiles, LANES, groups]` queries, turned; in the place of missing rows stand others.
     queries: &'a mut [[f32; R]],
@@ -25,14 +26,13 @@ pub(super) struct Many<'a, T, P, M, const R: usize, const O: usize> {
     values: &'a mut [[f32; O]; CHUNK],
     /// `[tiles]`, defined where a row sees the key.
     scores: &'a mut [Scores<R>],
-    tile: PhantomData<M>,
+    form: PhantomData<(F, M)>,
 }
 
-impl<'a, T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Many<'a, T, P, M, R, O> {
+impl<'a, T: Stored, P: Stored, F: Form, M: Tile<R, O>, const R: usize, const O: usize> Many<'a, T, P, F, M, R, O> {
     pub fn new(part: &'a Part<'a, T, P>, scratch: &'a mut Vec<f32>) -> Self {
-        let d = part.attention.d;
-        let (rows, columns) = (part.rows().next_multiple_of(R), d.next_multiple_of(LANES));
-        let lens = [columns * O, CHUNK * O, rows * CHUNK, rows * columns];
+        let (rows, groups) = (part.rows().next_multiple_of(R), part.attention.d.div_ceil(F::GROUP));
+        let lens = [LANES * groups * O, CHUNK * O, rows * CHUNK, rows * LANES * groups];
         let (keys, scratch) = aligned(scratch, lens.iter().sum()).split_at_mut(lens[0]);
         let (values, scratch) = scratch.split_at_mut(lens[1]);
         let (scores, queries) = scratch.split_at_mut(lens[2]);
@@ -42,31 +42,40 @@ impl<'a, T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Ma
             keys: keys.as_chunks_mut().0,
             values: &mut values.as_chunks_mut().0.as_chunks_mut().0[0],
             scores: scores.as_chunks_mut().0.as_chunks_mut().0,
-            tile: PhantomData,
+            form: PhantomData,
         }
     }
 }
 
-impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel for Many<'_, T, P, M, R, O> {
+impl<T, P, F, M, const R: usize, const O: usize> Kernel for Many<'_, T, P, F, M, R, O>
+where
+    T: Stored,
+    P: Stored,
+    F: Form,
+    M: Tile<R, O>,
+{
     type Output = Mix;
 
     #[inline(always)]
     fn run<V: Lanes>(self) -> Mix {
         let Self { part, queries, keys, values, scores, .. } = self;
         let Attention { keys: ref key_rows, values: ref value_rows, d, params, .. } = *part.attention;
-        let (rows, groups, head) = (part.rows(), d.div_ceil(LANES), part.block.heads.start);
+        let (rows, head) = (part.rows(), part.block.heads.start);
+        let (groups, lanes) = (d.div_ceil(F::GROUP), d.div_ceil(LANES));
         let tile_rows = |tile: usize| tile * R..rows.min((tile + 1) * R);
         for (tile, target) in queries.chunks_exact_mut(LANES * groups).enumerate() {
             let mut sources = [&[][..]; R];
             for (source, row) in sources.iter_mut().zip(tile * R..) {
                 *source = part.query(head, row.min(rows - 1));
+                prefetch_far(part.query(head, (row + R).min(rows - 1)));
             }
-            turn::<V, T, R>(&sources, target);
+            turn::<V, F, T, R>(&sources, target);
         }
-        let mut total = Mix::new(rows, groups);
+        let mut total = Mix::new(rows, lanes);
         let mut factors = vec![[0.0; 2]; rows];
         let mut max = vec![0.0; rows];
         let mut places = Vec::new();
+        let mixed = &mut OnLines([[0.0; O]; R]);
         for chunk in part.chunks.clone() {
             let bounds: Vec<Range<usize>> = (0..rows).map(|row| part.bounds(chunk, row)).collect();
             let range = part.find(chunk, &mut places);
@@ -79,14 +88,14 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
                     *source = key_rows.head(place, head, d);
                     prefetch_far(value_rows.head(place, head, d));
                 }
-                turn::<V, P, O>(&sources, keys);
+                turn::<V, F, P, O>(&sources, keys);
                 for key in first + O..(first + 2 * O).min(range.end) {
                     prefetch_far(key_rows.head(place(key), head, d));
                 }
                 for (tile, queries) in queries.chunks_exact(LANES * groups).enumerate() {
                     let rows = tile_rows(tile);
                     if bounds[rows.start].start < first + O && first < bounds[rows.end - 1].end {
-                        M::dots::<V, CHUNK>(queries, keys, params.scale, &mut scores[tile], first);
+                        M::dots::<V, F::Products, CHUNK>(queries, keys, params.scale, &mut scores[tile], first);
                     }
                 }
             }
@@ -100,28 +109,34 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
                 }
                 for (row, scores) in tile_rows(tile).zip(scores.iter_mut()) {
                     if !bounds[row].is_empty() {
-                        let sum = to_weights::<V>(scores, &bounds[row], max[row]);
+                        let sum = to_weights::<V, F>(scores, &bounds[row], max[row]);
+                        F::arrange::<V>(scores);
                         factors[row] = merge_sums(&mut total.max[row], &mut total.sum[row], max[row], sum);
                     }
                 }
             }
 
             for column in 0..d.div_ceil(O) {
-                for key in range.clone() {
-                    let source = value_rows.head(place(key), head, d)[column * O..].chunks(LANES);
-                    for (source, target) in source.zip(values[key].as_chunks_mut().0) {
-                        load::<V, P>(source).store(target);
+                for pair in range.start / 2..range.end.div_ceil(2) {
+                    let mut both = [&[][..]; 2];
+                    for (value, key) in both.iter_mut().zip(2 * pair..) {
+                        let place = place(key.clamp(range.start, range.end - 1));
+                        *value = &value_rows.head(place, head, d)[column * O..];
                     }
+                    F::lay::<V, P, O>(pair, both, values);
                 }
                 for (tile, scores) in scores.iter().enumerate() {
                     let rows = tile_rows(tile);
-                    let OnLines(mixed) = weigh::<V, M, R, O>(scores, values, &bounds[rows.clone()]);
-                    for (row, mixed) in rows.zip(&mixed) {
+                    if bounds[rows.clone()].iter().all(Range::is_empty) {
+                        continue;
+                    }
+                    weigh::<V, F, M, R, O>(scores, values, &bounds[rows.clone()], &mut mixed.0);
+                    for (row, mixed) in rows.zip(&mixed.0) {
                         if bounds[row].is_empty() {
                             continue;
                         }
                         let [a, b] = factors[row];
-                        let totals = total.values[row * groups..][..groups][column * O / LANES..].iter_mut();
+                        let totals = total.values[row * lanes..][..lanes][column * O / LANES..].iter_mut();
                         for (total, mixed) in totals.zip(mixed.as_chunks().0) {
                             V::load(total).mul(V::splat(a)).add(V::load(mixed).mul(V::splat(b))).store(total);
                         }
@@ -133,29 +148,22 @@ impl<T: Stored, P: Stored, M: Tile<R, O>, const R: usize, const O: usize> Kernel
     }
 }
 
-/// The keys that all rows of a tile see, beyond the chunk if there are none.
+/// The pairs of keys that all rows of a tile see, beyond the chunk if there are none.
 fn common(bounds: &[Range<usize>]) -> Range<usize> {
     // Both ends move forward from row to row.
-    let common = bounds[bounds.len() - 1].start..bounds[0].end;
+    let common = bounds[bounds.len() - 1].start.next_multiple_of(2)..bounds[0].end / 2 * 2;
     if common.is_empty() { CHUNK..CHUNK } else { common }
 }
 
 /// `R` rows of one length to `[LANES, groups]`, so that the values of a lane lie one after the other.
 #[inline(always)]
-fn turn<V: Lanes, T: Stored, const R: usize>(sources: &[&[T]; R], target: &mut [[f32; R]]) {
-    let (groups, whole) = (target.len() / LANES, sources[0].len() / LANES);
+fn turn<V: Lanes, F: Form, T: Stored, const R: usize>(sources: &[&[T]; R], target: &mut [[f32; R]]) {
+    let groups = target.len() / LANES;
     for first in (0..R).step_by(LANES) {
-        let mut rows = [&sources[first].as_chunks::<LANES>().0[..whole]; LANES];
-        for i in 1..LANES.min(R - first) {
-            rows[i] = &sources[first + i].as_chunks().0[..whole];
-        }
         for group in 0..groups {
             let mut eight = [V::splat(0.0); LANES];
             for i in 0..LANES {
-                eight[i] = match group < whole {
-                    true => T::load(&rows[i][group]),
-                    false => load(&sources[(first + i).min(R - 1)][whole * LANES..]),
-                };
+                eight[i] = F::load(sources[(first + i).min(R - 1)], group);
             }
             let turned = V::transpose(eight);
             for lane in 0..LANES {
@@ -173,29 +181,33 @@ fn turn<V: Lanes, T: Stored, const R: usize>(sources: &[&[T]; R], target: &mut [
     }
 }
 
-/// The sums of `O` columns of the values, weighted for the rows of a tile, in the order of the keys. A value that a row
-/// does not see has no weight in it, not even zero: it may be NaN.
+/// Makes `sums` those of `O` columns of the values, weighted for the rows of a tile, in the order of the keys. A value
+/// that a row does not see has no weight in it, not even zero: it may be NaN.
 #[inline(always)]
-fn weigh<V: Lanes, M: Tile<R, O>, const R: usize, const O: usize>(
+fn weigh<V: Lanes, F: Form, M: Tile<R, O>, const R: usize, const O: usize>(
     weights: &Scores<R>,
     values: &[[f32; O]; CHUNK],
     bounds: &[Range<usize>],
-) -> OnLines<Sums<R, O>> {
-    let mut sums = OnLines([[0.0; O]; R]);
+    sums: &mut Sums<R, O>,
+) {
     let common = common(bounds);
-    for ((keys, weights), sums) in bounds.iter().zip(weights).zip(&mut sums.0) {
-        weigh_row::<V, O>(weights, values, keys.start..keys.end.min(common.start), sums);
+    let starts_there = bounds.iter().all(|keys| keys.start >= common.start);
+    if !starts_there {
+        sums.as_flattened_mut().fill(0.0);
+        for ((keys, weights), sums) in bounds.iter().zip(weights).zip(&mut *sums) {
+            weigh_row::<V, F, O>(weights, values, keys.start..keys.end.min(common.start), sums);
+        }
     }
-    let steps = AsRows { rows: weights, first: common.start };
-    M::multiply::<V>(steps, &values[common.clone()], false, 0, std::slice::from_mut(&mut sums.0));
-    for ((keys, weights), sums) in bounds.iter().zip(weights).zip(&mut sums.0) {
-        weigh_row::<V, O>(weights, values, keys.start.max(common.end)..keys.end, sums);
+    let places = F::places(common.clone());
+    let steps = AsRows { rows: weights, first: places.start };
+    M::multiply::<V, F::Products>(steps, &values[places], starts_there, 0, std::slice::from_mut(sums));
+    for ((keys, weights), sums) in bounds.iter().zip(weights).zip(sums) {
+        weigh_row::<V, F, O>(weights, values, keys.start.max(common.end)..keys.end, sums);
     }
-    sums
 }
 
 #[inline(always)]
-fn weigh_row<V: Lanes, const O: usize>(
+fn weigh_row<V: Lanes, F: Form, const O: usize>(
     weights: &[f32; CHUNK],
     values: &[[f32; O]; CHUNK],
     keys: Range<usize>,
@@ -204,11 +216,16 @@ fn weigh_row<V: Lanes, const O: usize>(
     if keys.is_empty() {
         return;
     }
-    for (column, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
-        let mut sum = V::load(sums);
-        for key in keys.clone() {
-            sum = V::splat(weights[key]).mul_add(V::load(&values[key].as_chunks().0[column]), sum);
+    for (columns, sums) in sums.as_chunks_mut::<PAIR>().0.iter_mut().enumerate() {
+        let mut sum = V::Pair::read(sums);
+        for pair in keys.start / 2..keys.end.div_ceil(2) {
+            for key in if F::IS_PAIRED { [2 * pair + 1, 2 * pair] } else { [2 * pair, 2 * pair + 1] } {
+                if keys.contains(&key) {
+                    let value = F::value::<V::Pair, O>(values, key, columns * PAIR);
+                    sum = F::weight::<V::Pair>(weights, key).mul_add(value, sum);
+                }
+            }
         }
-        sum.store(sums);
+        sum.write(sums);
     }
 }

@@ -1,11 +1,11 @@
 //! The arithmetic of a tile, for registers of any width: two of them hold a row of its outputs.
 
-use super::{OnLines, Steps, Sums, fold};
+use super::{OnLines, Products, Steps, Sums, fold};
 use crate::simd::{LANES, Vector};
 
 /// As [`super::Tile::multiply`].
 #[inline(always)]
-pub fn multiply<V: Vector, const R: usize, const O: usize>(
+pub fn multiply<V: Vector, P: Products, const R: usize, const O: usize>(
     x: impl Steps<R>,
     weights: &[[f32; O]],
     fresh: bool,
@@ -22,7 +22,7 @@ pub fn multiply<V: Vector, const R: usize, const O: usize>(
     for (step, weights) in weights.iter().enumerate() {
         let weights = load(weights);
         for (row, total) in total.iter_mut().enumerate() {
-            *total = add_products(x.value(step, row), weights, *total);
+            *total = add_products::<V, P>(x.value(step, row), weights, *total);
         }
     }
     let kept = earlier.len() - folded;
@@ -39,7 +39,7 @@ pub fn multiply<V: Vector, const R: usize, const O: usize>(
 /// As [`super::Tile::dots`], two lanes at a time with `HALF` of the rows: the first of a tree's additions are between
 /// registers. With few steps a tile's sums leave the registers too often otherwise.
 #[inline(always)]
-pub fn dots<V: Vector, const R: usize, const HALF: usize, const O: usize, const L: usize>(
+pub fn dots<V: Vector, P: Products, const R: usize, const HALF: usize, const O: usize, const L: usize>(
     x: &[[f32; R]],
     weights: &[[f32; O]],
     scale: f32,
@@ -61,11 +61,11 @@ pub fn dots<V: Vector, const R: usize, const HALF: usize, const O: usize, const 
                 let (even_x, odd_x) = (&even_x.as_chunks::<HALF>().0[half], &odd_x.as_chunks::<HALF>().0[half]);
                 let weights = load(even_weights);
                 for row in 0..HALF {
-                    even[row] = add_products(even_x[row], weights, even[row]);
+                    even[row] = add_products::<V, P>(even_x[row], weights, even[row]);
                 }
                 let weights = load(odd_weights);
                 for row in 0..HALF {
-                    odd[row] = add_products(odd_x[row], weights, odd[row]);
+                    odd[row] = add_products::<V, P>(odd_x[row], weights, odd[row]);
                 }
             }
             for (even, odd) in even.iter_mut().zip(odd) {
@@ -92,9 +92,9 @@ pub fn dots<V: Vector, const R: usize, const HALF: usize, const O: usize, const 
 }
 
 #[inline(always)]
-fn add_products<V: Vector>(x: f32, [left, right]: [V; 2], sums: [V; 2]) -> [V; 2] {
+fn add_products<V: Vector, P: Products>(x: f32, [left, right]: [V; 2], sums: [V; 2]) -> [V; 2] {
     let x = V::splat(x);
-    [x.mul_add(left, sums[0]), x.mul_add(right, sums[1])]
+    [P::add(x, left, sums[0]), P::add(x, right, sums[1])]
 }
 
 #[inline(always)]
