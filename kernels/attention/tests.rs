@@ -314,11 +314,12 @@ fn attention_is_a_masked_softmax() -> Result<()> {
     Ok(())
 }
 
-/// A sequence whose results must be the same to the bit however it is run.
+/// A sequence whose results must be the same to the bit however it is run. Rows are f32, so that no rounding of results hides a difference.
 struct Sequence {
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pages: DType,
     params: AttentionParams,
 }
 
@@ -327,12 +328,12 @@ impl Sequence {
         seed: u64,
         tokens: usize,
         (hq, hk, d): (usize, usize, usize),
-        dtype: DType,
+        pages: DType,
         params: AttentionParams,
     ) -> Result<Self> {
         let mut random = Random::new(seed);
-        let mut rows = |heads| random.tensor(&[tokens, heads, d], 1.0, dtype, &Device::Cpu);
-        Ok(Self { q: rows(hq)?, k: rows(hk)?, v: rows(hk)?, params })
+        let mut rows = |heads| random.tensor(&[tokens, heads, d], 1.0, DType::F32, &Device::Cpu);
+        Ok(Self { q: rows(hq)?, k: rows(hk)?, v: rows(hk)?, pages, params })
     }
 
     fn len(&self) -> usize {
@@ -340,13 +341,12 @@ impl Sequence {
     }
 }
 
-/// Runs `sequences` side by side in steps of at most `step` tokens of each, with pages of the keys' dtype; returns the
-/// results of each.
+/// Runs `sequences` side by side in steps of at most `step` tokens of each; returns the results of each.
 fn run_in_steps(sequences: &[&Sequence], step: usize, block_size: usize, seed: u64) -> Result<Vec<Vec<f32>>> {
     let (_, hk, d) = sequences[0].k.dims3()?;
     let blocks_each = sequences.iter().map(|s| s.len().div_ceil(block_size)).max().unwrap_or(0);
     let pool = Random::new(seed).permutation(blocks_each * sequences.len());
-    let kv = poisoned(&[2, pool.len(), block_size, hk, d], sequences[0].k.dtype(), &Device::Cpu)?;
+    let kv = poisoned(&[2, pool.len(), block_size, hk, d], sequences[0].pages, &Device::Cpu)?;
     let mut results = vec![Vec::new(); sequences.len()];
     let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
     for past in (0..longest).step_by(step) {
@@ -440,18 +440,23 @@ fn portable_dots_are_the_reference() -> Result<()> {
 /// Not even times zero.
 #[test]
 fn what_is_not_seen_leaves_no_trace() -> Result<()> {
+    const TOKENS: usize = 40;
     for dtype in DTYPES {
-        let params = AttentionParams::causal(0.2);
-        let mut sequence = Sequence::new(1, 40, (4, 2, 32), dtype, params)?;
-        let run = |sequence: &Sequence| run_in_steps(&[sequence], 40, 16, 1);
+        let sequence = Sequence::new(1, TOKENS, (4, 2, 32), dtype, AttentionParams::causal(0.2))?;
+        let run = |sequence: &Sequence| run_in_steps(&[sequence], TOKENS, 16, 1);
         let whole = run(&sequence)?.concat();
-        let last = 39 * 4 * 32;
-        for rows in [&mut sequence.v, &mut sequence.k] {
-            let nan = Tensor::full(f32::NAN, (1, 2, 32), &Device::Cpu)?.to_dtype(dtype)?;
-            *rows = Tensor::cat(&[&rows.narrow(0, 0, 39)?, &nan], 0)?;
+        for token in 1..TOKENS {
+            let gone = |rows: &Tensor| {
+                let rest = TOKENS - token;
+                let nan = Tensor::full(f32::NAN, (rest, 2, 32), &Device::Cpu)?;
+                Tensor::cat(&[&rows.narrow(0, 0, token)?, &nan], 0)
+            };
+            let (q, params) = (sequence.q.clone(), sequence.params);
+            let cut = Sequence { q, k: gone(&sequence.k)?, v: gone(&sequence.v)?, pages: dtype, params };
+            let (got, seen) = (run(&cut)?.concat(), token * 4 * 32);
+            assert!(got[..seen] == whole[..seen], "{dtype:?}: before {token}");
+            assert!(got[seen..].iter().all(|x| x.is_nan()), "{dtype:?}: from {token}");
         }
-        let got = run(&sequence)?.concat();
-        assert!(got[..last] == whole[..last] && got[last..].iter().all(|x| x.is_nan()), "{dtype:?}");
     }
     Ok(())
 }
@@ -473,13 +478,18 @@ fn results_do_not_depend_on_threads() -> Result<()> {
 #[test]
 fn uncached_is_paged() -> Result<()> {
     let params = AttentionParams { window: Some(60), ..AttentionParams::causal(0.2) };
-    let sequences = [(1, 200), (2, 33)].map(|(seed, n)| Sequence::new(seed, n, (4, 2, 24), DType::BF16, params));
-    let [first, second] = sequences;
-    let sequences = [first?, second?];
-    let rows = |of: fn(&Sequence) -> &Tensor| Tensor::cat(&[of(&sequences[0]), of(&sequences[1])], 0);
-    let batch = Batch::uncached(&[&[0; 200], &[0; 33]], &Device::Cpu)?;
-    let got = attention(&rows(|s| &s.q)?, &rows(|s| &s.k)?, &rows(|s| &s.v)?, &batch, params)?;
-    assert!(values(&got)? == run_in_steps(&[&sequences[0], &sequences[1]], 200, 16, 1)?.concat());
+    for dtype in DTYPES {
+        let new = |seed, tokens| {
+            let Sequence { q, k, v, .. } = Sequence::new(seed, tokens, (4, 2, 32), dtype, params)?;
+            let [q, k, v] = [q, k, v].map(|rows| rows.to_dtype(dtype));
+            Ok::<_, candle_core::Error>(Sequence { q: q?, k: k?, v: v?, pages: dtype, params })
+        };
+        let sequences = [new(1, 200)?, new(2, 33)?];
+        let rows = |of: fn(&Sequence) -> &Tensor| Tensor::cat(&[of(&sequences[0]), of(&sequences[1])], 0);
+        let batch = Batch::uncached(&[&[0; 200], &[0; 33]], &Device::Cpu)?;
+        let got = attention(&rows(|s| &s.q)?, &rows(|s| &s.k)?, &rows(|s| &s.v)?, &batch, params)?;
+        assert!(values(&got)? == run_in_steps(&[&sequences[0], &sequences[1]], 200, 16, 1)?.concat(), "{dtype:?}");
+    }
     Ok(())
 }
 
