@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::{load, save};
 use candle_core::{DType, Device, Tensor};
-use models::{Checkpoint, Config, Quantization};
+use kernels::{Batch, Segment};
+use models::{Cache, CacheConfig, Checkpoint, Config, Quantization};
 use serde_json::{Value, json};
 use taper::verify::verify;
 #[cfg(feature = "demo")]
@@ -21,6 +22,26 @@ pub fn load_model(folder: &Path, quantization: Option<Quantization>) -> Result<(
     let config = Config::read(&checkpoint).map_err(|error| error.to_string())?;
     let model = config.load_quantized(&checkpoint, DType::F32, &Device::Cpu, quantization);
     model.map(|_| ()).map_err(|error| error.to_string())
+}
+
+/// The logits of every token of `prompt`, with keys and values in `pages`.
+pub fn logits(folder: &Path, prompt: &[u32], quantization: Option<Quantization>, pages: DType) -> Vec<f32> {
+    let checkpoint = Checkpoint::Folder(folder.into());
+    let config = Config::read(&checkpoint).expect("a fixture");
+    let model = config.load_quantized(&checkpoint, DType::F32, &Device::Cpu, quantization).expect("a fixture");
+    let cache_config = CacheConfig {
+        num_blocks: 1,
+        num_window_blocks: 1,
+        block_size: prompt.len(),
+        num_slots: 1,
+        dtype: pages,
+        device: Device::Cpu,
+    };
+    let mut cache = Cache::new(&model.cache_specs(), cache_config).expect("memory");
+    let segment = Segment { tokens: prompt, past: 0, blocks: &[0], slot: 0 };
+    let batch = Batch::new(&[segment], prompt.len(), &Device::Cpu).expect("a batch");
+    let hidden = model.forward(&batch, &mut cache).expect("a step");
+    model.logits(&hidden).and_then(|logits| logits.flatten_all()?.to_vec1()).expect("logits")
 }
 
 /// Asserts that a checkpoint computes what `fixture` says.
