@@ -275,7 +275,7 @@ fn dot<V: Vector>(a: V, b: V, sum: V) -> V {
 fn narrow<V: Lanes>(pair: V::Pair) -> V {
     let mut rounded = [bf16::ZERO; PAIR];
     store_pair::<V, bf16>(pair, &mut rounded);
-    join(&rounded)
+    load_dots(&rounded)
 }
 
 /// Two vectors as one, where no register holds both.
@@ -341,10 +341,6 @@ impl<V: Vector> Vector for Two<V> {
     #[inline(always)]
     fn round_to_bf16(self) -> Self {
         Self(self.0.round_to_bf16(), self.1.round_to_bf16())
-    }
-    #[inline(always)]
-    fn dot(self, other: Self, sum: Self) -> Self {
-        Self(self.0.dot(other.0, sum.0), self.1.dot(other.1, sum.1))
     }
 }
 
@@ -460,17 +456,11 @@ pub(crate) fn store<V: Lanes, T: Stored>(lanes: V, target: &mut [T]) {
 /// Up to sixteen values, rounded to bf16 if they are not, two in each place as [`Lanes::narrow`] puts them.
 #[inline(always)]
 pub(crate) fn load_dots<V: Lanes, T: Stored>(source: &[T]) -> V {
-    match T::as_bf16(source).and_then(|source| source.first_chunk()) {
-        Some(source) => join(source),
+    match T::as_bf16(source).and_then(|source| source.first_chunk::<PAIR>()) {
+        // SAFETY: that many bytes; any bits are an f32.
+        Some(source) => V::load(&unsafe { std::ptr::from_ref(source).cast::<[f32; LANES]>().read_unaligned() }),
         None => V::narrow(load_pair::<V, T>(&source[..source.len().min(PAIR)])),
     }
-}
-
-/// Two values in each place.
-#[inline(always)]
-fn join<V: Lanes>(values: &[bf16; PAIR]) -> V {
-    // SAFETY: that many bytes; any bits are an f32.
-    V::load(&unsafe { values.as_ptr().cast::<[f32; LANES]>().read_unaligned() })
 }
 
 /// As [`load`], up to sixteen.

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 
 use super::*;
 use crate::simd::Instructions;
-use crate::simd::tests::{available, on, on_dots, portable};
+use crate::simd::tests::{alone, available, on, on_dots, portable};
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 use crate::{NO_BLOCK, Segment};
 
@@ -246,7 +246,7 @@ fn attention_is_the_reference() -> Result<()> {
 
 #[test]
 fn portable_lanes_are_the_reference() -> Result<()> {
-    portable(|| cases().into_iter().try_for_each(|case| run_paged_attention(case, &Device::Cpu)))
+    alone(|| portable(|| cases().into_iter().try_for_each(|case| run_paged_attention(case, &Device::Cpu))))
 }
 
 #[test]
@@ -408,8 +408,6 @@ fn results_depend_on_the_sequence_alone() -> Result<()> {
 /// In prompts, token by token and in between, with dot products of bf16 and without.
 #[test]
 fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
-    // Lanes are chosen for a thread: with one, no task runs on another.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
     for (dtype, d, are_fast) in
         [(DType::F16, 40, false), (DType::BF16, 40, false), (DType::BF16, 64, true), (DType::BF16, 40, true)]
     {
@@ -420,7 +418,7 @@ fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
             for set in available().filter(|&set| set > Instructions::Portable) {
                 for step in [200, 1, 9] {
                     let run = || on(set, || on_dots(are_fast, || run_in_steps(&[&sequence], step, 16, 1)));
-                    results.push(pool.install(run)?);
+                    results.push(alone(run)?);
                 }
             }
             assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{dtype:?}, heads of {d}, {params:?}");
@@ -431,10 +429,9 @@ fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
 
 #[test]
 fn portable_dots_are_the_reference() -> Result<()> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
     let cases = || cases().into_iter().filter(|case| case.dtype != DType::F16);
     let run = || cases().try_for_each(|case| attend_to(DType::BF16, case, &Device::Cpu));
-    pool.install(|| portable(|| on_dots(true, run)))
+    alone(|| portable(|| on_dots(true, run)))
 }
 
 /// Not even times zero.

@@ -190,6 +190,22 @@ impl Bench {
         Ok(())
     }
 
+    /// Sequences are (tokens, past), each with a slot, and a block of the same number, of its own.
+    fn batch(&self, sequences: &[(usize, usize)], slots: &[u32]) -> Result<Batch> {
+        let tokens = vec![0; sequences.iter().map(|&(new, _)| new).max().unwrap_or(0)];
+        let segments: Vec<Segment> = sequences
+            .iter()
+            .zip(slots)
+            .map(|(&(new, past), slot)| Segment {
+                tokens: &tokens[..new],
+                past,
+                blocks: std::slice::from_ref(slot),
+                slot: *slot,
+            })
+            .collect();
+        Batch::new(&segments, 1 << 16, &self.device)
+    }
+
     /// Sequences are (tokens, past); the operands are parts of one matrix, as the convolution leaves them. Each call
     /// is another layer's state.
     fn gated_delta(&self, name: &str, sequences: &[(usize, usize)]) -> Result<()> {
@@ -198,18 +214,7 @@ impl Bench {
         let states: Vec<Tensor> = (0..layers)
             .map(|_| Tensor::zeros((slots.len(), heads, d, d), DType::F32, &self.device))
             .collect::<Result<_>>()?;
-        let tokens = vec![0; sequences.iter().map(|&(new, _)| new).max().unwrap_or(0)];
-        let segments: Vec<Segment> = sequences
-            .iter()
-            .zip(&slots)
-            .map(|(&(new, past), slot)| Segment {
-                tokens: &tokens[..new],
-                past,
-                blocks: std::slice::from_ref(slot),
-                slot: *slot,
-            })
-            .collect();
-        let batch = Batch::new(&segments, 1 << 16, &self.device)?;
+        let batch = self.batch(sequences, &slots)?;
         let n = batch.num_tokens();
         let qkv = self.random(&[n, 3 * heads, d], DType::BF16)?;
         let [q, k, v] = [0, 1, 2].map(|i| qkv.narrow(1, i * heads, heads));
@@ -228,18 +233,7 @@ impl Bench {
     fn causal_conv1d(&self, name: &str, sequences: &[(usize, usize)]) -> Result<()> {
         let (channels, width) = (6144, 4);
         let slots = Random::new(3).permutation(sequences.len());
-        let tokens = vec![0; sequences.iter().map(|&(new, _)| new).max().unwrap_or(0)];
-        let segments: Vec<Segment> = sequences
-            .iter()
-            .zip(&slots)
-            .map(|(&(new, past), slot)| Segment {
-                tokens: &tokens[..new],
-                past,
-                blocks: std::slice::from_ref(slot),
-                slot: *slot,
-            })
-            .collect();
-        let batch = Batch::new(&segments, 1 << 16, &self.device)?;
+        let batch = self.batch(sequences, &slots)?;
         let n = batch.num_tokens();
         let x = self.random(&[n, channels], DType::BF16)?;
         let weight = self.random(&[channels, width], DType::F32)?;

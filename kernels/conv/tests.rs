@@ -3,7 +3,7 @@ use candle_core::{Device, Tensor};
 use super::*;
 use crate::Segment;
 use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, emulated};
-use crate::simd::tests::portable;
+use crate::simd::tests::{alone, portable};
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 /// One step over packed sequences, each on its own slot, followed by one step of a single token each.
@@ -174,9 +174,7 @@ fn wrong_metal_launches_are_noticed() {
 
 #[test]
 fn portable_lanes_agree_with_the_reference() -> Result<()> {
-    // Lanes are chosen for a thread: with one, no task runs on another.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
-    pool.install(|| portable(|| cases().iter().try_for_each(|case| run(case, &Device::Cpu))))
+    alone(|| portable(|| cases().iter().try_for_each(|case| run(case, &Device::Cpu))))
 }
 
 /// Two channels, three taps, by hand, with silu(0) = 0, silu(ln 3) = 3/4 ln 3 and silu(-ln 3) = -1/4 ln 3:

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use super::*;
 use crate::Segment;
 use crate::simd::Instructions;
-use crate::simd::tests::{available, on, portable};
+use crate::simd::tests::{alone, available, on, portable};
 use crate::testing::{Random, assert_close, devices, op_limit, poisoned, values};
 
 /// One step over packed sequences, each on its own slot, followed by one step of a single token each.
@@ -230,16 +230,12 @@ fn agrees_with_the_reference() -> Result<()> {
 
 #[test]
 fn portable_lanes_agree_with_the_reference() -> Result<()> {
-    // Lanes are chosen for a thread: with one, no task runs on another.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
-    pool.install(|| portable(|| cases().iter().try_for_each(|case| run(case, &Device::Cpu))))
+    alone(|| portable(|| cases().iter().try_for_each(|case| run(case, &Device::Cpu))))
 }
 
 /// The groups of rows are others with AVX-512, and must not show.
 #[test]
 fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
-    // Lanes are chosen for a thread: with one, no task runs on another.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
     for sizes in [(128, 128), (40, 21)] {
         let case = Case { sizes, ..BASE };
         let operands = Operands::random(&case, 130, &mut Random::new(10), &Device::Cpu)?;
@@ -249,7 +245,7 @@ fn instruction_sets_that_fuse_agree_to_the_bit() -> Result<()> {
             Ok([values(&out)?, values(&state)?].concat())
         };
         let fused = available().filter(|&instructions| instructions > Instructions::Portable);
-        let results: Vec<_> = fused.map(|set| pool.install(|| on(set, run))).collect::<Result<_>>()?;
+        let results: Vec<_> = fused.map(|set| alone(|| on(set, run))).collect::<Result<_>>()?;
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{sizes:?}");
     }
     Ok(())

@@ -22,7 +22,7 @@ pub fn norm_rope_write(
     pages: &Tensor,
     batch: &Batch,
 ) -> Result<Option<Tensor>> {
-    let norms = [Some(q_norm), kv.map(|kv| kv.k_norm), kv.and_then(|kv| kv.v_norm)];
+    let norms = super::norms(q_norm, kv);
     if q.elem_count() == 0 || !takes(q, norms, kv, angles, pages, batch) || kv.is_some() && !takes_pages(q, pages) {
         return Ok(None);
     }

@@ -158,7 +158,7 @@ fn check<'a>(
     if cos.dtype() != DType::F32 || sin.dtype() != DType::F32 {
         bail!("norm_rope_write: cos is {:?} and sin {:?}, expected f32", cos.dtype(), sin.dtype())
     }
-    let norms = [Some(q_norm), kv.map(|kv| kv.k_norm), kv.and_then(|kv| kv.v_norm)];
+    let norms = super::norms(q_norm, kv);
     for norm in norms.into_iter().flatten() {
         if norm.weight.dims() != [d] || norm.weight.dtype() != DType::F32 {
             bail!("norm_rope_write: weight is {:?} {:?}, expected f32 [{d}]", norm.weight.dims(), norm.weight.dtype())

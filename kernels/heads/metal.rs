@@ -31,7 +31,7 @@ pub fn norm_rope_write<B: Backend>(
     pages: &Tensor,
     batch: &Batch,
 ) -> Result<Option<Tensor>> {
-    let norms = [Some(q_norm), kv.map(|kv| kv.k_norm), kv.and_then(|kv| kv.v_norm)];
+    let norms = super::norms(q_norm, kv);
     if !takes(q, norms, kv, (cos, sin), pages, batch) || kv.is_some() && pages.dtype() != q.dtype() {
         return Ok(None);
     }

@@ -95,6 +95,11 @@ fn by_parts(
     rope(&q_norm.apply(q)?, cos, sin)
 }
 
+/// Of queries, keys and values.
+fn norms<'a>(q_norm: Norm<'a>, kv: Option<KeyValueHeads<'a>>) -> [Option<Norm<'a>>; 3] {
+    [Some(q_norm), kv.map(|kv| kv.k_norm), kv.and_then(|kv| kv.v_norm)]
+}
+
 /// Whether the operands fit each other; pages may be of another dtype. `norms` are of queries, keys and values.
 fn takes(
     q: &Tensor,

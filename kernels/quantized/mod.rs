@@ -306,9 +306,10 @@ pub fn linear_gated(
     onto: Option<&Tensor>,
 ) -> Result<Tensor> {
     let around = Around { onto, ..Around::default() };
-    on_metal!(x, _backend => linear_around(&gated_activation(x, activation)?, weight, bias, around));
+    let by_itself = || linear_around(&gated_activation(x, activation)?, weight, bias, around);
+    on_metal!(x, _backend => by_itself());
     if !x.device().is_cpu() {
-        return linear_around(&gated_activation(x, activation)?, weight, bias, around);
+        return by_itself();
     }
     let (_, width) = x.dims2()?;
     if width % 2 != 0 {

@@ -5,7 +5,7 @@ use crate::metal::emulator::{assert_mutants_fail, assert_wrong_launches_fail, em
 use crate::norm::Norm;
 use crate::simd::Instructions;
 use crate::simd::amx::tests::with_tiles;
-use crate::simd::tests::{available, on};
+use crate::simd::tests::{alone, available, on};
 use crate::testing::{Random, assert_close, devices, poisoned, values};
 
 const FORMATS: [Quantization; 2] = [Quantization::Q8, Quantization::Q4];
@@ -171,10 +171,8 @@ fn what_comes_before_a_product_is_the_op_by_itself() -> Result<()> {
                 assert!(bits(&got) == bits(&want), "{format:?} [{n}, {inner}] {dtype:?} normed");
                 Result::Ok(())
             };
-            // Another thread would choose its own instructions.
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
-            pool.install(|| available().into_iter().try_for_each(|instructions| on(instructions, check)))?;
-            pool.install(|| with_tiles(check))?;
+            alone(|| available().into_iter().try_for_each(|instructions| on(instructions, check)))?;
+            alone(|| with_tiles(check))?;
         }
     }
     Ok(())

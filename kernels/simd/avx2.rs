@@ -11,9 +11,6 @@ use super::{Kernel, LANES, Lanes, PAIR, ROUND, Two, Vector, dot, narrow, spread,
 /// The bits of a bf16 value within an f32.
 const UPPER: i32 = 0xffff_0000_u32 as i32;
 
-/// The bit that makes a NaN quiet.
-const QUIET: i32 = 0x0040_0000;
-
 /// # Safety
 ///
 /// The machine has AVX2, FMA and F16C.
@@ -255,20 +252,15 @@ impl<const BF16: bool> Vector for Sixteen<BF16> {
     }
     #[inline(always)]
     fn round_to_bf16(self) -> Self {
+        if !BF16 {
+            let [first, second] = Together::<BF16>::halves(self);
+            let first = Eight::<Together<BF16>>::new(first).round_to_bf16();
+            let second = Eight::<Together<BF16>>::new(second).round_to_bf16();
+            return Together::<BF16>::pair(first.0, second.0);
+        }
         unsafe {
-            let bits = if BF16 {
-                let rounded = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
-                _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(rounded))
-            } else {
-                // As for `Eight`.
-                let bits = _mm512_castps_si512(self.0);
-                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-                let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
-                let rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(QUIET));
-                _mm512_and_si512(rounded, _mm512_set1_epi32(UPPER))
-            };
-            Self(_mm512_castsi512_ps(bits))
+            let rounded = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(rounded))))
         }
     }
     #[inline(always)]
@@ -375,7 +367,7 @@ impl<P: Pairs> Vector for Eight<P> {
             let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
             let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
             // Rounding could carry a NaN into infinity: NaN is cut instead, and made quiet.
-            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(QUIET));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
             let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
             Self::new(_mm256_castsi256_ps(_mm256_blendv_epi8(rounded, quiet, is_nan))).upper()
         }

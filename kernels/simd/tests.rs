@@ -16,6 +16,12 @@ pub(crate) fn on<R>(instructions: Instructions, f: impl FnOnce() -> R) -> R {
     result
 }
 
+/// Runs `f` where no task of it runs on another thread: what [`on`] and its like choose, they choose for a thread.
+pub(crate) fn alone<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
+    pool.install(f)
+}
+
 /// Runs `f` as if [`Vector::dot`] were fast or not, in what it runs on this thread.
 pub(crate) fn on_dots<R>(are_fast: bool, f: impl FnOnce() -> R) -> R {
     DOTS_ARE_FAST.set(Some(are_fast));
